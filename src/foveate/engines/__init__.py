@@ -1,0 +1,1 @@
+"""Engines: what applies selections to a running model."""

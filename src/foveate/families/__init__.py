@@ -1,0 +1,39 @@
+"""Families: the only files that know the model classes of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foveate.errors import UnsupportedModelError
+from foveate.families.base import Family
+from foveate.families.llava import Llava
+from foveate.families.llava_next import LlavaNext
+from foveate.families.video_llava import VideoLlava
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), LlavaNext(), VideoLlava())}
+
+
+def list_families() -> list[str]:
+    """Return the names of the supported model families."""
+    return list(FAMILIES)
+
+
+def family_of(model: Any) -> Family:
+    """Return the family of a model, by its ``config.model_type``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If no family knows the model; the message lists those there are.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    raise UnsupportedModelError(
+        f"{type(model).__name__} (model type {model_type!r}) belongs to no supported family; "
+        f"there are: {', '.join(FAMILIES)}"
+    )
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "list_families"]

@@ -1,0 +1,79 @@
+"""LLaVA-1.5: CLIP tower, one crop of a fixed grid per image, a projector that maps each token by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.probes import Probe
+from foveate.tokens import Crop, Span, VisualTokens
+
+
+class Llava(Family):
+    """LLaVA-1.5 and models that share its classes, such as BakLLaVA and the embedded `nano`."""
+
+    name = "llava"
+    model_types = ("llava",)
+    inputs = {"pixel_values": "image"}
+    side_inputs = ("image_sizes",)
+    notes = "one grid per image; pruned between the vision tower and the projector"
+
+    def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+        pixels, ids = inputs["pixel_values"], inputs["input_ids"].cpu()
+        grid = patch_grid(model, pixels)
+        lead = int(strategy(model, inputs) == "full")
+        lengths = [grid[0] * grid[1] + lead] * len(pixels)
+        spans: list[Span] = []
+        for image, (row, columns) in enumerate(placeholder_columns(ids, model.config.image_token_id, lengths, "image")):
+            crop = Crop(torch.arange(lead, lengths[image]), grid, encoder_row=image)
+            spans.append(Span("image", row, sum(s.sample == row for s in spans), columns, (1, *grid), (crop,)))
+        return tuple(spans)
+
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
+    ) -> VisualTokens:
+        pixels = inputs["pixel_values"]
+        features, values = run_tower(model.model.vision_tower, pixels, feature_layers(model, inputs), True, probes)
+        grid = patch_grid(model, pixels)
+        planes = token_planes([c for s in spans for c in s.crops], grid, features[:, 1:], values)
+        hidden = features if strategy(model, inputs) == "full" else features[:, 1:]
+        return VisualTokens(tuple(spans), planes, features.device, list(hidden))
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        patch = model.config.vision_config.patch_size
+        layers, pixels = feature_layers(model, inputs), inputs["pixel_values"]
+        return [
+            resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers)
+            for span, sizes in zip(spans, grids, strict=True)
+        ]
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        return model.model.multi_modal_projector(features)  # type: ignore[no-any-return]
+
+    def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(embeds))}
+
+
+def patch_grid(model: Any, pixels: Tensor) -> Grid:
+    """Return rows and columns of patches for pixels ``[..., height, width]``."""
+    patch = model.config.vision_config.patch_size
+    return pixels.shape[-2] // patch, pixels.shape[-1] // patch
+
+
+def strategy(model: Any, inputs: Mapping[str, Any]) -> str:
+    """Return whether the projector reads the ``[CLS]`` token (``"full"``) or not (``"default"``)."""
+    return inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
+
+
+def feature_layers(model: Any, inputs: Mapping[str, Any]) -> list[int]:
+    """Return the indices of the hidden states that the projector reads."""
+    layers = inputs.get("vision_feature_layer")
+    layers = model.config.vision_feature_layer if layers is None else layers
+    return [layers] if isinstance(layers, int) else list(layers)

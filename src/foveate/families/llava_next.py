@@ -1,0 +1,135 @@
+"""LLaVA-NeXT: an overview crop plus a mosaic of tiles, cut to the picture, with a newline vector after each row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+
+from foveate.families.base import Grid, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.families.llava import Llava, feature_layers, strategy
+from foveate.errors import UnsupportedModelError
+from foveate.probes import Probe
+from foveate.tokens import Crop, Span, VisualTokens
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT (1.6) at any resolution.
+
+    Crop 0 is the overview, then the tiles row by row. Patches in the padded band are no candidates. Newline vectors
+    belong to no crop; the engine's ``separators`` option says whether they stay.
+    """
+
+    name = "llava_next"
+    model_types = ("llava_next",)
+    notes = "overview and tiles are crops; padding is never a candidate; newline vectors follow `separators`"
+
+    def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+        if strategy(model, inputs) != "default":
+            raise UnsupportedModelError("LLaVA-NeXT is supported with vision_feature_select_strategy='default'")
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        layouts, row = [], 0
+        for size in inputs["image_sizes"].tolist():
+            tiles = _tiles(model, size)
+            layouts.append(_layout(side, tiles, size, row))
+            row += 1 + tiles[0] * tiles[1]
+        lengths = [length for length, _ in layouts]
+        ids, spans = inputs["input_ids"].cpu(), []
+        for i, (sample, columns) in enumerate(placeholder_columns(ids, model.config.image_token_id, lengths, "image")):
+            crops = layouts[i][1]
+            ordinal = sum(s.sample == sample for s in spans)
+            spans.append(Span("image", sample, ordinal, columns, (len(crops), side, side), crops))
+        return tuple(spans)
+
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
+    ) -> VisualTokens:
+        vision = model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        pixels = _crop_pixels(model, inputs)
+        features, values = run_tower(model.model.vision_tower, pixels, feature_layers(model, inputs), True, probes)
+        patches = features[:, 1:]
+        crops = [c for s in spans for c in s.crops]
+        planes = token_planes(crops, (side, side), patches, values)
+        hidden = [_in_span_order(span, patches, side) for span in spans]
+        return VisualTokens(tuple(spans), planes, features.device, hidden)
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        pixels, layers = _crop_pixels(model, inputs), feature_layers(model, inputs)
+        patch = model.config.vision_config.patch_size
+        return [
+            resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers)
+            for span, sizes in zip(spans, grids, strict=True)
+        ]
+
+    def fill_separators(self, model: Any, span: Span, embeds: Tensor, kept: Tensor | None) -> Tensor:
+        newline = model.model.image_newline.to(embeds)
+        kept = torch.arange(len(span)) if kept is None else kept
+        separators = span.separators().to(kept.device)
+        return torch.where(torch.isin(kept, separators).to(embeds.device)[:, None], newline, embeds)
+
+
+def _tiles(model: Any, size: Sequence[int]) -> Grid:
+    height, width = select_best_resolution(list(size), model.config.image_grid_pinpoints)
+    side = model.config.vision_config.image_size
+    return height // side, width // side
+
+
+def _layout(side: int, tiles: Grid, size: Sequence[int], first_row: int) -> tuple[int, tuple[Crop, ...]]:
+    """Return the length of an image's span and its crops, the first of them in row `first_row` of the encoder."""
+    overview = Crop(torch.arange(side * side), (side, side), encoder_row=first_row)
+    if tiles == (0, 0) or tiles[0] * tiles[1] == 0:
+        return side * side + 1, (overview,)
+    height, width = tiles[0] * side, tiles[1] * side
+    (top, bottom), (left, right) = _unpadded(size, height, width)
+    position = torch.full((height, width), -1, dtype=torch.long)
+    rows, columns = bottom - top, right - left
+    # Each row of the cut mosaic is followed by its newline vector.
+    steps = torch.arange(rows)[:, None] * (columns + 1) + torch.arange(columns)
+    position[top:bottom, left:right] = side * side + steps
+    crops = [overview]
+    for i in range(tiles[0]):
+        for j in range(tiles[1]):
+            tile = position[i * side : (i + 1) * side, j * side : (j + 1) * side]
+            inside = tile >= 0
+            h, w = int(inside.any(1).sum()), int(inside.any(0).sum())
+            offset = (int(inside.any(1).int().argmax()), int(inside.any(0).int().argmax())) if h * w else (0, 0)
+            y, x = i * side + offset[0] - top, j * side + offset[1] - left
+            box = (x / columns, y / rows, (x + w) / columns, (y + h) / rows)
+            crops.append(Crop(tile[inside], (h, w), box, offset, first_row + len(crops)))
+    return side * side + rows * (columns + 1), tuple(c for c in crops if len(c))
+
+
+def _unpadded(size: Sequence[int], height: int, width: int) -> tuple[Grid, Grid]:
+    """Return the rows and the columns of a mosaic that show the picture and not its padding."""
+    original_height, original_width = size
+    if original_width / original_height > width / height:
+        margin = (height - int(round(original_height * (width / original_width), 7))) // 2
+        return (margin, height - margin), (0, width)
+    margin = (width - int(round(original_width * (height / original_height), 7))) // 2
+    return (0, height), (margin, width - margin)
+
+
+def _crop_pixels(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the pixels of all crops of all images, ``[R, 3, side, side]``, without the batch's filler crops."""
+    pixels: Tensor = inputs["pixel_values"]
+    if pixels.dim() == 4:
+        return pixels
+    counts = []
+    for size in inputs["image_sizes"].tolist():
+        rows, columns = _tiles(model, size)
+        counts.append(1 + rows * columns)
+    return torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
+
+
+def _in_span_order(span: Span, patches: Tensor, side: int) -> Tensor:
+    from foveate.families.base import crop_rows
+
+    hidden = patches.new_zeros(len(span), patches.shape[-1])
+    index = torch.cat([crop.index for crop in span.crops]).to(patches.device)
+    return hidden.index_copy(0, index, torch.cat([crop_rows(patches, c, (side, side)) for c in span.crops]))

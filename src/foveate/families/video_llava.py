@@ -1,0 +1,95 @@
+"""Video-LLaVA: one tower for images, one for the frames of videos, which keep their ``[CLS]`` token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.errors import InputError
+from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.families.llava import feature_layers, patch_grid, strategy
+from foveate.probes import Probe
+from foveate.tokens import Crop, Span, VisualTokens
+
+
+class VideoLlava(Family):
+    """Video-LLaVA: every frame is a crop; the ``[CLS]`` token of each frame is a separator."""
+
+    name = "video_llava"
+    model_types = ("video_llava",)
+    inputs = {"pixel_values": "image", "pixel_values_videos": "video"}
+    notes = "frames are crops; each frame's [CLS] token follows `separators`"
+
+    def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+        found: list[tuple[int, int, str, Tensor, int, Grid, int]] = []
+        ids = inputs["input_ids"].cpu()
+        for key, kind in self.inputs.items():
+            pixels = inputs.get(key)
+            if pixels is None:
+                continue
+            grid, frames = patch_grid(model, pixels), pixels.shape[1] if kind == "video" else 1
+            lead = int(kind == "video" or strategy(model, inputs) == "full")
+            lengths = [frames * (grid[0] * grid[1] + lead)] * len(pixels)
+            token = getattr(model.config, f"{kind}_token_id")
+            for i, (row, columns) in enumerate(placeholder_columns(ids, token, lengths, kind)):
+                found.append((row, int(columns[0]), kind, columns, i * frames, grid, frames))
+        spans: list[Span] = []
+        for row, _, kind, columns, first, grid, frames in sorted(found, key=lambda f: f[:2]):
+            size = len(columns) // frames
+            lead = size - grid[0] * grid[1]
+            crops = tuple(
+                Crop(torch.arange(f * size + lead, (f + 1) * size), grid, encoder_row=first + f) for f in range(frames)
+            )
+            spans.append(Span(kind, row, sum(s.sample == row for s in spans), columns, (frames, *grid), crops))
+        return tuple(spans)
+
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
+    ) -> VisualTokens:
+        planes: dict[Probe, list[Tensor]] = {}
+        features, values = {}, {}
+        for kind, (tower, pixels) in self._towers(model, inputs).items():
+            features[kind], values[kind] = run_tower(tower, pixels, feature_layers(model, inputs), True, probes)
+        hidden = []
+        for span in spans:
+            x, grid = features[span.kind], span.grid[1:]
+            for probe, parts in token_planes(span.crops, grid, x[:, 1:], values[span.kind]).items():
+                planes.setdefault(probe, []).extend(parts)
+            rows = x[[crop.encoder_row for crop in span.crops]]
+            hidden.append((rows if len(span.separators()) else rows[:, 1:]).flatten(0, 1))
+        return VisualTokens(tuple(spans), planes, hidden[0].device, hidden)
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        towers, layers = self._towers(model, inputs), feature_layers(model, inputs)
+        patch = model.config.vision_config.patch_size
+        return [
+            resized_crops(*towers[span.kind], span.crops, sizes, patch, layers)
+            for span, sizes in zip(spans, grids, strict=True)
+        ]
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        return model.model.multi_modal_projector(features)  # type: ignore[no-any-return]
+
+    def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        outputs = {}
+        for kind in dict.fromkeys(span.kind for span in spans):
+            rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
+            if len({len(x) for x in rows}) > 1:
+                raise InputError(f"Video-LLaVA takes the same number of tokens for every {kind} of a batch: "
+                                 "pass one budget for all, or run the prompts one by one")  # fmt: skip
+            outputs[kind] = BaseModelOutputWithPooling(pooler_output=torch.stack(rows))
+        return outputs
+
+    def _towers(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, tuple[Any, Tensor]]:
+        towers = {}
+        if inputs.get("pixel_values") is not None:
+            towers["image"] = (model.model.image_tower, inputs["pixel_values"])
+        if inputs.get("pixel_values_videos") is not None:
+            towers["video"] = (model.model.video_tower, inputs["pixel_values_videos"].flatten(0, 1))
+        return towers

@@ -1,0 +1,33 @@
+"""FasterVLM: the tokens with the most ``[CLS]`` attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from foveate.probes import Attention
+from foveate.ranking import top
+from foveate.reducer import Reducer, register
+from foveate.selection import Selection
+from foveate.tokens import VisualTokens
+
+
+@register("fastervlm")
+@dataclass(frozen=True)
+class FasterVLM(Reducer):
+    """FasterVLM (arXiv 2412.01818 v1), the predecessor of VisPruner: equal to ``VisPruner(important_ratio=1)``.
+
+    Parameters
+    ----------
+    keep
+        The budget.
+
+    Notes
+    -----
+    Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives.
+    """
+
+    needs = (Attention(),)
+    paper = "arXiv:2412.01818v1"
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop(self.keep, lambda crops, count: top(crops.probe(Attention()), count))

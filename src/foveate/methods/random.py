@@ -1,0 +1,39 @@
+"""Random tokens: the baseline that every method has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.reducer import Reducer, register
+from foveate.selection import Selection
+from foveate.tokens import CropBatch, VisualTokens
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(Reducer):
+    """Keep tokens drawn at random, the same ones for the same seed.
+
+    Parameters
+    ----------
+    keep
+        The budget.
+    seed
+        Seed of the draw. A crop's draw depends on it, on the number of tokens, and on which crop of its prompt it is,
+        but not on the batch that the prompt travels in: average several seeds.
+    """
+
+    seed: int = 0
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop(self.keep, self._pick)
+
+    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+        draws = []
+        for ordinal in crops.ordinals:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ordinal)
+            draws.append(torch.randperm(crops.size, generator=generator)[:count])
+        return torch.stack(draws).to(crops.device)

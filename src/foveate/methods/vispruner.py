@@ -1,0 +1,98 @@
+"""VisPruner: the tokens that the encoder attends to, plus diverse ones among the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.probes import Attention, Features, Probe
+from foveate.ranking import cosine_matrix, descending
+from foveate.reducer import Reducer, register
+from foveate.selection import Selection
+from foveate.tokens import CropBatch, VisualTokens
+
+
+@register("vispruner")
+@dataclass(frozen=True)
+class VisPruner(Reducer):
+    """VisPruner (arXiv 2412.01818 v2, ICCV 2025): training-free and independent of the question.
+
+    Of T tokens, ``floor(T * important_ratio)`` are those with the most ``[CLS]`` attention in the layer that makes
+    the features. The others come from thinning out the rest: in rounds, the list is split by the parity of its rank,
+    each even token is scored by its closest odd one, and those with the closest copies are dropped. Works on each
+    crop by itself.
+
+    Parameters
+    ----------
+    keep
+        The budget T.
+    important_ratio
+        Share of the tokens chosen by attention. With 1 this is FasterVLM; with 0, or where ``T * important_ratio``
+        is below one, even the most salient token may go.
+    step
+        Tokens dropped per round; `None` drops all even tokens that may go, which halves the list each round.
+    order
+        ``"similarity"``: survivors are listed by their similarity before the odd tokens, as published; that makes
+        later rounds sensitive to noise. ``"rank"``: the list keeps its attention order, which is better conditioned.
+
+    Notes
+    -----
+    Cosine similarities are computed once, ``O(N^2 C)``; the rounds, about ``(N - T) / step`` of them, only read them.
+
+    Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives, as the authors
+    advise. Where the official code fails (an odd number of residual tokens, fewer than `step` even ones), the even
+    half is the larger and a round drops at most all of it. Sorting is stable in float32, ties to the lower index.
+    """
+
+    important_ratio: float = 0.5
+    step: int | None = 8
+    order: Literal["similarity", "rank"] = "similarity"
+
+    needs = (Features(), Attention())
+    paper = "arXiv:2412.01818"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.important_ratio <= 1.0:
+            raise FoveateError(f"important_ratio is a share from 0 to 1, not {self.important_ratio}")
+        if self.step is not None and self.step < 1:
+            raise FoveateError(f"a round drops at least one token: step={self.step} is not possible, use 8 or None")
+        if self.order not in ("similarity", "rank"):
+            raise FoveateError(f"order is 'similarity' or 'rank', not {self.order!r}")
+
+    def probes(self) -> tuple[Probe, ...]:
+        return self.needs[1:] if self.important_ratio == 1 else self.needs
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop(self.keep, self._pick)
+
+    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+        # Truncation in double precision, as the official code has it: 100 * 0.29 gives 28.
+        important = int(count * self.important_ratio)
+        order = descending(crops.probe(Attention()))
+        chosen, rest = order[:, :important], order[:, important:]
+        if important == count:
+            return chosen
+        similarity = cosine_matrix(crops.probe(Features()))
+        return torch.cat([chosen, self._thin_out(similarity, rest, count - important)], dim=1)
+
+    def _thin_out(self, similarity: Tensor, rest: Tensor, count: int) -> Tensor:
+        """Drop near-duplicates from ``[B, R]`` indices until `count` are left; all shapes follow from R."""
+        batch, size = similarity.shape[0], similarity.shape[-1]
+        flat = similarity.reshape(batch, -1)
+        while (surplus := rest.shape[1] - count) > 0:
+            even, odd = rest[:, 0::2], rest[:, 1::2]
+            pairs = (even[:, :, None] * size + odd[:, None, :]).reshape(batch, -1)
+            closest = flat.gather(1, pairs).reshape(batch, even.shape[1], odd.shape[1]).amax(dim=-1)
+            drop = min(surplus, even.shape[1], self.step or even.shape[1])
+            survivors = descending(closest)[:, drop:]
+            if self.order == "similarity":
+                rest = torch.cat([even.gather(1, survivors), odd], dim=1)
+            else:
+                ranks = torch.arange(1, rest.shape[1], 2, device=rest.device).expand(batch, -1)
+                rest = rest.gather(1, torch.cat([2 * survivors, ranks], dim=1).sort(dim=1).values)
+        return rest

@@ -1,0 +1,250 @@
+"""Reducers: the base class of all methods, their registry, and chains of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+
+from foveate import budget
+from foveate.budget import Budget, Keep
+from foveate.errors import FoveateError, InputError, UnknownNameError
+from foveate.probes import Probe
+from foveate.selection import Selection, SpanSelection
+from foveate.tokens import Span, VisualTokens
+
+Stage: TypeAlias = Literal["pixels", "encoder", "before_llm", "in_llm", "projector"]
+Positions: TypeAlias = Literal["original", "compact"]
+
+ENTRY_POINTS = "foveate.reducers"
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """A method: turns visual tokens and probes into a `Selection`.
+
+    A reducer is a frozen dataclass and so is its own configuration: its `repr` goes into result files, and `save`
+    writes it as JSON. The author of a method subclasses it, declares the class variables, and writes `select`.
+
+    Parameters
+    ----------
+    keep
+        The budget: a count, a ratio, a `Budget`, a list with one budget per image of a prompt, or budgets by kind.
+    """
+
+    keep: Keep
+
+    name: ClassVar[str]
+    """Name in the registry; set by `register`."""
+    stage: ClassVar[Stage] = "before_llm"
+    needs: ClassVar[tuple[Probe, ...]] = ()
+    """Probes that `select` reads."""
+    query_aware: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    """Whether kept tokens are combinations of several; merging happens after the projector."""
+    paper: ClassVar[str] = ""
+    positions: ClassVar[Positions] = "compact"
+    """Position ids that the paper gives the kept tokens."""
+
+    def __post_init__(self) -> None:
+        budget.check(self.keep)
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Decide which tokens of each span stay. Touches nothing else."""
+
+    def probes(self) -> tuple[Probe, ...]:
+        """Return the probes that this configuration reads."""
+        return self.needs
+
+    def keeps_all(self, spans: Sequence[Span]) -> bool:
+        """Return whether the budget covers every token of all spans, so that nothing needs to run."""
+        return all(sum(s.budget(self.keep)) >= sum(map(len, s.crops)) for s in spans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON-compatible data that `load_reducer` accepts."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"method": self.name, **fields}
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as a JSON file that `load_reducer` reads."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Budget):
+        return {"budget": value.value, "per": value.per}
+    if isinstance(value, Reducer):
+        return value.to_dict()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _rich(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "budget" in value:
+            return Budget(value["budget"], value.get("per", "image"))
+        if "method" in value:
+            return reducer_from_dict(value)
+        return {k: _rich(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return tuple(_rich(v) for v in value)
+    return value
+
+
+R = TypeVar("R", bound=type[Reducer])
+_registry: dict[str, type[Reducer]] = {}
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Register a reducer class under a name, as a class decorator.
+
+    Raises
+    ------
+    FoveateError
+        If the name is not lower case, is taken, or the class is not a frozen dataclass.
+    """
+
+    def decorate(cls: R) -> R:
+        if name != name.lower() or not name.replace("_", "").replace("+", "").isalnum():
+            raise FoveateError(f"a method name has lower-case letters, digits and '_': {name!r} does not")
+        if name in _registry and _registry[name].__qualname__ != cls.__qualname__:
+            raise FoveateError(f"the method name {name!r} is taken by {_registry[name].__qualname__}")
+        if "__dataclass_params__" not in vars(cls) or not vars(cls)["__dataclass_params__"].frozen:
+            raise FoveateError(f"put @dataclass(frozen=True) below @register({name!r}): a reducer is its configuration")
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return decorate
+
+
+def _all() -> dict[str, type[Reducer]]:
+    import foveate.methods  # noqa: F401  registers the built-in methods
+
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name not in _registry:
+            register(point.name)(point.load())
+    return _registry
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Return the names of all registered methods that match a shell-style pattern, sorted."""
+    return sorted(fnmatch.filter(_all(), pattern))
+
+
+def get_method(name: str) -> type[Reducer]:
+    """Return the class registered under a name.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is none; the message lists those there are.
+    """
+    methods = _all()
+    if name not in methods:
+        raise UnknownNameError(f"no method is called {name!r}; there are: {', '.join(sorted(methods))}")
+    return methods[name]
+
+
+def reducer_from_dict(data: dict[str, Any]) -> Reducer:
+    """Build a reducer from the data of `Reducer.to_dict`."""
+    if not isinstance(data, dict) or "method" not in data:
+        raise FoveateError('a reducer configuration is an object with the keys "method", "keep", ...')
+    cls = get_method(data["method"])
+    arguments = {key: _rich(value) for key, value in data.items() if key != "method"}
+    if cls is Chain:
+        return Chain(*arguments["reducers"])
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise FoveateError(_signature_help(cls, arguments)) from error
+
+
+def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
+    """Return a reducer from a registered name and its parameters, or from a JSON file that `Reducer.save` wrote.
+
+    Examples
+    --------
+    >>> load_reducer("vispruner", keep=64)
+    VisPruner(keep=64, important_ratio=0.5, step=8, order='similarity')
+    """
+    if isinstance(method, Reducer):
+        return dataclasses.replace(method, **config) if config else method
+    if isinstance(method, Path) or str(method).endswith(".json"):
+        return reducer_from_dict({**json.loads(Path(method).read_text(encoding="utf-8")), **config})
+    return reducer_from_dict({"method": method, **config})
+
+
+def _signature_help(cls: type[Reducer], given: dict[str, Any]) -> str:
+    known = [f.name for f in dataclasses.fields(cls)]
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing, unknown = [n for n in required if n not in given], [n for n in given if n not in known]
+    faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"does not know {', '.join(unknown)}"] * bool(unknown)
+    return f"{cls.name} {' and '.join(faults)}; its parameters are: {', '.join(known)}"
+
+
+@register("chain")
+@dataclass(frozen=True, init=False, repr=False)
+class Chain(Reducer):
+    """Reducers one after the other, each on what the one before it has left.
+
+    Examples
+    --------
+    >>> from foveate import Chain, VisPruner
+    >>> Chain(VisPruner(keep=0.5), VisPruner(keep=32, important_ratio=0.0))  # doctest: +SKIP
+    """
+
+    reducers: tuple[Reducer, ...]
+
+    def __init__(self, *reducers: Reducer):
+        if not reducers or not all(isinstance(r, Reducer) for r in reducers):
+            raise FoveateError("a chain is made of reducers: Chain(VisPruner(keep=0.5), ...)")
+        if any(r.stage != "before_llm" for r in reducers):
+            raise FoveateError("a chain holds methods of the stage 'before_llm' so far")
+        if any(r.merges for r in reducers[:-1]):
+            raise FoveateError("a method that merges tokens can only be the last of a chain")
+        object.__setattr__(self, "reducers", reducers)
+        object.__setattr__(self, "keep", reducers[-1].keep)
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.reducers))})"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, "reducers": [r.to_dict() for r in self.reducers]}
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        return self.reducers[-1].merges
+
+    def probes(self) -> tuple[Probe, ...]:
+        return tuple(dict.fromkeys(p for r in self.reducers for p in r.probes()))
+
+    def keeps_all(self, spans: Sequence[Span]) -> bool:
+        return all(r.keeps_all(spans) for r in self.reducers)
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        *head, last = self.reducers
+        for reducer in head:
+            tokens = tokens.after(reducer.select(tokens))
+        return last.select(tokens)
+
+
+def identity(spans: Sequence[Span]) -> Selection:
+    """Return the selection that keeps every token of the given spans."""
+    import torch
+
+    return Selection(tuple(SpanSelection(len(s), torch.arange(len(s)), sample=s.sample, kind=s.kind) for s in spans))
+
+
+__all__ = ["Chain", "InputError", "Reducer", "get_method", "list_methods", "load_reducer", "register"]
