@@ -204,7 +204,7 @@ def _attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     raise UnsupportedModelError(f"{type(module).__name__} has no attention function called {name!r}")
 
 
-class _Reached(Exception):
+class _ReachedLastLayer(Exception):  # noqa: N818
     """Ends a pass through the encoder once the last layer that anybody reads has run."""
 
 
@@ -219,12 +219,12 @@ def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, *
     def keep(layer: nn.Module, _: Any, output: Any) -> None:
         outputs[layer] = output[0] if isinstance(output, tuple) else output
         if len(outputs) == len(set(layers)) and not managed:
-            raise _Reached
+            raise _ReachedLastLayer
 
     hooks = [layer.register_forward_hook(keep) for layer in dict.fromkeys(layers)]
     try:
         encoder(*args, **kwargs)
-    except _Reached:
+    except _ReachedLastLayer:
         pass
     finally:
         for hook in hooks:

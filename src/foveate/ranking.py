@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def descending(scores: Tensor) -> Tensor:
-    """Return indices that sort ``[B, N]`` scores from high to low, ties and non-numbers in index order, the latter last."""
+    """Return the indices that sort scores ``[B, N]`` from high to low, ties in index order, NaN last."""
     return scores.float().nan_to_num(nan=-torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 

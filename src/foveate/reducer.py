@@ -12,9 +12,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
+import torch
+
 from foveate import budget
 from foveate.budget import Budget, Keep
-from foveate.errors import FoveateError, InputError, UnknownNameError
+from foveate.errors import FoveateError, UnknownNameError
 from foveate.probes import Probe
 from foveate.selection import Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
@@ -242,9 +244,7 @@ class Chain(Reducer):
 
 def identity(spans: Sequence[Span]) -> Selection:
     """Return the selection that keeps every token of the given spans."""
-    import torch
-
     return Selection(tuple(SpanSelection(len(s), torch.arange(len(s)), sample=s.sample, kind=s.kind) for s in spans))
 
 
-__all__ = ["Chain", "InputError", "Reducer", "get_method", "list_methods", "load_reducer", "register"]
+__all__ = ["Chain", "Reducer", "get_method", "list_methods", "load_reducer", "register"]

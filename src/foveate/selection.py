@@ -123,8 +123,8 @@ class SpanSelection:
             if not (m.target.shape == m.source.shape == m.weight.shape):
                 raise InputError("the targets, sources and weights of a merge have different lengths")
             if len(m.target) and not (
-                0 <= int(m.target.min()) and int(m.target.max()) < len(self)
-                and 0 <= int(m.source.min()) and int(m.source.max()) < self.length
+                int(m.target.min()) >= 0 and int(m.target.max()) < len(self)
+                and int(m.source.min()) >= 0 and int(m.source.max()) < self.length
             ):  # fmt: skip
                 raise InputError("a merge names tokens outside the span")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.budget import Keep, resolve
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import Features, Probe
+from foveate.probes import Probe
 from foveate.selection import Selection, SpanSelection
 
 
@@ -237,6 +237,3 @@ def _merged(parts: list[Tensor], device: torch.device) -> Tensor:
     if not parts:
         return torch.empty(0, dtype=torch.long, device=device)
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).sort().values
-
-
-__all__ = ["Crop", "CropBatch", "Features", "Span", "VisualTokens"]

@@ -119,7 +119,9 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
         if not isinstance(value, Tensor):
             continue
         if key == "attention_mask" and value.dim() != 2:
-            raise InputError(f"an attention mask has shape [batch, length], not {tuple(value.shape)}: pass the 2-D mask")
+            raise InputError(
+                f"an attention mask has shape [batch, length], not {tuple(value.shape)}: pass the 2-D mask"
+            )
         fill = pad_id if key == "input_ids" else _FILL.get(key, 0)
         if value.shape[:2] == shape:
             out[key] = compaction.apply(value, fill)

@@ -64,7 +64,11 @@ class Settings:
 
     @classmethod
     def make(
-        cls, method: str | Path | Reducer, positions: Positions | None, separators: Separators, config: Mapping[str, Any]
+        cls,
+        method: str | Path | Reducer,
+        positions: Positions | None,
+        separators: Separators,
+        config: Mapping[str, Any],
     ) -> Settings:
         reducer = load_reducer(method, **config)
         if reducer.stage not in ("pixels", "before_llm"):
@@ -267,7 +271,7 @@ class Handle:
                 f"{_handles[model].settings.reducer!r} is attached to this model already: detach it first, "
                 "or attach a Chain of both"
             )
-        self.settings = settings
+        self.settings: Settings = settings
         self.selection: Selection | None = None
         self._batch = 0
         self._model, self._family = model, family
@@ -426,7 +430,7 @@ class Handle:
             self.selection, self._batch = selection, len(ids)
 
 
-class _WholePrompt(BaseStreamer):
+class _WholePrompt(BaseStreamer):  # type: ignore[misc]
     """Shows a streamer the full prompt where the model was given the compact one."""
 
     def __init__(self, streamer: BaseStreamer, prompt: Tensor):

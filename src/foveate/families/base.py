@@ -55,7 +55,7 @@ class Family(ABC):
         Without merging only the kept tokens are projected, all spans at once.
         """
         chosen = tokens.hidden if merges else selection.apply(tokens.hidden)
-        projected = list(self.project(model, torch.cat(chosen)).split([len(x) for x in chosen]))
+        projected = list(torch.split(self.project(model, torch.cat(chosen)), [len(x) for x in chosen]))
         for i, span in enumerate(tokens.spans):
             kept = None if merges else selection[i].kept
             projected[i] = self.fill_separators(model, span, projected[i], kept)
@@ -120,7 +120,12 @@ def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
 
 
 def run_tower(
-    tower: nn.Module, pixels: Tensor, feature_layers: Sequence[int], has_cls: bool, probes: Sequence[Probe], **kwargs: Any
+    tower: nn.Module,
+    pixels: Tensor,
+    feature_layers: Sequence[int],
+    has_cls: bool,
+    probes: Sequence[Probe],
+    **kwargs: Any,
 ) -> tuple[Tensor, dict[Probe, Tensor]]:
     """Run a CLIP-like vision tower up to the last layer that is read.
 
@@ -182,18 +187,25 @@ def crop_rows(x: Tensor, crop: Crop, grid: Grid) -> Tensor:
         return row
     assert crop.grid is not None
     (top, left), (h, w) = crop.offset, crop.grid
-    return row.unflatten(0, grid)[top : top + h, left : left + w].flatten(0, 1)
+    return row.reshape(*grid, *row.shape[1:])[top : top + h, left : left + w].flatten(0, 1)
 
 
 def resized_crops(
-    tower: nn.Module, pixels: Tensor, crops: Sequence[Crop], grids: Sequence[Grid], patch: int, feature_layers: Sequence[int]
+    tower: nn.Module,
+    pixels: Tensor,
+    crops: Sequence[Crop],
+    grids: Sequence[Grid],
+    patch: int,
+    feature_layers: Sequence[int],
 ) -> list[Tensor]:
     """Encode crops from smaller pictures, so that each makes the given grid of tokens, ``[h * w, C]`` each."""
     results: list[Tensor] = []
     for crop, (h, w) in zip(crops, grids, strict=True):
         assert crop.grid is not None
         (top, left), (rows, columns) = crop.offset, crop.grid
-        picture = pixels[crop.encoder_row, :, top * patch : (top + rows) * patch, left * patch : (left + columns) * patch]
+        picture = pixels[
+            crop.encoder_row, :, top * patch : (top + rows) * patch, left * patch : (left + columns) * patch
+        ]
         small = nn.functional.interpolate(
             picture[None].float(), size=(h * patch, w * patch), mode="bicubic", antialias=True, align_corners=False
         )
@@ -202,7 +214,9 @@ def resized_crops(
     return results
 
 
-def token_planes(crops: Sequence[Crop], grid: Grid, features: Tensor, values: Mapping[Probe, Tensor]) -> dict[Probe, list[Tensor]]:
+def token_planes(
+    crops: Sequence[Crop], grid: Grid, features: Tensor, values: Mapping[Probe, Tensor]
+) -> dict[Probe, list[Tensor]]:
     """Cut encoder features ``[R, H * W, C]`` and probe values into one tensor per crop."""
     planes: dict[Probe, list[Tensor]] = {Features(): [crop_rows(features.detach(), c, grid) for c in crops]}
     for probe, value in values.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Llava(Family):
 
     name = "llava"
     model_types = ("llava",)
-    inputs = {"pixel_values": "image"}
+    inputs: ClassVar = {"pixel_values": "image"}
     side_inputs = ("image_sizes",)
     notes = "one grid per image; pruned between the vision tower and the projector"
 
@@ -69,7 +69,7 @@ def patch_grid(model: Any, pixels: Tensor) -> Grid:
 
 def strategy(model: Any, inputs: Mapping[str, Any]) -> str:
     """Return whether the projector reads the ``[CLS]`` token (``"full"``) or not (``"default"``)."""
-    return inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
+    return str(inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy)
 
 
 def feature_layers(model: Any, inputs: Mapping[str, Any]) -> list[int]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from foveate.families.base import Grid, placeholder_columns, resized_crops, run_tower, token_planes
-from foveate.families.llava import Llava, feature_layers, strategy
 from foveate.errors import UnsupportedModelError
+from foveate.families.base import Grid, crop_rows, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.families.llava import Llava, feature_layers, strategy
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -37,7 +37,8 @@ class LlavaNext(Llava):
             layouts.append(_layout(side, tiles, size, row))
             row += 1 + tiles[0] * tiles[1]
         lengths = [length for length, _ in layouts]
-        ids, spans = inputs["input_ids"].cpu(), []
+        ids = inputs["input_ids"].cpu()
+        spans: list[Span] = []
         for i, (sample, columns) in enumerate(placeholder_columns(ids, model.config.image_token_id, lengths, "image")):
             crops = layouts[i][1]
             ordinal = sum(s.sample == sample for s in spans)
@@ -128,8 +129,6 @@ def _crop_pixels(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _in_span_order(span: Span, patches: Tensor, side: int) -> Tensor:
-    from foveate.families.base import crop_rows
-
     hidden = patches.new_zeros(len(span), patches.shape[-1])
     index = torch.cat([crop.index for crop in span.crops]).to(patches.device)
     return hidden.index_copy(0, index, torch.cat([crop_rows(patches, c, (side, side)) for c in span.crops]))

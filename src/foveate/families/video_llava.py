@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class VideoLlava(Family):
 
     name = "video_llava"
     model_types = ("video_llava",)
-    inputs = {"pixel_values": "image", "pixel_values_videos": "video"}
+    inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
     notes = "frames are crops; each frame's [CLS] token follows `separators`"
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from foveate.methods.uniform import cells, centres
+from foveate.grids import cells, crop_budgets
 from foveate.reducer import Reducer, register
-from foveate.selection import Merge, Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.selection import Merge, Selection, SpanSelection
+from foveate.tokens import Span, VisualTokens
 
 
 @register("pool")
@@ -27,30 +28,32 @@ class Pool(Reducer):
     merges = True
 
     def select(self, tokens: VisualTokens) -> Selection:
-        chosen = tokens.per_crop(self.keep, self._pick)
-        spans = []
-        for span, kept in zip(tokens.spans, chosen, strict=True):
-            targets, sources, weights, rank = [], [], [], {int(p): i for i, p in enumerate(kept.kept.tolist())}
-            for crop, count in zip(span.crops, span.budget(self.keep), strict=True):
-                index = crop.index.tolist()
-                assert crop.grid is not None
-                whole = count >= len(crop)
-                windows = [[i] for i in range(len(crop))] if whole else _windows(crop.grid, count)
-                anchors = range(len(crop)) if whole else centres(crop.grid, count)
-                for anchor, window in zip(anchors, windows, strict=True):
-                    targets += [rank[index[anchor]]] * len(window)
-                    sources += [index[i] for i in window]
-                    weights += [1 / len(window)] * len(window)
-            merge = Merge(
-                torch.tensor(targets), torch.tensor(sources), torch.tensor(weights, dtype=torch.float32)
-            )  # fmt: skip
-            spans.append(replace(kept, merge=merge))
-        return Selection(tuple(spans))
+        return Selection(tuple(self._pool(span, tokens.device) for span in tokens.spans))
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
-        index = torch.tensor(centres(crops.require_grid(self.name), count), device=crops.device)
-        return index.expand(len(crops.ordinals), -1)
+    def _pool(self, span: Span, device: torch.device) -> SpanSelection:
+        anchors, targets, sources, weights, pooled = [], [], [], [], 0
+        for crop, grid, count in crop_budgets(span, self.keep, self.name):
+            anchor, target, source, weight = _windows(grid, count)
+            anchors.append(crop.index[anchor])
+            targets.append(target + pooled)
+            sources.append(crop.index[source])
+            weights.append(weight)
+            pooled += len(anchor)
+        kept, order = torch.cat(anchors).sort()
+        rank = order.argsort()
+        merge = Merge(rank[torch.cat(targets)].to(device), torch.cat(sources).to(device), torch.cat(weights).to(device))
+        return SpanSelection(len(span), kept.to(device), merge, span.sample, span.kind)
 
 
-def _windows(grid: tuple[int, int], count: int) -> list[list[int]]:
-    return [[r * grid[1] + c for r in rows for c in columns] for rows, columns in cells(grid, count)]
+@lru_cache(maxsize=256)
+def _windows(grid: tuple[int, int], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the anchors ``[T]`` of the cells, and the target, source and weight of each token of each cell."""
+    parts = cells(grid, count)
+    tokens = [[r * grid[1] + c for r in cell.rows for c in cell.columns] for cell in parts]
+    sizes = torch.tensor([len(window) for window in tokens])
+    return (
+        torch.tensor([cell.middle for cell in parts]),
+        torch.arange(len(parts)).repeat_interleave(sizes),
+        torch.tensor([i for window in tokens for i in window]),
+        (1 / sizes).repeat_interleave(sizes),
+    )
