@@ -91,7 +91,8 @@ def reduce(
 ) -> Reduced:
     """Encode the images of some model inputs, and return inputs that hold only the kept visual tokens.
 
-    The model is not touched: the result goes into the plain ``model.generate`` or ``model.forward``.
+    The model is not touched: the result goes into the plain ``model.generate`` or ``model.forward``. Gradients flow to the
+    projector and the tower; call it under `torch.no_grad` where they are not wanted.
 
     Parameters
     ----------
@@ -319,7 +320,8 @@ class Handle:
         if inputs is not None:
             kwargs["input_ids"] = inputs
         cache = kwargs.get("past_key_values")
-        reduced = self._reduce_continued(kwargs, cache)
+        with torch.no_grad():
+            reduced = self._reduce_continued(kwargs, cache)
         if reduced.compaction is None:
             return self._run_generate(args, reduced)
         full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
