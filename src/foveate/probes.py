@@ -214,9 +214,12 @@ def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, *
     Layers are skipped unless the encoder is managed by accelerate, whose own clean-up must run to the end.
     """
     outputs: dict[nn.Module, Tensor] = {}
+    thread = threading.get_ident()
     managed = any(hasattr(module, "_hf_hook") for module in encoder.modules())
 
     def keep(layer: nn.Module, _: Any, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return  # a pass of another thread through the same encoder
         outputs[layer] = output[0] if isinstance(output, tuple) else output
         if len(outputs) == len(set(layers)) and not managed:
             raise _ReachedLastLayer
