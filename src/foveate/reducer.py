@@ -57,6 +57,8 @@ class Reducer(ABC):
 
     def __post_init__(self) -> None:
         budget.check(self.keep)
+        if isinstance(self.keep, list):
+            object.__setattr__(self, "keep", tuple(self.keep))
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
@@ -166,6 +168,8 @@ def reducer_from_dict(data: dict[str, Any]) -> Reducer:
     cls = get_method(data["method"])
     arguments = {key: _rich(value) for key, value in data.items() if key != "method"}
     if cls is Chain:
+        if set(arguments) != {"reducers"}:
+            raise FoveateError("a chain has one parameter, its reducers: set the parameters of these")
         return Chain(*arguments["reducers"])
     try:
         return cls(**arguments)
@@ -182,7 +186,7 @@ def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
     VisPruner(keep=64, important_ratio=0.5, step=8, order='similarity')
     """
     if isinstance(method, Reducer):
-        return dataclasses.replace(method, **config) if config else method
+        return reducer_from_dict({**method.to_dict(), **config}) if config else method
     if isinstance(method, Path) or str(method).endswith(".json"):
         return reducer_from_dict({**json.loads(Path(method).read_text(encoding="utf-8")), **config})
     return reducer_from_dict({"method": method, **config})
