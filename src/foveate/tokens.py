@@ -114,10 +114,11 @@ class CropBatch:
         return self.planes[probe]
 
     def require_grid(self, method: str) -> tuple[int, int]:
-        """Return the grid, or raise if the tokens do not form one any more."""
+        """Return the grid, or raise if the tokens form none: thinned out before, or of several crops at once."""
         if self.grid is None:
             raise InputError(
-                f"{method} needs the whole token grid, but an earlier method has thinned it out: put {method} first"
+                f"{method} needs the whole token grid of a crop: put it first in the chain, and use a budget "
+                "per 'image' or per 'crop'"
             )
         return self.grid
 

@@ -31,6 +31,9 @@ class Pool(Reducer):
         return Selection(tuple(self._pool(span, tokens.device) for span in tokens.spans))
 
     def _pool(self, span: Span, device: torch.device) -> SpanSelection:
+        if self.keeps_all([span]):
+            kept = torch.cat([crop.index for crop in span.crops]).sort().values
+            return SpanSelection(len(span), kept.to(device), sample=span.sample, kind=span.kind)
         anchors, targets, sources, weights, pooled = [], [], [], [], 0
         for crop, grid, count in crop_budgets(span, self.keep, self.name):
             anchor, target, source, weight = _windows(grid, count)
