@@ -1,0 +1,233 @@
+import copy
+import math
+import threading
+
+import pytest
+import torch
+from transformers import AttentionInterface, CLIPVisionModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import foveate.probes
+from foveate.errors import UnsupportedModelError
+from foveate.families.base import encoder_layers, run_tower
+from foveate.probes import Attention, Features, cls_row, layer_outputs, received, tap
+from tiny import PIXELS, spread, vision_config
+
+PROBES = (
+    Attention("cls"),
+    Attention("received"),
+    Attention("cls", layers=(-2, -1)),
+    Attention("received", layers=(-1, -2)),
+    Features(),
+)
+
+
+def tower(attention="sdpa"):
+    built = spread(CLIPVisionModel(vision_config()))
+    built.set_attn_implementation(attention)
+    return built
+
+
+def pictures(seed=0, n=2):
+    return torch.randn(n, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(pixels):
+    """Attention maps of the two layers that are read and the features, from the eager tower."""
+    with torch.no_grad():
+        out = tower("eager")(pixels, output_attentions=True, output_hidden_states=True)
+    first, second = out.attentions[:2]
+
+    def from_cls(a):
+        return a[:, :, 0, 1:].mean(1)
+
+    def on_average(a):
+        return a.mean(1).mean(1)[:, 1:]
+
+    return out.hidden_states[-2], {
+        PROBES[0]: from_cls(second),
+        PROBES[1]: on_average(second),
+        PROBES[2]: torch.stack([from_cls(first), from_cls(second)], -1),
+        PROBES[3]: torch.stack([on_average(second), on_average(first)], -1),
+    }
+
+
+def flash_like(module, query, key, value, attention_mask, **kwargs):
+    flash_like.calls += 1
+    kwargs.pop("output_attentions", None)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register("lightning_attention", flash_like)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "lightning_attention"])
+def test_attention_equals_the_eager_maps(attention):
+    encoder, pixels = tower(attention), pictures()
+    flash_like.calls = 0
+    with torch.no_grad():
+        features, values = run_tower(encoder, pixels, [-2], True, PROBES)
+    hidden, maps = expected(pixels)
+    torch.testing.assert_close(features, hidden, atol=1e-5, rtol=1e-5)
+    assert set(values) == set(maps)
+    for probe, value in maps.items():
+        torch.testing.assert_close(values[probe], value, atol=1e-6, rtol=1e-5)
+    # The maps are not flat, else any values would do.
+    assert values[PROBES[0]].std() > 1e-3
+    assert flash_like.calls == (2 if attention == "lightning_attention" else 0)
+    assert encoder.config._attn_implementation == attention
+
+
+def test_auto_reads_the_cls_row_where_there_is_one():
+    with torch.no_grad():
+        _, values = run_tower(tower(), pictures(), [-2], True, [Attention(), Attention("cls"), Attention("received")])
+        assert torch.equal(values[Attention()], values[Attention("cls")])
+        _, plain = run_tower(tower(), pictures(), [-2], False, [Attention()])
+    assert plain[Attention()].shape[1] == values[Attention("received")].shape[1] + 1
+    torch.testing.assert_close(plain[Attention()].sum(-1), torch.ones(2))
+    with pytest.raises(UnsupportedModelError, match="received"):
+        run_tower(tower(), pictures(), [-2], False, [Attention("cls")])
+
+
+def test_output_of_the_tower_is_that_of_the_plain_tower():
+    encoder, pixels = tower(), pictures()
+    with torch.no_grad():
+        plain = encoder(pixels, output_hidden_states=True).hidden_states
+        for index in (-1, -2, 1):
+            features, _ = run_tower(encoder, pixels, [index], True, [Attention()])
+            assert torch.equal(features, plain[index])
+        both, _ = run_tower(encoder, pixels, [1, -1], True, [])
+    assert torch.equal(both, torch.cat([plain[1], plain[-1]], dim=-1))
+
+
+def test_layers_after_the_last_one_read_do_not_run():
+    encoder, ran = tower(), []
+    for i, layer in enumerate(encoder_layers(encoder)):
+        layer.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    run_tower(encoder, pictures(), [-2], True, [Attention()])
+    assert ran == [0, 1]
+    ran.clear()
+    run_tower(encoder, pictures(), [-3], True, [])
+    assert ran == [0]
+
+
+def test_a_managed_encoder_runs_to_its_end():
+    encoder, ran = tower(), []
+    layers = encoder_layers(encoder)
+    layers[2].register_forward_pre_hook(lambda *_: ran.append(2))
+    layers[0]._hf_hook = object()
+    (out,) = layer_outputs(encoder, [layers[1]], pictures())
+    assert ran == [2]
+    assert torch.equal(out, tower()(pictures(), output_hidden_states=True).hidden_states[-2])
+
+
+def wave(n, c, f):
+    return torch.tensor([[[[f(h, i, j) for j in range(c)] for i in range(n)] for h in range(2)]], dtype=torch.float64)
+
+
+def test_received_check_values():
+    query = wave(16, 4, lambda h, i, c: math.sin(0.7 * (i + 1) + 1.1 * (h + 1) * (c + 1)))
+    key = wave(16, 4, lambda h, i, c: 1.5 * math.cos(0.703 * (i + 1) * (c + 1) + 0.6 * (h + 1)))
+    values = received(query, key, 0.5)
+    published = [0.059091, 0.068178, 0.075789, 0.065843, 0.056212, 0.059994, 0.059977, 0.055996,
+                 0.051159, 0.058784, 0.069677, 0.074087, 0.064927, 0.058036, 0.061830, 0.060417]  # fmt: skip
+    torch.testing.assert_close(values[0], torch.tensor(published), atol=1e-6, rtol=0)
+
+
+def test_received_in_chunks_equals_the_whole_map(monkeypatch):
+    query, key = torch.randn(2, 3, 21, 4), torch.randn(2, 3, 21, 4)
+    whole = (query @ key.mT * 0.5).softmax(-1).mean(1).mean(1)
+    for chunk in (1, 5, 21, 256):
+        monkeypatch.setattr(foveate.probes, "_QUERY_CHUNK", chunk)
+        torch.testing.assert_close(received(query, key, 0.5), whole)
+        torch.testing.assert_close(received(query, key, 0.5, skip=1), whole[:, 1:])
+
+
+def test_half_precision_is_read_in_single():
+    query, key = torch.randn(2, 3, 9, 4).half(), torch.randn(2, 3, 9, 4).half()
+    for reader in (cls_row, received):
+        assert reader(query, key, 0.5).dtype == torch.float32
+        assert torch.equal(reader(query, key, 0.5), reader(query.float(), key.float(), 0.5))
+
+
+class BrokenError(RuntimeError):
+    pass
+
+
+def fail(*_):
+    raise BrokenError
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_exception_leaves_no_trace(attention):
+    encoder, before = tower(attention), tower(attention)
+    hook = encoder_layers(encoder)[1].register_forward_pre_hook(fail)
+    with pytest.raises(BrokenError):
+        run_tower(encoder, pictures(), [-2], True, PROBES)
+    hook.remove()
+    assert encoder.config._attn_implementation == attention
+    assert not foveate.probes._tapped
+    assert foveate.probes._active.get() is None
+    assert not any(module._forward_hooks for module in encoder.modules())
+    with torch.no_grad():
+        after = encoder(pictures()).last_hidden_state
+        assert torch.equal(after, before(pictures()).last_hidden_state)
+
+
+def test_a_layer_too_far_back_is_refused():
+    with pytest.raises(UnsupportedModelError, match="of the 2 layers in use"):
+        run_tower(tower(), pictures(), [-2], True, [Attention(layers=(-3,))])
+    with pytest.raises(UnsupportedModelError, match="hidden state 0"):
+        run_tower(tower(), pictures(), [0], True, [])
+
+
+def test_attention_outside_the_interface_is_reported():
+    encoder = tower()
+    with (
+        pytest.raises(UnsupportedModelError, match="'uniform' or 'random'"),
+        tap(encoder, {torch.nn.Linear(1, 1): {"row": cls_row}}),
+    ):
+        encoder(pictures())
+    assert encoder.config._attn_implementation == "sdpa"
+
+
+def test_threads_do_not_disturb_each_other():
+    encoder = tower()
+    pixels = [pictures(seed) for seed in range(3)]
+    with torch.no_grad():
+        alone = [run_tower(encoder, x, [-2], True, PROBES)[1] for x in pixels[:2]]
+        plain = encoder(pixels[2]).last_hidden_state
+    barrier, faults = threading.Barrier(3), []
+
+    def probe(i):
+        with torch.no_grad():
+            for _ in range(15):
+                barrier.wait(timeout=60)
+                _, values = run_tower(encoder, pixels[i], [-2], True, PROBES)
+                faults.extend(p for p, x in alone[i].items() if not torch.equal(values[p], x))
+
+    def use():
+        with torch.no_grad():
+            for _ in range(15):
+                barrier.wait(timeout=60)
+                if not torch.equal(encoder(pixels[2]).last_hidden_state, plain):
+                    faults.append("plain")
+
+    threads = [threading.Thread(target=probe, args=(i,)) for i in (0, 1)] + [threading.Thread(target=use)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert not barrier.broken
+    assert encoder.config._attn_implementation == "sdpa"
+    assert not foveate.probes._tapped
+
+
+def test_towers_that_share_a_configuration():
+    config = copy.deepcopy(vision_config())
+    first, second = (spread(CLIPVisionModel(config), seed) for seed in (0, 1))
+    second.config = first.config
+    for encoder in (first, second, first):
+        run_tower(encoder, pictures(), [-2], True, [Attention()])
+    assert first.config._attn_implementation == "sdpa"

@@ -1,0 +1,152 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+
+import foveate.reducer
+from foveate import Budget, Chain, FoveateError, Reducer, VisPruner, list_methods, load_reducer, register
+from foveate.errors import BudgetError, UnknownNameError
+from foveate.methods import Downsample, Pool, Random, Uniform
+from foveate.reducer import get_method, identity, reducer_from_dict
+from foveate.selection import Selection
+from tiny import METHODS, make, method_id
+
+KEEPS = [64, 0.25, Budget(8, per="joint"), [8, 0.5], (8, Budget(4, per="crop")), {"image": 8, "video": Budget(0.5)}]
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    foveate.reducer._all()
+    registry = dict(foveate.reducer._registry)
+    monkeypatch.setattr(foveate.reducer, "_registry", registry)
+    return registry
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=str)
+@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+def test_save_and_load(entry, keep, tmp_path):
+    reducer = make(entry, keep)
+    reducer.save(tmp_path / "reducer.json")
+    for path in (tmp_path / "reducer.json", str(tmp_path / "reducer.json")):
+        loaded = load_reducer(path)
+        assert loaded == reducer
+        assert repr(loaded) == repr(reducer)
+    assert load_reducer(tmp_path / "reducer.json", keep=3).keep == 3
+
+
+def test_chain_saves_and_loads(tmp_path):
+    chain = Chain(VisPruner(keep=0.5, step=None), Chain(Random(keep=[9, 8], seed=4), Pool(keep=Budget(3, per="crop"))))
+    chain.save(tmp_path / "chain.json")
+    loaded = load_reducer(tmp_path / "chain.json")
+    assert loaded == chain
+    assert repr(loaded) == repr(chain)
+    assert "Chain(VisPruner(keep=0.5" in repr(chain)
+    assert loaded.merges
+    assert not Chain(VisPruner(keep=0.5)).merges
+    assert chain.probes() == VisPruner(keep=1).probes()
+
+
+def test_every_registered_method_is_in_the_table():
+    assert {name for name, _ in METHODS} | {"chain"} >= set(list_methods())
+
+
+def test_configuration_is_the_parameters_and_nothing_else():
+    assert Downsample(keep=8).to_dict() == {"method": "downsample", "keep": 8}
+    assert Downsample.stage == "pixels"
+    assert repr(Uniform(keep=0.5)) == "Uniform(keep=0.5)"
+    assert VisPruner(keep=8).to_dict() == {
+        "method": "vispruner", "keep": 8, "important_ratio": 0.5, "step": 8, "order": "similarity",
+    }  # fmt: skip
+    json.dumps(VisPruner(keep={"image": Budget(3)}).to_dict())
+
+
+def test_reducers_are_values():
+    assert Uniform(keep=[8, 4]) == Uniform(keep=(8, 4))
+    assert len({Uniform(keep=[8, 4]), Uniform(keep=(8, 4)), Uniform(keep=8)}) == 2
+    with pytest.raises(AttributeError):
+        Uniform(keep=8).keep = 9
+
+
+def test_load_by_name_and_with_changes():
+    assert load_reducer("vispruner", keep=64) == VisPruner(keep=64)
+    reducer = VisPruner(keep=64)
+    assert load_reducer(reducer) is reducer
+    assert load_reducer(reducer, step=4) == VisPruner(keep=64, step=4)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: load_reducer("vispruner"), FoveateError, "lacks keep; its parameters are: keep, important_ratio"),
+        (lambda: load_reducer("vispruner", keep=8, k=3), FoveateError, "does not know k"),
+        (lambda: load_reducer(VisPruner(keep=8), k=3), FoveateError, "does not know k"),
+        (lambda: load_reducer(Chain(VisPruner(keep=8)), keep=3), FoveateError, "one parameter, its reducers"),
+        (lambda: load_reducer("vispruna", keep=8), UnknownNameError, "'vispruna'; there are: .*vispruner"),
+        (lambda: load_reducer("uniform", keep=0), BudgetError, "at least 1"),
+        (lambda: reducer_from_dict({"keep": 8}), FoveateError, '"method"'),
+        (lambda: reducer_from_dict([]), FoveateError, '"method"'),
+        (lambda: Chain(), FoveateError, "made of reducers"),
+        (lambda: Chain("vispruner"), FoveateError, "made of reducers"),
+        (lambda: Chain(Downsample(keep=8), Uniform(keep=4)), FoveateError, "before_llm"),
+        (lambda: Chain(Pool(keep=8), Uniform(keep=4)), FoveateError, "last"),
+    ],
+)
+def test_errors_help(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_list_methods_takes_a_pattern():
+    assert list_methods("*prune*") == [name for name in list_methods() if "prune" in name] != []
+    assert list_methods("nothing*") == []
+    assert list_methods() == sorted(list_methods())
+
+
+def test_register(registry):
+    @register("first_two")
+    @dataclass(frozen=True)
+    class FirstTwo(Reducer):
+        def select(self, tokens):
+            return identity(tokens.spans)
+
+    assert get_method("first_two") is FirstTwo
+    assert FirstTwo.name == "first_two"
+    assert load_reducer("first_two", keep=2) == FirstTwo(keep=2)
+
+    with pytest.raises(FoveateError, match="taken by"):
+
+        @register("uniform")
+        @dataclass(frozen=True)
+        class Other(Reducer):
+            def select(self, tokens):
+                return identity(tokens.spans)
+
+    with pytest.raises(FoveateError, match="lower-case"):
+        register("Bad-Name")(FirstTwo)
+    with pytest.raises(FoveateError, match="dataclass"):
+
+        @register("thawed")
+        class Thawed(Uniform):
+            pass
+
+
+def test_entry_points_are_loaded(registry, monkeypatch):
+    @dataclass(frozen=True)
+    class Foreign(Reducer):
+        def select(self, tokens):
+            return Selection(())
+
+    class Point:
+        name, loads = "foreign", 0
+
+        def load(self):
+            Point.loads += 1
+            return Foreign
+
+    def points(group):
+        return [Point()] if group == "foveate.reducers" else []
+
+    monkeypatch.setattr(foveate.reducer, "entry_points", points)
+    assert "foreign" in list_methods()
+    assert load_reducer("foreign", keep=3) == Foreign(keep=3)
+    assert Point.loads == 1
