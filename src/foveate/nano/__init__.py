@@ -6,8 +6,11 @@ its 256 visual tokens, so that pruning shows in its accuracy. Everything is in t
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from PIL import Image
 
 from foveate.nano.questions import QUESTION_KINDS, Question
 from foveate.nano.scenes import Scene, SceneObject, scene, scenes
@@ -19,7 +22,40 @@ if TYPE_CHECKING:
 WEIGHTS: Final = Path(__file__).with_name("weights")
 SAMPLE: Final = Path(__file__).with_name("sample.png")
 
-__all__ = ["QUESTION_KINDS", "SAMPLE", "WEIGHTS", "Question", "Scene", "SceneObject", "load", "scene", "scenes"]
+__all__ = [
+    "QUESTION_KINDS",
+    "SAMPLE",
+    "WEIGHTS",
+    "Question",
+    "Sample",
+    "Scene",
+    "SceneObject",
+    "load",
+    "sample",
+    "scene",
+    "scenes",
+]
+
+
+class Sample(NamedTuple):
+    """An image with a question that nano answers rightly, also with ``VisPruner(keep=32)``."""
+
+    image: Image.Image
+    question: str
+    answer: str
+
+
+def sample() -> Sample:
+    """Return the sample of the demo.
+
+    Returns
+    -------
+    Sample
+        A validation scene, 192 x 192 pixels, its question and the right answer.
+    """
+    about = json.loads(SAMPLE.with_suffix(".json").read_text())
+    with Image.open(SAMPLE) as image:
+        return Sample(image.convert("RGB"), about["question"], about["answer"])
 
 
 def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:

@@ -14,7 +14,7 @@ from foveate.nano.scenes import generator, plan_scene, render
 
 
 class Drawn(NamedTuple):
-    """Images uint8 ``[N, 192, 192, 3]``, labels int8 ``[N, 256, 5]`` and, once encoded, features float16 ``[N, 256, D]``."""
+    """Images uint8 ``[N, 192, 192, 3]`` and labels int8 ``[N, 256, 5]`` of one split."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int8]

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from foveate.nano.vocabulary import BACKGROUND_COLORS, ICONS, SHAPES, SIGN
+from foveate.nano.vocabulary import SIGN
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
@@ -155,7 +155,10 @@ PARTS: Final[dict[str, tuple[Part, ...]]] = {
         _body([(0.5, 0.02), (0.72, 0.14), (0.78, 0.6), (0.96, 0.84), (0.04, 0.84), (0.22, 0.6), (0.28, 0.14)]),
     ),
     "flower": (
-        *(_body(_disc(0.5 + 0.3 * math.cos(a), 0.5 + 0.3 * math.sin(a), 0.2)) for a in np.linspace(0, 2 * np.pi, 6)[:5]),
+        *(
+            _body(_disc(0.5 + 0.3 * math.cos(a), 0.5 + 0.3 * math.sin(a), 0.2))
+            for a in np.linspace(0, 2 * np.pi, 6)[:5]
+        ),
         _dark(_disc(0.5, 0.5, 0.17)),
     ),
     "rocket": (
@@ -319,7 +322,7 @@ def draw_clutter(rng: np.random.Generator, image: Image.Image, color: str, amoun
         ink = (red, green, blue)
         x, y, size = rng.uniform(0, SIDE), rng.uniform(0, SIDE), rng.uniform(6, 34)
         style = rng.integers(4)
-        points = rng.uniform(-size / 2, size / 2, (int(rng.integers(3, 7)), 2)) + (x, y)
+        points = rng.uniform(-size / 2, size / 2, (int(rng.integers(3, 7)), 2)) + np.array((x, y))
         corners = (x - size / 2, y - size / 3, x + size / 2, y + size / 3)
         if style == 0:
             pen.line([tuple(p) for p in points], fill=ink, width=int(rng.integers(1, 4)))
@@ -330,6 +333,3 @@ def draw_clutter(rng: np.random.Generator, image: Image.Image, color: str, amoun
         else:
             for dx, dy in points:
                 pen.ellipse((dx - 2, dy - 2, dx + 2, dy + 2), fill=ink)
-
-
-assert set(PARTS) == {*SHAPES, *ICONS, SIGN} and set(BACKGROUND_RGB) == set(BACKGROUND_COLORS)

@@ -76,7 +76,7 @@ def concepts(labels: NDArray[np.int8]) -> NDArray[np.float32]:
     Returns
     -------
     numpy.ndarray
-        float32 ``[B, CONCEPTS]`` of 0 and 1: kinds, colours of objects, regions with objects, digits, background colour.
+        float32 ``[B, CONCEPTS]`` of 0 and 1: kinds, colours and regions of objects, digits, background colour.
     """
     found = np.zeros((len(labels), CONCEPTS), np.float32)
     kind, color, region, digit = (labels[..., column].astype(np.int64) for column in (KIND, COLOR, REGION, DIGIT))

@@ -29,7 +29,8 @@ def _layer_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+    return split
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -37,7 +38,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> T
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
-    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    mixed: Tensor = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    return mixed
 
 
 def patches(images: Tensor) -> Tensor:
@@ -53,8 +55,8 @@ def patches(images: Tensor) -> Tensor:
     torch.Tensor
         float32 ``[B, 256, 432]``, scaled to -1 .. 1.
     """
-    x = images.unflatten(2, (GRID, PATCH)).unflatten(1, (GRID, PATCH))
-    return x.permute(0, 1, 3, 5, 2, 4).reshape(len(images), GRID * GRID, -1).float() / 127.5 - 1
+    x = images.reshape(-1, GRID, PATCH, GRID, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(len(images), GRID * GRID, -1).float() / 127.5 - 1
 
 
 def tower(weights: Weights, recipe: Recipe, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,14 +13,14 @@ from foveate.nano.vocabulary import ALL_COLORS, DIGITS, KINDS, REGIONS
 # Most patches show background; it counts less.
 BACKGROUND_WEIGHT = 0.15
 SHARPNESS = 8.0
-_SIZES = (len(KINDS) + 1, len(ALL_COLORS), len(REGIONS), len(DIGITS), 1)
+_SIZES = [len(KINDS) + 1, len(ALL_COLORS), len(REGIONS), len(DIGITS), 1]
 _COLUMNS = (KIND, COLOR, REGION, DIGIT)
 _PART_WEIGHTS = (1.0, 1.0, 0.5, 0.5)
 
 
 def split_logits(logits: Tensor) -> tuple[Tensor, ...]:
     """Cut scores over ``ALIGNED`` ``[..., 53]`` into kind, colour, region, digit and centre."""
-    return logits.split(_SIZES, -1)
+    return torch.split(logits, _SIZES, -1)
 
 
 def patch_weights(labels: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def visual_targets(words: Tensor, places: Tensor, labels: Tensor) -> Tensor:
     torch.Tensor
         ``[B, 256, D]``.
     """
-    kinds, colors, regions, digits, center = words[_aligned_ids()].split(_SIZES)
+    kinds, colors, regions, digits, center = torch.split(words[_aligned_ids()], _SIZES)
     target = kinds[labels[..., KIND].clamp(min=0)] + colors[labels[..., COLOR].clamp(min=0)]
     target = target + REGION_SCALE * regions[labels[..., REGION]] + places
     digit = labels[..., DIGIT]

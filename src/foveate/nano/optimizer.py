@@ -69,7 +69,7 @@ class FlatAdamW:
 
     def trained(self) -> Weights:
         """The float32 weights by name."""
-        parts = self.master.split(self.sizes)
+        parts = torch.split(self.master, self.sizes)
         return {name: part.view(self.weights[name].shape) for name, part in zip(self.names, parts, strict=True)}
 
     def save(self, path: Path) -> None:

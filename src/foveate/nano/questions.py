@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from foveate.nano.vocabulary import COLORS, KINDS, PLURALS, REGIONS, RELATIONS, SIGN
+from foveate.nano.vocabulary import COLORS, KINDS, PLURALS, RELATIONS, SIGN
 
 if TYPE_CHECKING:
     from foveate.nano.scenes import SceneObject
@@ -208,6 +208,3 @@ def ask(
             if found is not None:
                 asked.setdefault(found[0], Question(*found, kind))
     return tuple(asked.values())
-
-
-assert set(ASKERS) == set(QUESTION_KINDS) == set(PER_KIND) and len(REGIONS) == 9

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from foveate.errors import UnknownNameError
 from foveate.nano import drawing
 from foveate.nano.drawing import SIDE
 from foveate.nano.questions import Question, ask
@@ -118,7 +119,7 @@ def generator(*key: str | int) -> np.random.Generator:
 def bucket(plan: Plan) -> int:
     """Number from 0 to 7 that decides the split a plan may occur in.
 
-    It depends on what is shown where and on nothing else, so that no seed can bring the same arrangement into two splits.
+    It depends on what is shown where and on nothing else: no seed can bring the same arrangement into two splits.
 
     Parameters
     ----------
@@ -150,7 +151,7 @@ def plan_scene(split: str, seed: int, index: int) -> Plan:
         Objects with their boxes, and the background.
     """
     if split not in BUCKETS:
-        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(BUCKETS)}")
+        raise UnknownNameError(f"split {split!r} is unknown; use one of {', '.join(BUCKETS)}")
     rng = generator(split, seed, index, "plan")
     while True:
         plan = _draw_plan(rng)
@@ -217,14 +218,10 @@ def _draw_box(
         size = int(rng.integers(smallest, max(smallest + 1, LARGEST + 1 - attempt)))
         row, column = rng.integers(3, size=2)
         half = size / 2 + 2
-        x, y = (
-            min(max(c * cell + rng.uniform(4, cell - 4), half), SIDE - half) for c in (float(column), float(row))
-        )
+        x, y = (min(max(c * cell + rng.uniform(4, cell - 4), half), SIDE - half) for c in (float(column), float(row)))
         left, top = int(x - size / 2), int(y - size / 2)
         box = (left, top, left + size, top + size)
-        if all(
-            box[0] >= b[2] + 3 or b[0] >= box[2] + 3 or box[1] >= b[3] + 3 or b[1] >= box[3] + 3 for b in boxes
-        ):
+        if all(box[0] >= b[2] + 3 or b[0] >= box[2] + 3 or box[1] >= b[3] + 3 or b[1] >= box[3] + 3 for b in boxes):
             return box
     return None
 
@@ -300,7 +297,7 @@ def scenes(seed: int = 0, n: int = 100, split: str = "validation") -> Iterator[S
 
     Raises
     ------
-    ValueError
+    UnknownNameError
         If ``split`` is unknown.
 
     Examples

@@ -42,9 +42,10 @@ PLURALS: Final = {kind: {"fish": "fishes", "cross": "crosses"}.get(kind, f"{kind
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 SPECIALS: Final = (PAD, BOS, EOS, UNKNOWN, IMAGE)
 GLUE: Final = (
-    "is there a an the what which where how many of in on at and to it this that are object objects color shape "
-    "number background above below yes no no-color"
-).split()
+    *("is", "there", "a", "an", "the", "what", "which", "where", "how", "many", "of", "in", "on", "at", "and", "to"),
+    *("it", "this", "that", "are", "object", "objects", "color", "shape", "number", "background", "above", "below"),
+    *("yes", "no", "no-color"),
+)
 
 
 def vocabulary() -> tuple[str, ...]:

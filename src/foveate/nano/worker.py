@@ -179,7 +179,11 @@ class Worker:
         return encoded[0], encoded[1]  # type: ignore[return-value]
 
     def train_decoder(
-        self, tower_weights: Weights, train: NDArray[np.float16], validation: NDArray[np.float16], stop: int | None = None
+        self,
+        tower_weights: Weights,
+        train: NDArray[np.float16],
+        validation: NDArray[np.float16],
+        stop: int | None = None,
     ) -> Weights:
         """Train decoder and projector to answer, on the frozen tower's features; resumes from its checkpoint.
 
@@ -224,9 +228,7 @@ class Worker:
             key = (*key, self.recipe.seed, step)
         return ask(plan.objects, plan.background, generator(*key))
 
-    def _hidden(
-        self, weights: Weights, features: Tensor, texts: Texts, compression: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _hidden(self, weights: Weights, features: Tensor, texts: Texts, compression: Tensor) -> tuple[Tensor, Tensor]:
         projected = project(weights, features)
         embeddings = weights[TEXT + "embed_tokens.weight"]
         start = embeddings[BOS_ID].expand(len(features), 1, -1)
