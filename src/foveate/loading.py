@@ -1,0 +1,221 @@
+"""Loading: models by name, folder or hub id, images from files, and prompts for them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from foveate.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
+from foveate.families import FAMILIES
+
+IMAGE, QUESTION = "<image>", "{question}"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, SafetensorError)
+
+
+def load_model(
+    name: str, dtype: str = "auto", device_map: str | None = None, attn: str | None = None
+) -> tuple[Any, Any]:
+    """Load a model of a supported family, and its processor.
+
+    Parameters
+    ----------
+    name
+        ``"nano"``, a folder, or a hub id, which is fetched unless it is in the cache.
+    dtype
+        ``"auto"`` (that of the checkpoint), ``"float32"``, ``"bfloat16"``, ``"float16"``.
+    device_map
+        As in `transformers`; by default the whole model goes to the GPU if there is one.
+    attn
+        Attention implementation, such as ``"sdpa"``; by default that of `transformers`.
+
+    Returns
+    -------
+    tuple
+        The model in evaluation mode, and the processor.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such model.
+    UnsupportedModelError
+        If it belongs to no supported family.
+    FoveateError
+        If it cannot be loaded, for instance because its weights are pickled.
+    """
+    kind = _torch_dtype(dtype)
+    if name == "nano":
+        return _load_nano(kind, device_map, attn)
+    _check_name(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        raise UnknownNameError(f"no usable model at {name!r}: {_first_line(error)}") from error
+    known = [model_type for family in FAMILIES.values() for model_type in family.model_types]
+    if config.model_type not in known:
+        raise UnsupportedModelError(
+            f"{name!r} is a model of type {config.model_type!r}; supported are: {', '.join(known)}"
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, trust_remote_code=False,
+            device_map=device_map or _default_device(), **({"attn_implementation": attn} if attn else {}),
+        )  # fmt: skip
+    except _LOADING_ERRORS as error:
+        raise FoveateError(f"cannot load {name!r}: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise FoveateError(f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    return model.eval(), processor
+
+
+def _torch_dtype(dtype: str) -> Any:
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype, None)
+    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise InputError(f"dtype is 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}")
+    return kind
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load_nano(dtype: Any, device_map: str | None, attn: str | None) -> tuple[Any, Any]:
+    try:
+        from foveate import nano
+
+        model, processor = nano.load()
+    except (ImportError, AttributeError, OSError) as error:
+        raise FoveateError(f"the embedded model nano cannot be loaded: {_first_line(error)}") from error
+    try:
+        if attn:
+            model.set_attn_implementation(attn)
+        device = device_map if device_map not in (None, "auto") else _default_device()
+        model = model.to(device) if dtype == "auto" else model.to(device, dtype)
+    except _LOADING_ERRORS as error:
+        raise FoveateError(f"cannot load 'nano' that way: {_first_line(error)}") from error
+    return model.eval(), processor
+
+
+def _check_name(name: str) -> None:
+    folder = Path(name)
+    if not folder.exists():
+        if _HUB_ID.fullmatch(name):
+            return
+        raise UnknownNameError(
+            f"no model {name!r}: pass 'nano', a folder with config.json, or a hub id such as llava-hf/llava-1.5-7b-hf"
+        )
+    if not (folder / "config.json").is_file():
+        raise UnknownNameError(f"no model in {name!r}: a model folder holds config.json and *.safetensors")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise FoveateError(
+            f"{name!r} holds pickled weights only ({pickles[0]}), and unpickling can run any code: "
+            "save the model again with save_pretrained, which writes safetensors"
+        )
+    raise FoveateError(f"{name!r} holds no weights: a model folder holds config.json and *.safetensors")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file as upright 8-bit RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, more than eight bits are scaled down, and the
+    first frame of an animation is taken.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or is no readable image.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no image file at {str(path)!r}")
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise InputError(f"{str(path)!r} is not an image that Pillow can read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read the image {str(path)!r}: {_first_line(error)}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bit(image)
+    if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale a grey image of more than eight bits by the range of the narrowest format that holds its values."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    top = float(values.max())
+    ranges = {"F": (1.0, 255.0, 65535.0), "I": (255.0, 65535.0)}.get(image.mode, (65535.0,))
+    white = next((limit for limit in ranges if top <= limit), top)
+    return Image.fromarray((values.clip(0, white) * (255.0 / white)).round().astype(np.uint8))
+
+
+def prompt_for(processor: Any, question: str, template: str | None = None) -> str:
+    """Put a question about one image into a prompt.
+
+    Parameters
+    ----------
+    template
+        Text with ``<image>`` and ``{question}``. By default the processor's chat template, or, without one, the
+        image's token, a line break and the question.
+    """
+    token = getattr(processor, "image_token", IMAGE)
+    if not question.strip():
+        raise InputError("the question is empty: ask something about the image")
+    if IMAGE in question or token in question:
+        raise InputError(f"the question holds the placeholder {token!r}, which stands for the image: leave it out")
+    if template is not None:
+        if template.count(IMAGE) != 1:
+            raise InputError(f"the prompt template holds {template.count(IMAGE)} {IMAGE} placeholders: it needs one")
+        if QUESTION not in template:
+            raise InputError(f"the prompt template has no place for the question: write {QUESTION} into it")
+        return template.replace(IMAGE, token).replace(QUESTION, question)
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(chat, add_generation_prompt=True))
+    return f"{token}\n{question}"
+
+
+def encoder_view(processor: Any, image: Image.Image) -> Image.Image:
+    """Return the part of an image that the vision encoder sees, in full resolution.
+
+    CLIP's processor cuts the middle out of an image that is not square; LLaVA-NeXT's does not.
+    """
+    settings = processor.image_processor
+    size, crop = getattr(settings, "size", None) or {}, getattr(settings, "crop_size", None) or {}
+    cuts = getattr(settings, "do_center_crop", False) and not getattr(settings, "image_grid_pinpoints", None)
+    shortest = size.get("shortest_edge")
+    if not (cuts and shortest and crop.get("height") and crop.get("width")):
+        return image
+    scale = min(image.size) / shortest
+    width, height = (
+        max(1.0, min(side, crop[key] * scale)) for key, side in zip(("width", "height"), image.size, strict=True)
+    )
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return image.crop((round(left), round(top), round(left + width), round(top + height)))

@@ -1,0 +1,346 @@
+"""The main job: ask a model about an image without and with visual-token reduction, and measure both."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.generation.streamers import BaseStreamer
+
+from foveate.budget import Keep
+from foveate.cost import Cost, kv_bytes, prefill_flops, probe_flops
+from foveate.engines.hf import Separators, Settings, apply, decide, select
+from foveate.errors import BudgetError, UnsupportedModelError
+from foveate.families import Family, family_of
+from foveate.loading import prompt_for
+from foveate.probes import Attention
+from foveate.reducer import Positions, Reducer, identity, load_reducer
+from foveate.selection import Selection
+from foveate.tokens import Span, VisualTokens
+
+BASELINES = ("random", "uniform", "pool", "downsample")
+STAGES = ("vision", "select", "prefill", "decode")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A question about an image, ready for a model.
+
+    Attributes
+    ----------
+    inputs
+        What the processor returned, on the model's device and in its dtype.
+    spans
+        The visual tokens of the prompt.
+    max_new_tokens
+        Limit on the answer.
+    """
+
+    model: Any
+    processor: Any
+    family: Family
+    inputs: dict[str, Any]
+    spans: tuple[Span, ...]
+    max_new_tokens: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Number of visual tokens of the unpruned prompt."""
+        return sum(map(len, self.spans))
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of the other tokens."""
+        return int(self.inputs["input_ids"].shape[1]) - self.visual_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """What came out of one way to run a job.
+
+    Attributes
+    ----------
+    reducer
+        The method; `None` for the stock model.
+    answer
+        The decoded text.
+    selection
+        What was kept.
+    saliency
+        The attention that the method read, ``[n]`` per crop, if any.
+    seconds
+        Median time of each stage and of their sum.
+    cost
+        FLOPs of the prefill, or `None` for a text model whose FLOPs are not known.
+    kv_bytes
+        Bytes of the prompt's KV cache.
+    """
+
+    reducer: Reducer | None
+    answer: str
+    selection: Selection
+    saliency: list[Tensor] | None
+    seconds: dict[str, float]
+    cost: Cost | None
+    kv_bytes: int
+
+    @property
+    def kept(self) -> int:
+        """Number of visual tokens that the LLM gets."""
+        return sum(map(len, self.selection))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON-compatible data."""
+        return {
+            "method": "unpruned" if self.reducer is None else repr(self.reducer),
+            "answer": self.answer,
+            "tokens": self.kept,
+            "flops": None if self.cost is None else self.cost.total,
+            "kv_bytes": self.kv_bytes,
+            "seconds": self.seconds,
+        }
+
+
+def prepare(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    template: str | None = None,
+    max_new_tokens: int = 32,
+) -> Job:
+    """Build the prompt and the model inputs for a question about an image."""
+    family = family_of(model)
+    prompt = prompt_for(processor, question, template)
+    batch = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+    inputs = dict(batch)
+    return Job(model, processor, family, inputs, family.spans(model, inputs), max_new_tokens)
+
+
+def measure(
+    job: Job,
+    reducers: Sequence[Reducer | None],
+    positions: Positions | None = None,
+    separators: Separators = "drop",
+    repeats: int = 3,
+    say: Say = lambda _: None,
+) -> list[Arm]:
+    """Run a job with each reducer, `None` being the stock model, and time the stages.
+
+    Every arm runs once unmeasured, then all arms take turns. The attention implementation is the model's own in all
+    of them.
+
+    Parameters
+    ----------
+    positions, separators
+        See `foveate.engines.hf.Settings`.
+    repeats
+        Measured runs per arm, of which the median counts.
+    say
+        Gets a line about what is going on.
+    """
+    settings = [None if r is None else Settings.make(r, positions, separators, {}) for r in reducers]
+    first, times = [], []
+    for reducer, setting in zip(reducers, settings, strict=True):
+        say(f"warming up {_name(reducer)}")
+        first.append(_once(job, setting, count=True))
+    for turn in range(repeats):
+        say(f"measuring, turn {turn + 1} of {repeats}")
+        times.append([_once(job, setting).seconds for setting in settings])
+    return [
+        _arm(job, reducer, result, [turn[i] for turn in times] or [result.seconds])
+        for i, (reducer, result) in enumerate(zip(reducers, first, strict=True))
+    ]
+
+
+def baselines(reducer: Reducer) -> list[Reducer]:
+    """Return the methods that every comparison includes, at the budget of `reducer` and without itself."""
+    return [load_reducer(name, keep=reducer.keep) for name in BASELINES if name != reducer.name]
+
+
+def parse_keep(text: str) -> Keep:
+    """Read a budget: ``"32"`` counts tokens, ``"0.1"`` and ``"1.0"`` are ratios, ``"64,16"`` is one per image."""
+
+    def number(part: str) -> int | float:
+        try:
+            return int(part)
+        except ValueError:
+            return float(part)
+
+    try:
+        values = [number(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BudgetError(f"a budget is a count such as 64, a ratio such as 0.25, or 64,16: not {text!r}") from error
+    return values if "," in text else values[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    answer: str
+    selection: Selection
+    tokens: VisualTokens | None
+    seconds: dict[str, float]
+    decision_flops: int
+    stock: bool
+
+
+class _Watch:
+    """Adds up the time of stages, waiting for the device at each stop."""
+
+    def __init__(self, device: torch.device):
+        self._device, self.seconds = device, dict.fromkeys(STAGES, 0.0)
+        self._last = self._now()
+
+    def stop(self, stage: str) -> None:
+        now = self._now()
+        self.seconds[stage] += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class _FirstToken(BaseStreamer):  # type: ignore[misc]
+    """Stops the prefill when the first token of the answer arrives."""
+
+    def __init__(self, watch: _Watch):
+        self._watch, self._calls = watch, 0
+
+    def put(self, value: Tensor) -> None:
+        self._calls += 1
+        if self._calls == 2:  # the first call brings the prompt
+            self._watch.stop("prefill")
+
+    def end(self) -> None:
+        self._watch.stop("decode")
+
+
+@torch.no_grad()
+def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
+    watch, tokens, flops = _Watch(job.model.device), None, 0
+    stock = settings is None or settings.reducer.keeps_all(job.spans)
+    ready: Mapping[str, Any]
+    if settings is None or stock:
+        selection = identity(job.spans)
+        ready = _encode_stock(job)
+        watch.stop("vision")
+    else:
+        if settings.reducer.stage == "pixels":
+            selection, embeds = select(job.model, job.family, job.inputs, job.spans, settings)
+        else:
+            tokens = job.family.encode(job.model, job.inputs, job.spans, settings.reducer.probes())
+            watch.stop("vision")
+            selection, flops = _decide(tokens, settings, count)
+            watch.stop("select")
+            embeds = job.family.embed(job.model, tokens, selection, settings.reducer.merges)
+        watch.stop("vision")
+        ready = apply(job.model, job.family, job.inputs, job.spans, selection, embeds, settings.positions)
+        watch.stop("select")
+    prompt = ready["input_ids"].shape[1]
+    out = job.model.generate(
+        **ready, max_new_tokens=job.max_new_tokens, do_sample=False, num_beams=1, streamer=_FirstToken(watch)
+    )
+    answer = job.processor.tokenizer.decode(out[0, prompt:], skip_special_tokens=True).strip()
+    return _Result(answer, selection, tokens, watch.seconds, flops, stock)
+
+
+def _encode_stock(job: Job) -> dict[str, Any]:
+    """Run tower and projector as the stock model does, and hand the result over, so that it can be timed by itself."""
+    inputs = dict(job.inputs)
+    side = {key: inputs[key] for key in job.family.side_inputs if key in inputs}
+    outputs = job.model.get_image_features(inputs["pixel_values"], **side)
+    for key in (*job.family.inputs, *job.family.side_inputs):
+        inputs.pop(key, None)
+    return {**inputs, "mm_encoder_outputs": {"image": outputs}}
+
+
+def _decide(tokens: VisualTokens, settings: Settings, count: bool) -> tuple[Selection, int]:
+    if not count:
+        return decide(tokens, settings), 0
+    with FlopCounterMode(display=False) as counter:
+        selection = decide(tokens, settings)
+    return selection, counter.get_total_flops()
+
+
+def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dict[str, float]]) -> Arm:
+    seconds = {stage: statistics.median(t[stage] for t in times) for stage in STAGES}
+    seconds["total"] = statistics.median(sum(t.values()) for t in times)
+    kept = sum(map(len, result.selection))
+    size = torch.finfo(job.model.dtype).bits // 8
+    cache = kv_bytes(job.model.config.get_text_config(), job.text_tokens + kept, size)
+    saliency = _saliency(reducer, result.tokens)
+    return Arm(reducer, result.answer, result.selection, saliency, seconds, _cost(job, reducer, result), cache)
+
+
+def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
+    config, rows = job.model.config, _rows(job)
+    kept, projected, probes = sum(map(len, result.selection)), None, 0
+    if reducer is None or result.stock:
+        projected = sum(rows)
+    elif reducer.stage == "pixels":
+        rows = [math.prod(grid) for span in job.spans for grid, _ in reducer.plan(span)]  # type: ignore[attr-defined]
+    else:
+        probes = probe_flops(config, reducer.probes(), rows)
+        projected = job.visual_tokens if reducer.merges else None
+    try:
+        return prefill_flops(
+            config, job.visual_tokens, job.text_tokens, kept, rows=rows, projected=projected,
+            early_exit=not result.stock, selection=probes + result.decision_flops,
+        )  # fmt: skip
+    except UnsupportedModelError:
+        return None
+
+
+def _rows(job: Job) -> list[int]:
+    """Return the patches of each picture that goes through the vision tower."""
+    *batch, _, height, width = job.inputs["pixel_values"].shape
+    patch = job.model.config.vision_config.patch_size
+    return [(height // patch) * (width // patch)] * math.prod(batch)
+
+
+def _saliency(reducer: Reducer | None, tokens: VisualTokens | None) -> list[Tensor] | None:
+    if reducer is None or tokens is None:
+        return None
+    probe = next((p for p in reducer.probes() if isinstance(p, Attention)), None)
+    if probe is None:
+        return None
+    return [x.float().cpu() if x.dim() == 1 else x.float().mean(dim=-1).cpu() for x in tokens.probe(probe)]
+
+
+def _name(reducer: Reducer | None) -> str:
+    return "the unpruned model" if reducer is None else reducer.name
+
+
+def report(job: Job, unpruned: Arm, pruned: Arm, others: Sequence[Arm] = ()) -> dict[str, Any]:
+    """Return the outcome of a run as JSON-compatible data."""
+    spans = [
+        {"kind": span.kind, "grid": list(span.grid), "before": len(span), "after": len(chosen)}
+        for span, chosen in zip(job.spans, pruned.selection, strict=True)
+    ]
+    data: dict[str, Any] = {
+        "answer": pruned.answer,
+        "answer_unpruned": unpruned.answer,
+        "method": repr(pruned.reducer),
+        "tokens": {"before": unpruned.kept, "after": pruned.kept, "text": job.text_tokens, "spans": spans},
+        "flops": {"before": unpruned.to_dict()["flops"], "after": pruned.to_dict()["flops"]},
+        "flops_by_part": {
+            when: arm.cost and arm.cost.to_dict() for when, arm in (("before", unpruned), ("after", pruned))
+        },
+        "kv_bytes": {"before": unpruned.kv_bytes, "after": pruned.kv_bytes},
+        "seconds": {"before": unpruned.seconds, "after": pruned.seconds},
+        "kept": [span.kept.tolist() for span in pruned.selection],
+    }
+    if others:
+        data["compare"] = [arm.to_dict() for arm in (unpruned, pruned, *others)]
+    return data
