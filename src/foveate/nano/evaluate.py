@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foveate.engines.hf import Settings, apply, decide
+from foveate.engines.hf import Settings, apply, decide, select
 from foveate.families import family_of
 from foveate.nano.questions import QUESTION_KINDS, Question, ask
 from foveate.nano.scenes import Scene, generator, plan_scene
@@ -110,17 +110,23 @@ class Runner:
 
     def prefix(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, int]:
         """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
-        reducer = condition.reducer
-        if reducer is None:
-            selection = identity(tokens.spans)
-        else:
-            selection = decide(tokens, Settings(reducer, condition.positions))
-        merges = reducer is not None and reducer.merges
-        embeds = self.family.embed(self.model, tokens, selection, merges)
+        selection, embeds = self._kept(inputs, tokens, condition)
         reduced = apply(self.model, self.family, inputs, tokens.spans, selection, embeds, condition.positions)
         cache = self.model(**reduced, use_cache=True, logits_to_keep=1).past_key_values
         full = inputs["input_ids"].shape[1]
         return cache, full if condition.positions == "original" else int(reduced["input_ids"].shape[1])
+
+    def _kept(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, list[Tensor]]:
+        """Selection and embeddings under a condition; only methods that change the pixels encode again."""
+        reducer = condition.reducer
+        if reducer is None:
+            selection = identity(tokens.spans)
+            return selection, self.family.embed(self.model, tokens, selection, merges=False)
+        settings = Settings(reducer, condition.positions)
+        if reducer.stage == "pixels":
+            return select(self.model, self.family, inputs, tokens.spans, settings)
+        selection = decide(tokens, settings)
+        return selection, self.family.embed(self.model, tokens, selection, reducer.merges)
 
     def answer(self, cache: Any, start: int, questions: Sequence[Question]) -> list[str]:
         """First generated word of each question, all of them batched behind one prefix."""

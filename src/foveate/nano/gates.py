@@ -207,6 +207,7 @@ def _curve(log: Path) -> Iterator[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the commit they were made at."""
     """Versions that a result depends on, and the git commit."""
     import transformers
 
