@@ -92,7 +92,7 @@ def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0) -> Tenso
     """
     transposed = key.float().transpose(-1, -2)
     total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
-    for rows in query.split(_QUERY_CHUNK, dim=2):
+    for rows in torch.split(query, _QUERY_CHUNK, dim=2):
         total += (torch.matmul(rows.float(), transposed) * scaling).softmax(dim=-1).sum(dim=2).mean(dim=1)
     return total[:, skip:] / query.shape[2]
 
@@ -177,7 +177,8 @@ def _register_twin(name: str) -> str:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Any:
-        out = _attention_function(name, module)(module, query, key, value, attention_mask, **kwargs)
+        seen = _seen_as(name, module)
+        out = _attention_function(name, module)(seen, query, key, value, attention_mask, **kwargs)
         taps = _active.get()
         if taps is not None:
             scaling = kwargs.get("scaling")
@@ -188,6 +189,22 @@ def _register_twin(name: str) -> str:
     if name in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(twin, ALL_MASK_ATTENTION_FUNCTIONS[name])
     return twin
+
+
+class _View:
+    """An object with some attributes replaced."""
+
+    def __init__(self, seen: Any, **changes: Any):
+        self.__dict__.update(changes, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen, name)
+
+
+def _seen_as(name: str, module: nn.Module) -> Any:
+    """Return a module as the original implementation expects it: flash attention looks its own name up there."""
+    config = getattr(module, "config", None)
+    return module if config is None else _View(module, config=_View(config, _attn_implementation=name))
 
 
 def _original_name(twin: str) -> str:
