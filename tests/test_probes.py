@@ -54,6 +54,8 @@ def expected(pixels):
 
 def flash_like(module, query, key, value, attention_mask, **kwargs):
     flash_like.calls += 1
+    assert module.config._attn_implementation == "lightning_attention"  # flash attention finds its kernel by it
+    assert not module.training
     kwargs.pop("output_attentions", None)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

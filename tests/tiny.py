@@ -170,7 +170,9 @@ def collate(rows: list[dict[str, list[Any]]], side: str = "left", labels: bool =
     if videos := [x for row in rows for x in row["videos"]]:
         out["pixel_values_videos"] = torch.stack(videos)
     if labels:
-        out["labels"] = ids.masked_fill((mask == 0) | (ids == IMAGE) | (ids == VIDEO), -100)
+        # A row's first token would be predicted from padding, or not at all.
+        first = mask.cumsum(1) == 1
+        out["labels"] = ids.masked_fill((mask == 0) | first | (ids == IMAGE) | (ids == VIDEO), -100)
     return out
 
 

@@ -61,6 +61,8 @@ class Span:
         Frames or crops, rows, columns: ``(t, h, w)``.
     crops
         The parts that methods select from. Tokens in no crop are separators (newline vectors, a frame's ``[CLS]``).
+    extents
+        For each separator, the first and the last + 1 of the tokens in the span that it belongs to (a row, a frame).
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Span:
     columns: Tensor
     grid: tuple[int, int, int]
     crops: tuple[Crop, ...]
+    extents: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return int(self.columns.shape[0])

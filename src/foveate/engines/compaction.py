@@ -82,6 +82,7 @@ def plan(ids: Tensor, mask: Tensor | None, spans: Sequence[Span], selection: Sel
         ``[B, L]``, zero at padding, or `None`.
     """
     batch, length = ids.shape
+    check_mask(mask, length)
     host_mask = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.cpu().bool()
     content = host_mask.sum(dim=1)
     keep = host_mask.to(ids.device, copy=True)
@@ -104,6 +105,14 @@ def plan(ids: Tensor, mask: Tensor | None, spans: Sequence[Span], selection: Sel
     return Compaction(columns, length, padded)
 
 
+def check_mask(mask: Tensor | None, length: int) -> None:
+    """Raise `InputError` unless a mask has one entry per column of the prompts."""
+    if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
+        raise InputError(
+            f"an attention mask has shape [batch, {length}] here, not {list(mask.shape)}: pass the 2-D mask"
+        )
+
+
 def full_positions(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     """Return the position ids ``[B, L]`` that the unpruned prompt has, zero at padding."""
     if mask is None:
@@ -118,10 +127,8 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
     for key, value in inputs.items():
         if not isinstance(value, Tensor):
             continue
-        if key == "attention_mask" and value.dim() != 2:
-            raise InputError(
-                f"an attention mask has shape [batch, length], not {tuple(value.shape)}: pass the 2-D mask"
-            )
+        if key == "attention_mask":
+            check_mask(value, compaction.length)
         fill = pad_id if key == "input_ids" else _FILL.get(key, 0)
         if value.shape[:2] == shape:
             out[key] = compaction.apply(value, fill)

@@ -20,7 +20,7 @@ from foveate.engines.compaction import Compaction, compact_planes, full_position
 from foveate.errors import AttachError, InputError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.reducer import Positions, Reducer, identity, load_reducer
-from foveate.selection import Selection, SpanSelection
+from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
 
 Separators: TypeAlias = Literal["drop", "keep", "nonempty"]
@@ -77,6 +77,8 @@ class Settings:
             raise InputError(f"positions are 'original' or 'compact', not {positions!r}")
         if separators not in ("drop", "keep", "nonempty"):
             raise InputError(f"separators are 'drop', 'keep' or 'nonempty', not {separators!r}")
+        if reducer.stage == "pixels" and separators != "drop":
+            raise InputError(f"{reducer.name} encodes smaller pictures, which have no separators: use 'drop'")
         return cls(reducer, positions or reducer.positions, separators)
 
 
@@ -91,8 +93,8 @@ def reduce(
 ) -> Reduced:
     """Encode the images of some model inputs, and return inputs that hold only the kept visual tokens.
 
-    The model is not touched: the result goes into the plain ``model.generate`` or ``model.forward``. Gradients flow to the
-    projector and the tower; call it under `torch.no_grad` where they are not wanted.
+    The model is not touched: the result goes into the plain ``model.generate`` or ``model.forward``. Gradients flow to
+    the projector and the tower; call it under `torch.no_grad` where they are not wanted.
 
     Parameters
     ----------
@@ -161,26 +163,41 @@ def decide(tokens: VisualTokens, settings: Settings) -> Selection:
 def _with_separators(span: Span, chosen: SpanSelection, policy: Separators) -> SpanSelection:
     separators = span.separators().to(chosen.kept.device)
     whole = len(chosen) == sum(map(len, span.crops))
-    if not len(separators) or chosen.merge is not None or (policy == "drop" and not whole):
+    if not len(separators) or (policy == "drop" and not whole):
         return chosen
     if policy == "nonempty" and not whole:
-        # A separator closes the tokens since the one before it.
-        before = torch.searchsorted(chosen.kept, separators)
-        separators = separators[torch.diff(before, prepend=before.new_zeros(1)) > 0]
-    return replace(chosen, kept=torch.cat([chosen.kept, separators]).sort().values)
+        bounds = torch.tensor(span.extents, device=separators.device)
+        first, last = torch.searchsorted(chosen.kept, bounds).unbind(dim=1)
+        separators = separators[last > first]
+    kept = torch.cat([chosen.kept, separators]).sort().values
+    merge = chosen.merge
+    if merge is not None:
+        ranks = torch.searchsorted(kept, chosen.kept)
+        merge = Merge(
+            torch.cat([ranks[merge.target], torch.searchsorted(kept, separators)]),
+            torch.cat([merge.source, separators]),
+            torch.cat([merge.weight, torch.ones_like(separators, dtype=merge.weight.dtype)]),
+        )
+    return replace(chosen, kept=kept, merge=merge)
 
 
 def _shrink(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: Any
 ) -> tuple[Selection, list[Tensor]]:
-    plans = [reducer.plan(span) for span in spans]
-    rows = family.encode_at(model, inputs, spans, [[grid for grid, _ in plan] for plan in plans])
-    chosen, embeds = [], []
-    for span, crops, parts in zip(spans, plans, rows, strict=True):
+    chosen, embeds = list(identity(spans)), [torch.empty(0)] * len(spans)
+    shrunk = [i for i, span in enumerate(spans) if not reducer.keeps_all([span])]
+    if len(shrunk) < len(spans):
+        tokens = family.encode(model, inputs, spans, ())
+        chosen = [replace(c, kept=c.kept.to(tokens.device)) for c in chosen]
+        embeds = family.embed(model, tokens, Selection(tuple(chosen)), merges=False)
+    plans = [reducer.plan(spans[i]) for i in shrunk]
+    rows = family.encode_at(model, inputs, [spans[i] for i in shrunk], [[grid for grid, _ in plan] for plan in plans])
+    for i, crops, parts in zip(shrunk, plans, rows, strict=True):
+        span = spans[i]
         anchors, order = torch.cat([anchors for _, anchors in crops]).sort()
         features = torch.cat(parts)
-        chosen.append(SpanSelection(len(span), anchors.to(features.device), sample=span.sample, kind=span.kind))
-        embeds.append(family.project(model, features.index_select(0, order.to(features.device))))
+        chosen[i] = SpanSelection(len(span), anchors.to(features.device), sample=span.sample, kind=span.kind)
+        embeds[i] = family.project(model, features.index_select(0, order.to(features.device)))
     return Selection(tuple(chosen)), embeds
 
 
@@ -380,7 +397,11 @@ class Handle:
 
     def _reduce_continued(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
         """Reduce inputs that may continue a cache whose prompt was reduced before."""
-        state = self._caches.get(cache) if cache is not None and cache.get_seq_length() else None
+        filled = cache.get_seq_length() if cache is not None else 0
+        state = self._caches.get(cache) if filled else None
+        if state is None and filled and any(inputs.get(key) is not None for key in self._family.inputs):
+            ids = inputs["input_ids"]
+            state = Compaction(torch.arange(filled, device=ids.device).expand(len(ids), -1), filled, padded=False)
         if state is None:
             out = _reduce(self._model, self._family, inputs, self.settings)
             self._remember(out.selection, inputs.get("input_ids"))

@@ -31,7 +31,9 @@ class Llava(Family):
         spans: list[Span] = []
         for image, (row, columns) in enumerate(placeholder_columns(ids, model.config.image_token_id, lengths, "image")):
             crop = Crop(torch.arange(lead, lengths[image]), grid, encoder_row=image)
-            spans.append(Span("image", row, sum(s.sample == row for s in spans), columns, (1, *grid), (crop,)))
+            extents = ((1, lengths[image]),) * lead
+            ordinal = sum(s.sample == row for s in spans)
+            spans.append(Span("image", row, ordinal, columns, (1, *grid), (crop,), extents))
         return tuple(spans)
 
     def encode(

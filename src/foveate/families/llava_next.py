@@ -36,13 +36,13 @@ class LlavaNext(Llava):
             tiles = _tiles(model, size)
             layouts.append(_layout(side, tiles, size, row))
             row += 1 + tiles[0] * tiles[1]
-        lengths = [length for length, _ in layouts]
+        lengths = [length for length, _, _ in layouts]
         ids = inputs["input_ids"].cpu()
         spans: list[Span] = []
         for i, (sample, columns) in enumerate(placeholder_columns(ids, model.config.image_token_id, lengths, "image")):
-            crops = layouts[i][1]
+            _, crops, extents = layouts[i]
             ordinal = sum(s.sample == sample for s in spans)
-            spans.append(Span("image", sample, ordinal, columns, (len(crops), side, side), crops))
+            spans.append(Span("image", sample, ordinal, columns, (len(crops), side, side), crops, extents))
         return tuple(spans)
 
     def encode(
@@ -81,11 +81,13 @@ def _tiles(model: Any, size: Sequence[int]) -> Grid:
     return height // side, width // side
 
 
-def _layout(side: int, tiles: Grid, size: Sequence[int], first_row: int) -> tuple[int, tuple[Crop, ...]]:
-    """Return the length of an image's span and its crops, the first of them in row `first_row` of the encoder."""
+def _layout(
+    side: int, tiles: Grid, size: Sequence[int], first_row: int
+) -> tuple[int, tuple[Crop, ...], tuple[Grid, ...]]:
+    """Return the length of an image's span, its crops (the first in row `first_row` of the encoder), and its rows."""
     overview = Crop(torch.arange(side * side), (side, side), encoder_row=first_row)
     if tiles == (0, 0) or tiles[0] * tiles[1] == 0:
-        return side * side + 1, (overview,)
+        return side * side + 1, (overview,), ((0, side * side),)
     height, width = tiles[0] * side, tiles[1] * side
     (top, bottom), (left, right) = _unpadded(size, height, width)
     position = torch.full((height, width), -1, dtype=torch.long)
@@ -103,7 +105,8 @@ def _layout(side: int, tiles: Grid, size: Sequence[int], first_row: int) -> tupl
             y, x = i * side + offset[0] - top, j * side + offset[1] - left
             box = (x / columns, y / rows, (x + w) / columns, (y + h) / rows)
             crops.append(Crop(tile[inside], (h, w), box, offset, first_row + len(crops)))
-    return side * side + rows * (columns + 1), tuple(c for c in crops if len(c))
+    starts = [side * side + r * (columns + 1) for r in range(rows + 1)]
+    return starts[-1], tuple(c for c in crops if len(c)), tuple((start, start + columns) for start in starts[:-1])
 
 
 def _unpadded(size: Sequence[int], height: int, width: int) -> tuple[Grid, Grid]:

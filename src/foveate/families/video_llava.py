@@ -44,7 +44,9 @@ class VideoLlava(Family):
             crops = tuple(
                 Crop(torch.arange(f * size + lead, (f + 1) * size), grid, encoder_row=first + f) for f in range(frames)
             )
-            spans.append(Span(kind, row, sum(s.sample == row for s in spans), columns, (frames, *grid), crops))
+            extents = tuple((f * size + lead, (f + 1) * size) for f in range(frames) if lead)
+            ordinal = sum(s.sample == row for s in spans)
+            spans.append(Span(kind, row, ordinal, columns, (frames, *grid), crops, extents))
         return tuple(spans)
 
     def encode(

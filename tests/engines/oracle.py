@@ -1,0 +1,113 @@
+"""What a pruned run must equal: the plain model with the dropped columns hidden, or never there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.selection import SpanSelection
+from tiny import IMAGE, VIDEO
+
+TOKENS = 9
+"""Generated per answer: their logits are those of the prompt's last token and of eight decoded ones."""
+
+
+def visible_columns(inputs: dict[str, Tensor], selections: list[list[SpanSelection]]) -> list[list[int]]:
+    """Return the columns of each row that are neither padding nor dropped."""
+    rows = []
+    for ids, mask, spans in zip(inputs["input_ids"], inputs["attention_mask"], selections, strict=True):
+        visual = ((ids == IMAGE) | (ids == VIDEO)).nonzero().flatten().tolist()
+        assert len(visual) == sum(span.length for span in spans)
+        dropped, start = set(), 0
+        for span in spans:
+            kept = set(span.kept.tolist())
+            dropped |= {visual[start + i] for i in range(span.length) if i not in kept}
+            start += span.length
+        rows.append([c for c in range(len(ids)) if mask[c] and c not in dropped])
+    return rows
+
+
+def extended(inputs: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
+    ids = torch.cat([inputs["input_ids"], answer], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def hidden(model: Any, inputs: dict[str, Tensor], selections: list[list[SpanSelection]]) -> Tensor:
+    """Return all logits ``[B, L, V]`` of the plain model with a 4-D mask that hides the dropped columns."""
+    batch, length = inputs["input_ids"].shape
+    visible = torch.zeros(batch, length, dtype=torch.bool)
+    for i, columns in enumerate(visible_columns(inputs, selections)):
+        visible[i, columns] = True
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = (causal & visible[:, None, :]) | torch.eye(length, dtype=torch.bool)
+    mask = torch.zeros(batch, 1, length, length, dtype=model.dtype)
+    mask.masked_fill_(~allowed[:, None], torch.finfo(model.dtype).min)
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    inputs = {k: x for k, x in inputs.items() if k != "labels"}
+    return model(**{**inputs, "attention_mask": mask, "position_ids": positions}).logits
+
+
+@torch.no_grad()
+def visual_features(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the plain model's visual embeddings, all images one after the other."""
+    features = {}
+    if "pixel_values" in inputs:
+        sizes = {"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}
+        features["image"] = model.get_image_features(inputs["pixel_values"], **sizes).pooler_output
+    if "pixel_values_videos" in inputs:
+        features["video"] = model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+    return {kind: torch.cat(list(x)).reshape(-1, x[0].shape[-1]) for kind, x in features.items()}
+
+
+@torch.no_grad()
+def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the embeddings ``[B, L, D]`` that the plain model hands to its language model."""
+    ids = inputs["input_ids"]
+    embeds = model.get_input_embeddings()(ids)
+    for kind, x in visual_features(model, inputs).items():
+        embeds[ids == (IMAGE if kind == "image" else VIDEO)] = x.to(embeds.dtype)
+    return embeds
+
+
+@torch.no_grad()
+def rebuilt(
+    model: Any,
+    inputs: dict[str, Tensor],
+    selections: list[list[SpanSelection]],
+    positions: str = "compact",
+) -> list[Tensor]:
+    """Return, per row, the logits of the plain LLM on the embeddings of the visible columns alone, without padding.
+
+    Merged tokens are put together from the plain model's embeddings.
+    """
+    embeds, ids = embeddings(model, inputs), inputs["input_ids"]
+    results = []
+    for i, columns in enumerate(visible_columns(inputs, selections)):
+        visual, start = ((ids[i] == IMAGE) | (ids[i] == VIDEO)).nonzero().flatten(), 0
+        for span in selections[i]:
+            places = visual[start : start + span.length]
+            if span.merge is not None:
+                embeds[i, places[span.kept]] = span.apply(embeds[i, places])
+            start += span.length
+        first = int(inputs["attention_mask"][i].argmax())
+        at = torch.tensor(columns) - first if positions == "original" else torch.arange(len(columns))
+        results.append(model(inputs_embeds=embeds[i, columns][None], position_ids=at[None]).logits[0])
+    return results
+
+
+def answer_logits(
+    model: Any,
+    inputs: dict[str, Tensor],
+    selections: list[list[SpanSelection]],
+    answer: Tensor,
+    positions: str,
+) -> Tensor:
+    """Return the logits ``[B, T, V]`` from which the oracle draws each token of an answer ``[B, T]``."""
+    whole, t = extended(inputs, answer), answer.shape[1]
+    if positions == "original":
+        return hidden(model, whole, selections)[:, -t - 1 : -1]
+    return torch.stack([x[-t - 1 : -1] for x in rebuilt(model, whole, selections)])
