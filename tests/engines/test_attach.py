@@ -244,6 +244,8 @@ def test_other_models_are_refused():
     net = LlamaForCausalLM(model("llava").config.text_config)
     with pytest.raises(UnsupportedModelError, match=r"'llama'.*there are: llava"):
         foveate.attach(net, "random", keep=9)
+    with pytest.raises(UnsupportedModelError, match="LlavaModel has no language-model head"):
+        foveate.attach(model("llava").model, "random", keep=9)
     with pytest.raises(UnsupportedModelError, match="there are: llava"):
         foveate.reduce(torch.nn.Linear(1, 1), {}, "random", keep=9)
 

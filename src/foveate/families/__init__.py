@@ -29,6 +29,11 @@ def family_of(model: Any) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in FAMILIES.values():
         if model_type in family.model_types:
+            if not hasattr(model, "generate"):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has no language-model head: pass the whole model, such as one loaded with "
+                    "AutoModelForImageTextToText"
+                )
             return family
     raise UnsupportedModelError(
         f"{type(model).__name__} (model type {model_type!r}) belongs to no supported family; "
