@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Budget, Chain
-from foveate.methods import Downsample, Pool, Random, Uniform, VisPruner
+from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from tiny import FAMILIES, IMAGE, METHODS, VISUALS, cast, collate, make, method_id, model, sample, samples
 
 REDUCERS = [Random(keep=9, seed=2), Uniform(keep=0.2), VisPruner(keep=11)]
@@ -465,3 +465,63 @@ def test_features_are_the_models_own(family):
         parts = features[kind].split([s.length for s in spans])
         for span, part, got in zip(spans, parts, output.pooler_output, strict=True):
             torch.testing.assert_close(got, part[span.kept], atol=1e-5, rtol=1e-5)
+
+
+@both_positions
+def test_a_prompt_without_image_in_the_batch(positions):
+    net, inputs = model("llava"), collate([sample(9, seed=1), sample(3, "image", 4, seed=2), sample(80, seed=3)])
+    with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
+        out = generate(net, inputs)
+    assert [len(row) for row in handle.selections] == [0, 1, 0]
+    check(net, inputs, out, handle.selections, positions)
+
+
+@every_family
+@both_positions
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_other_caches(family, positions, options):
+    net, inputs = model(family), collate(samples(family))
+    with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
+        out = generate(net, inputs, **options)
+    check(net, inputs, out, handle.selections, positions)
+
+
+@both_positions
+def test_second_turn_of_several_answers(positions):
+    net, first = model("llava"), samples("llava")
+    inputs, cache = collate(first), DynamicCache()
+    with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
+        one = generate(net, inputs, do_sample=True, max_new_tokens=3, num_return_sequences=2, past_key_values=cache)
+        twice = [row for row in first for _ in range(2)]
+        whole = collate(joined(twice, answer_of(one, inputs), [sample(3, seed=20 + i) for i in range(6)]))
+        selections = [row for row in handle.selections for _ in range(2)]
+        turn = {key: whole[key] for key in ("input_ids", "attention_mask")}
+        two = generate(net, turn, past_key_values=cache)
+    check(net, whole, two, selections, positions)
+
+
+def test_pixels_in_single_precision_for_a_model_in_half():
+    net, inputs = model("llava", dtype=torch.bfloat16), collate(samples("llava"))
+    with foveate.attach(net, Uniform(keep=9)):
+        mixed = generate(net, inputs)
+        same = generate(net, cast(inputs, torch.bfloat16))
+    assert torch.equal(mixed.sequences, same.sequences)
+
+
+def test_flat_pixels_of_llava_next():
+    net, row = model("llava_next"), sample(3, (64, 64), 2, (60, 60), 4)
+    inputs = collate([row])
+    flat = {**inputs, "pixel_values": torch.cat(row["images"])}
+    reduced, other = (foveate.reduce(net, x, VisPruner(keep=9)) for x in (inputs, flat))
+    assert [s.kept.tolist() for s in reduced.selection] == [s.kept.tolist() for s in other.selection]
+    assert torch.equal(net(**reduced).logits, net(**other).logits)
+
+
+@every_family
+def test_attention_implementation_does_not_change_what_is_salient(family):
+    inputs = collate(samples(family))
+    by_sdpa, by_eager = (
+        foveate.reduce(model(family, attention), inputs, FasterVLM(keep=0.2)).selection
+        for attention in ("sdpa", "eager")
+    )
+    assert [s.kept.tolist() for s in by_sdpa] == [s.kept.tolist() for s in by_eager]

@@ -232,6 +232,13 @@ def test_salient_part_is_kept():
     assert set(best) <= set(kept)
 
 
+def test_position_of_a_token_does_not_matter():
+    for seed in range(5):
+        shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(seed)).tolist()
+        kept = kept_of(VisPruner(keep=16), [FEATURES[i] for i in shuffled], [SALIENCY[i] for i in shuffled], 16)
+        assert sorted(shuffled[i] for i in kept) == ROWS[0][3]
+
+
 @pytest.mark.parametrize("scale", [0.037, 3.7, 64.0])
 def test_scale_of_features_does_not_matter(scale):
     features = torch.tensor(FEATURES)
