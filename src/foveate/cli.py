@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import inspect
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.cli_nano import nano_app
+from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
 from foveate.errors import FoveateError, InputError
 
 if TYPE_CHECKING:
@@ -28,34 +28,13 @@ app = typer.Typer(
     help="Keep only the visual tokens that matter, in stock vision-language models.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
-nano_app = typer.Typer(help="The embedded model: train it again, or score it.", no_args_is_help=True)
 app.add_typer(nano_app, name="nano")
 
-P = ParamSpec("P")
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 _errors = Console(stderr=True)
 
 
-def _guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Turn foveate's own errors into one line on standard error and exit code 2."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except FoveateError as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            raise typer.Exit(2) from None
-
-    return wrapped
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))
-
-
 @app.command()
-@_guarded
+@guarded
 def run(
     image: Annotated[str, typer.Argument(help="Image file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
@@ -99,12 +78,12 @@ def run(
             unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)
             data = job_module.report(job, unpruned, pruned, rest)
             status.update("drawing")
-            folder = _folder(out, f"{Path(image).stem}-{reducer.name}")
+            folder = make_folder(out, f"{Path(image).stem}-{reducer.name}")
             _draw(folder / "overlay.png", job, pruned, picture, question, data)
         data = {**data, "model": model, "question": question, "overlay": str(folder / "overlay.png")}
-        _write(folder / "result.json", json.dumps(data, indent=2) + "\n")
+        write_json(folder / "result.json", data)
     if as_json:
-        _print_json(data)
+        print_json(data)
     else:
         _show(data, unpruned, pruned)
 
@@ -151,31 +130,6 @@ def _load(model: str, dtype: str, device_map: str | None, attn: str | None) -> t
     return loaded, processor
 
 
-def _folder(out: Path | None, name: str) -> Path:
-    """Make the folder for results: the one asked for, or a fresh one under ``runs``."""
-    try:
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-        number = 1
-        while True:
-            folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                number += 1
-    except OSError as error:
-        raise InputError(f"cannot make the folder {str(out or 'runs')!r}: {error.strerror}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
-
-
 def _draw(path: Path, job: Any, pruned: Any, picture: Any, question: str, data: dict[str, Any]) -> None:
     from foveate.loading import encoder_view
     from foveate.viz import save
@@ -211,6 +165,7 @@ def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
     table.add_row(*_row("time", unpruned.seconds["total"], pruned.seconds["total"], _time))
     for stage in ("vision", "select", "prefill", "decode"):
         table.add_row(*_row(f"  {stage}", unpruned.seconds[stage], pruned.seconds[stage], _time), style="dim")
+    table.add_row("answer tokens", str(unpruned.answer_tokens), str(pruned.answer_tokens), "")
     agrees = "the same" if pruned.answer == unpruned.answer else "differs"
     console.print(f"\n[bold]{escape(data['question'])}[/bold]")
     console.print(f"  unpruned   {escape(unpruned.answer)}")
@@ -265,38 +220,40 @@ def _time(seconds: float) -> str:
 
 
 @app.command()
-@_guarded
+@guarded
 def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")] = "*", as_json: Json = False) -> None:
     """List the methods and their parameters."""
     from foveate.reducer import get_method, list_methods
 
     rows = [_method_row(get_method(name)) for name in list_methods(pattern)]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("method", "stage", "paper", "parameters", "what it does"):
-        table.add_column(column, no_wrap=column == "method")
+    console = Console(highlight=False)
     for row in rows:
         given = ", ".join(n if v is None else f"{n}={v}" for n, v in row["parameters"].items())
-        table.add_row(*map(escape, (row["name"], row["stage"], row["paper"], given, row["summary"])))
-    Console(highlight=False).print(table)
+        facts = ", ".join(filter(None, (row["stage"], row["paper"])))
+        console.print(
+            f"[bold]{escape(row['name'])}[/bold]({escape(given)})  [dim]{escape(facts)}[/dim]", soft_wrap=True
+        )
+        console.print(f"    {escape(row['summary'])}", soft_wrap=True)
 
 
 def _method_row(cls: Any) -> dict[str, Any]:
     parameters = {
-        f.name: None if f.default is dataclasses.MISSING else json.dumps(f.default, default=str)
-        for f in dataclasses.fields(cls) if f.init
-    }  # fmt: skip
+        p.name: None if p.default is p.empty else json.dumps(p.default, default=str)
+        for p in inspect.signature(cls).parameters.values()
+    }
+    merges = isinstance(cls.merges, bool) and cls.merges
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,
-        "merges": isinstance(cls.merges, bool) and cls.merges, "paper": cls.paper, "positions": cls.positions,
-        "parameters": parameters, "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
+        "merges": merges, "paper": cls.paper, "positions": cls.positions, "parameters": parameters,
+        "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),
     }  # fmt: skip
 
 
 @app.command()
-@_guarded
+@guarded
 def families(as_json: Json = False) -> None:
     """List the supported families of models."""
     from foveate.families import FAMILIES
@@ -306,7 +263,7 @@ def families(as_json: Json = False) -> None:
         for f in FAMILIES.values()
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("family", "model types", "takes", "notes"):
@@ -318,7 +275,7 @@ def families(as_json: Json = False) -> None:
 
 
 @app.command()
-@_guarded
+@guarded
 def scenes(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("scenes"),
     n: Annotated[int, typer.Option("--n", min=1, help="How many.")] = 8,
@@ -332,7 +289,7 @@ def scenes(
     except ImportError as error:
         raise FoveateError(f"this installation has no scenes: {error}") from error
 
-    folder, rows = _folder(out, ""), []
+    folder, rows = make_folder(out, ""), []
     try:
         for scene in draw_scenes(seed, n, split):
             path = folder / f"{scene.split}-{scene.seed}-{scene.index:05d}.png"
@@ -342,9 +299,9 @@ def scenes(
             rows.append({"image": str(path), "background": scene.background, "objects": objects, "questions": asked})
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
-    _write(folder / "scenes.json", json.dumps(rows, indent=2) + "\n")
+    write_json(folder / "scenes.json", rows)
     if as_json:
-        _print_json({"folder": str(folder), "scenes": rows})
+        print_json({"folder": str(folder), "scenes": rows})
     else:
         asked_in_all = sum(len(row["questions"]) for row in rows)
         print(f"{len(rows)} scenes with {asked_in_all} questions in {folder}, listed in {folder / 'scenes.json'}")

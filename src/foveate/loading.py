@@ -90,13 +90,15 @@ def _default_device() -> str:
 
 
 def _load_nano(dtype: Any, device_map: str | None, attn: str | None) -> tuple[Any, Any]:
-    try:
-        from foveate import nano
+    from foveate import nano
 
-        model, processor = nano.load()
-    except (ImportError, AttributeError, OSError) as error:
-        raise FoveateError(f"the embedded model nano cannot be loaded: {_first_line(error)}") from error
+    if not nano.WEIGHTS.is_dir():
+        raise FoveateError(
+            f"the weights of nano are missing from {str(nano.WEIGHTS)!r}: install foveate anew, or make them with "
+            "`foveate nano train` and pass the folder as the model"
+        )
     try:
+        model, processor = nano.load()
         if attn:
             model.set_attn_implementation(attn)
         device = device_map if device_map not in (None, "auto") else _default_device()

@@ -73,6 +73,8 @@ class Arm:
         The method; `None` for the stock model.
     answer
         The decoded text.
+    answer_tokens
+        Its length; decoding takes time in proportion.
     selection
         What was kept.
     saliency
@@ -87,6 +89,7 @@ class Arm:
 
     reducer: Reducer | None
     answer: str
+    answer_tokens: int
     selection: Selection
     saliency: list[Tensor] | None
     seconds: dict[str, float]
@@ -103,6 +106,7 @@ class Arm:
         return {
             "method": "unpruned" if self.reducer is None else repr(self.reducer),
             "answer": self.answer,
+            "answer_tokens": self.answer_tokens,
             "tokens": self.kept,
             "flops": None if self.cost is None else self.cost.total,
             "kv_bytes": self.kv_bytes,
@@ -186,6 +190,7 @@ def parse_keep(text: str) -> Keep:
 @dataclass(frozen=True, eq=False)
 class _Result:
     answer: str
+    answer_tokens: int
     selection: Selection
     tokens: VisualTokens | None
     seconds: dict[str, float]
@@ -252,7 +257,7 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
         **ready, max_new_tokens=job.max_new_tokens, do_sample=False, num_beams=1, streamer=_FirstToken(watch)
     )
     answer = job.processor.tokenizer.decode(out[0, prompt:], skip_special_tokens=True).strip()
-    return _Result(answer, selection, tokens, watch.seconds, flops, stock)
+    return _Result(answer, out.shape[1] - prompt, selection, tokens, watch.seconds, flops, stock)
 
 
 def _encode_stock(job: Job) -> dict[str, Any]:
@@ -280,7 +285,10 @@ def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dic
     size = torch.finfo(job.model.dtype).bits // 8
     cache = kv_bytes(job.model.config.get_text_config(), job.text_tokens + kept, size)
     saliency = _saliency(reducer, result.tokens)
-    return Arm(reducer, result.answer, result.selection, saliency, seconds, _cost(job, reducer, result), cache)
+    cost = _cost(job, reducer, result)
+    return Arm(
+        reducer, result.answer, result.answer_tokens, result.selection, saliency, seconds, cost, cache
+    )  # fmt: skip
 
 
 def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
@@ -331,6 +339,7 @@ def report(job: Job, unpruned: Arm, pruned: Arm, others: Sequence[Arm] = ()) -> 
     data: dict[str, Any] = {
         "answer": pruned.answer,
         "answer_unpruned": unpruned.answer,
+        "answer_tokens": {"before": unpruned.answer_tokens, "after": pruned.answer_tokens},
         "method": repr(pruned.reducer),
         "tokens": {"before": unpruned.kept, "after": pruned.kept, "text": job.text_tokens, "spans": spans},
         "flops": {"before": unpruned.to_dict()["flops"], "after": pruned.to_dict()["flops"]},

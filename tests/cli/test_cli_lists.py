@@ -29,7 +29,6 @@ def test_families(foveate: Any) -> None:
 
 
 def test_scenes(foveate: Any, tmp_path: Path) -> None:
-    pytest.importorskip("foveate.nano.scenes")
     data = foveate("scenes", "--out", "drawn", "--n", 3, "--json").json
     assert len(data["scenes"]) == 3
     for row in data["scenes"]:
@@ -39,3 +38,32 @@ def test_scenes(foveate: Any, tmp_path: Path) -> None:
     result = foveate("scenes", "--split", "nonsense")
     assert (result.code, result.out) == (2, "")
     assert "nonsense" in result.err
+
+
+def test_nano_commands_need_a_model(foveate: Any, tmp_path: Path) -> None:
+    for command in (("eval",), ("compare",)):
+        result = foveate("nano", *command, "--model", tmp_path)
+        assert (result.code, result.out) == (2, "")
+        assert "foveate nano train" in result.err
+
+
+def test_nano_commands_say_what_is_wrong(foveate: Any, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    for arguments in (
+        ("train", "--recipe", "absent.json"),
+        ("train", "--recipe", "bad.json"),
+        ("report", "absent.json", "absent.md"),
+    ):
+        result = foveate("nano", *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.count("\n") == 1
+
+
+def test_missing_nano_weights(foveate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foveate import nano
+
+    monkeypatch.setattr(nano, "WEIGHTS", tmp_path / "nowhere")
+    Image.new("RGB", (8, 8)).save("x.png")
+    result = foveate("run", "x.png", "what ?")
+    assert (result.code, result.out) == (2, "")
+    assert "weights of nano are missing" in result.err

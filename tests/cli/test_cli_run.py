@@ -32,6 +32,7 @@ def test_run_reports_what_it_promises(foveate: Any, folder: Path, photo: Path) -
     assert (data["tokens"]["before"], data["tokens"]["after"]) == (64, 16)
     assert data["tokens"]["spans"] == [{"kind": "image", "grid": [1, 8, 8], "before": 64, "after": 16}]
     assert [len(kept) for kept in data["kept"]] == [16]
+    assert all(1 <= count <= 4 for count in data["answer_tokens"].values())
     assert data["flops"]["after"] < data["flops"]["before"]
     for when in ("before", "after"):
         assert data["flops_by_part"][when]["total"] == data["flops"][when]

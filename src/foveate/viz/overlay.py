@@ -15,6 +15,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -27,9 +28,11 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 _LONG_SIDE = 960
 _WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-_INK, _SOFT_INK, _NIGHT = "#1d2433", "#66708a", np.array([0.09, 0.11, 0.16])
+_INK, _SOFT_INK, _NIGHT = "#1d2433", "#66708a", np.array([0.08, 0.10, 0.15])
+_KEPT_EDGE = "#12b5cb"
 _LUMA = np.array([0.299, 0.587, 0.114])
-_PANEL = 4.6  # inches
+# Inches: width of a panel, space after it, place for a colour bar, height of a panel's heading, margin of the figure.
+_PANEL, _GAP, _BAR, _LABEL, _MARGIN = 4.6, 0.3, 0.75, 0.3, 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ def highlight(picture: NDArray[np.float64], crops: Sequence[Crop], kept: Tensor)
         cells = np.repeat(np.repeat(stays, np.diff(rows), axis=0), np.diff(columns), axis=1)
         mask[rows[0] : rows[-1], columns[0] : columns[-1]] |= cells
     grey = (picture @ _LUMA)[..., None]
-    dimmed = 0.30 * (0.75 * grey + 0.25 * picture) + 0.70 * (0.25 * grey + 0.75 * _NIGHT)
+    dimmed = _NIGHT + 0.30 * (0.8 * grey + 0.2 * picture)
     return np.where(mask[..., None], picture, dimmed)
 
 
@@ -93,25 +96,29 @@ def draw(
         Text above the panels: the method, and below it for instance question and answer.
     """
     panels = _panels(pictures, spans, selection, saliency)
-    per_row, width = 1 if len(panels) <= 2 else 2, 1 if saliency is None else 2
-    lines = -(-len(panels) // per_row)
-    heights = [_PANEL * _tallest(panels[i * per_row : (i + 1) * per_row]) + 0.45 for i in range(lines)]
-    wrapped = fill(caption, 52 * width * per_row)
-    head = 0.62 + 0.22 * (wrapped.count("\n") + 1 if wrapped else 0)
-    size = ((_PANEL + 0.25) * width * per_row + 0.45 * (width - 1) * per_row, sum(heights) + head)
-    figure = Figure(figsize=size, dpi=160, facecolor="white")
+    per_row = 1 if len(panels) <= 2 else 2
+    lines = [panels[i : i + per_row] for i in range(0, len(panels), per_row)]
+    heights = [_PANEL * _tallest(line) for line in lines]
+    pair = _PANEL + _GAP + (_PANEL + _BAR if saliency is not None else 0.0)
+    width = 2 * _MARGIN + pair * min(per_row, len(panels)) - _GAP
+    wrapped = fill(caption, int(12.5 * (width - 2 * _MARGIN)))
+    head = 0.5 + (0.21 * (wrapped.count("\n") + 1) + 0.12 if wrapped else 0.0)
+    height = head + sum(heights) + (_LABEL + _MARGIN) * len(lines)
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(
-        lines, width * per_row, height_ratios=heights, left=0.02, right=0.98 - 0.05 * (width - 1),
-        top=1 - head / size[1], bottom=0.12 / size[1], wspace=0.05, hspace=0.12,
-    )  # fmt: skip
-    figure.text(0.02, 1 - 0.18 / size[1], _plain(title), size=12, weight="bold", color=_INK, va="top")
-    figure.text(0.02, 1 - 0.47 / size[1], _plain(wrapped), size=9.5, color=_SOFT_INK, va="top", linespacing=1.35)
-    for i, panel in enumerate(panels):
-        row, column = divmod(i, per_row)
-        _draw_kept(figure.add_subplot(grid[row, column * width]), panel)
-        if panel.saliency is not None:
-            _draw_heat(figure, figure.add_subplot(grid[row, column * width + 1]), panel)
+    left = _MARGIN / width
+    figure.text(left, 1 - 0.22 / height, _plain(title), size=13, weight="bold", color=_INK, va="top")
+    figure.text(left, 1 - 0.53 / height, _plain(wrapped), size=10, color=_SOFT_INK, va="top", linespacing=1.35)
+    top = head
+    for line, tall in zip(lines, heights, strict=True):
+        top += _LABEL
+        for i, panel in enumerate(line):
+            x, y = _MARGIN + pair * i, height - top - tall
+            _draw_kept(figure.add_axes((x / width, y / height, _PANEL / width, tall / height)), panel)
+            if panel.saliency is not None:
+                x += _PANEL + _GAP
+                _draw_heat(figure, figure.add_axes((x / width, y / height, _PANEL / width, tall / height)), panel)
+        top += tall + _MARGIN
     return figure
 
 
@@ -181,14 +188,15 @@ def _edges(crop: Crop, shape: Sequence[int]) -> tuple[NDArray[np.int64], NDArray
     return y, x
 
 
-def _outlines(panel: _Panel) -> list[Rectangle]:
+def _outline(axes: Any, panel: _Panel) -> None:
+    """Draw thin frames around the kept patches."""
     boxes = []
     for crop in panel.crops:
         y, x = _edges(crop, panel.picture.shape)
         stays = torch.isin(crop.index, panel.chosen.kept.cpu()).reshape(_grid(crop))
         for r, c in stays.nonzero().tolist():
-            boxes.append(Rectangle((x[c], y[r]), x[c + 1] - x[c], y[r + 1] - y[r]))
-    return boxes
+            boxes.append(Rectangle((x[c] - 0.5, y[r] - 0.5), x[c + 1] - x[c], y[r + 1] - y[r]))
+    axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=_KEPT_EDGE, linewidth=0.8))
 
 
 def _frame(axes: Any, panel: _Panel, title: str) -> None:
@@ -202,12 +210,10 @@ def _frame(axes: Any, panel: _Panel, title: str) -> None:
 def _draw_kept(axes: Any, panel: _Panel) -> None:
     count = sum(int(torch.isin(c.index, panel.chosen.kept.cpu()).sum()) for c in panel.crops)
     total = sum(map(len, panel.crops))
-    verb = "merged into" if panel.chosen.merge is not None else "kept"
-    figures = f"{verb} {count} of {total} tokens" if verb == "kept" else f"{total} tokens merged into {count}"
+    merged = panel.chosen.merge is not None
+    figures = f"{total} tokens merged into {count}" if merged else f"kept {count} of {total} tokens"
     axes.imshow(highlight(panel.picture, panel.crops, panel.chosen.kept), interpolation="bilinear")
-    axes.add_collection(
-        PatchCollection(_outlines(panel), facecolor="none", edgecolor=(1.0, 1.0, 1.0, 0.75), linewidth=0.7)
-    )
+    _outline(axes, panel)
     _frame(axes, panel, f"{panel.label}: {figures}" if panel.label else figures)
 
 
@@ -222,19 +228,21 @@ def _draw_heat(figure: Figure, axes: Any, panel: _Panel) -> None:
             values.reshape(_grid(crop)).numpy(), cmap="inferno", norm=norm, alpha=0.85, interpolation="nearest",
             extent=(x[0] - 0.5, x[-1] - 0.5, y[-1] - 0.5, y[0] - 0.5),
         )  # fmt: skip
-    axes.add_collection(
-        PatchCollection(_outlines(panel), facecolor="none", edgecolor=(1.0, 1.0, 1.0, 0.55), linewidth=0.5)
-    )
+    _outline(axes, panel)
     _frame(axes, panel, "attention that the encoder pays to each token")
-    bar = figure.colorbar(image, cax=axes.inset_axes((1.02, 0.0, 0.03, 1.0)))
+    bar = figure.colorbar(
+        image, cax=axes.inset_axes((1.02, 0.0, 0.03, 1.0)), format=lambda share, _: f"{100 * share:.3g}%"
+    )
+    bar.locator = MaxNLocator(5)
+    bar.minorticks_off()
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(labelsize=7.5, colors=_SOFT_INK, length=2)
+    bar.ax.tick_params(labelsize=8, colors=_SOFT_INK, length=2)
 
 
 def _tallest(panels: Sequence[_Panel]) -> float:
     """Return the height of a row of panels as a share of their width."""
-    ratios = [p.picture.shape[0] / p.picture.shape[1] for p in panels]
-    return max(min(1.4, max(0.2, ratio)) for ratio in ratios)
+    ratios = [panel.picture.shape[0] / panel.picture.shape[1] for panel in panels]
+    return float(np.clip(ratios, 0.2, 1.4).max())
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import foveate
+import tiny
+from foveate.families import family_of
+from foveate.reducer import load_reducer
+from foveate.run import Job, baselines, measure, report
+
+
+def _job(name: str, *parts: tiny.Part) -> Job:
+    model = tiny.model(name, "eager")  # the counter of FLOPs does not see the fused kernels of the CPU
+    inputs = tiny.collate([tiny.sample(3, *parts, 4)])
+    family = family_of(model)
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
+    return Job(model, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(model, inputs), 5)
+
+
+JOBS = {"llava": ["image"], "llava_next": [(24, 64)], "video_llava": ["image"]}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_family_answers_as_generate_does(name: str) -> None:
+    job = _job(name, *JOBS[name])
+    reducer = foveate.VisPruner(keep=24)
+    methods = [reducer, *baselines(reducer)]
+    stock, *pruned = measure(job, [None, *methods], repeats=1)
+    prompt = job.inputs["input_ids"].shape[1]
+    plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)
+    assert stock.answer == " ".join(map(str, plain[0, prompt:].tolist()))
+    for method, arm in zip(methods, pruned, strict=True):
+        ready = foveate.reduce(job.model, job.inputs, method)
+        out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
+        assert arm.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
+        assert arm.kept <= 24
+        assert arm.cost is not None
+        assert arm.cost.total < stock.cost.total
+    assert report(job, stock, pruned[0])["kept"] == [span.kept.tolist() for span in pruned[0].selection]
+    assert pruned[0].saliency is not None
+    assert [len(x) for x in pruned[0].saliency] == [len(crop) for crop in job.spans[0].crops]
+
+
+@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("method", ["unpruned", "vispruner", "pool", "downsample"])
+def test_flops_are_those_that_run(name: str, method: str) -> None:
+    job = _job(name, *JOBS[name])
+    reducer = None if method == "unpruned" else load_reducer(method, keep=24)
+    (arm,) = measure(job, [reducer], repeats=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        ready = job.inputs if reducer is None else foveate.reduce(job.model, job.inputs, reducer)
+        job.model(**ready, logits_to_keep=1)
+    assert arm.cost is not None
+    assert arm.cost.total == pytest.approx(counter.get_total_flops(), rel=0.01)
