@@ -1,7 +1,8 @@
 """foveate: keep only the visual tokens that matter, in stock vision-language models."""
 
 from foveate.budget import Budget
-from foveate.engines.hf import attach, reduce
+from foveate.engines.attach import attach
+from foveate.engines.hf import reduce
 from foveate.errors import FoveateError
 from foveate.families import list_families
 from foveate.methods import VisPruner

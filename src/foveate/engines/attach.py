@@ -1,0 +1,245 @@
+"""Attachments: a model that reduces its visual tokens until it is detached."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from foveate.engines.compaction import Compaction, compact_planes, full_positions
+from foveate.engines.hf import Reduced, Separators, Settings, base_model, pad_id, reduce_with
+from foveate.errors import AttachError
+from foveate.families import Family, family_of
+from foveate.reducer import Positions, Reducer
+from foveate.selection import Selection, SpanSelection
+
+
+def attach(
+    model: Any,
+    method: str | Path | Reducer,
+    *,
+    positions: Positions | None = None,
+    separators: Separators = "drop",
+    **config: Any,
+) -> Handle:
+    """Make a model reduce its visual tokens in ``generate`` and ``forward`` until detached.
+
+    Parameters are those of `reduce`. The handle is a context manager.
+
+    Raises
+    ------
+    AttachError
+        If something is attached to the model already.
+
+    Examples
+    --------
+    >>> with foveate.attach(model, "vispruner", keep=64) as handle:  # doctest: +SKIP
+    ...     out = model.generate(**inputs)
+    >>> handle.selections[0][0].kept  # doctest: +SKIP
+    """
+    model = base_model(model)
+    return Handle(model, family_of(model), Settings.make(method, positions, separators, config))
+
+
+def attached(model: Any) -> Handle | None:
+    """Return the handle that is attached to a model, if any."""
+    owner = getattr(vars(model).get("generate"), "__self__", None)
+    return owner if isinstance(owner, Handle) else None
+
+
+class Handle:
+    """A live attachment.
+
+    ``generate`` is wrapped on the instance, so that prompt ids come back whole and later turns on the same cache fit;
+    ``forward`` is served by hooks, and its logits have the compact length.
+    """
+
+    def __init__(self, model: Any, family: Family, settings: Settings):
+        if (other := attached(model)) is not None:
+            raise AttachError(
+                f"{other.reducer!r} is attached to this model already: detach it first, or attach a Chain of both"
+            )
+        self.settings: Settings = settings
+        self.selection: Selection | None = None
+        self._batch = 0
+        self._model, self._family = model, family
+        self._caches: WeakKeyDictionary[Any, Compaction] = WeakKeyDictionary()
+        self._local = threading.local()
+        self._before = model.__dict__.get("generate")
+        self._generate: Callable[..., Any] = model.generate
+        model.generate = self._wrapped_generate
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+
+    @property
+    def reducer(self) -> Reducer:
+        """The attached method."""
+        return self.settings.reducer
+
+    @property
+    def selections(self) -> list[list[SpanSelection]]:
+        """What the last call with images kept, per prompt and span."""
+        return [] if self.selection is None else self.selection.by_prompt(self._batch)
+
+    def detach(self) -> None:
+        """Restore the model exactly. Detaching twice does no harm."""
+        if attached(self._model) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        del self._model.generate
+        if self._before is not None:
+            self._model.generate = self._before
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _wrapped_generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        cache = kwargs.get("past_key_values")
+        with torch.no_grad():
+            reduced = self._reduce_continued(kwargs, cache)
+        if reduced.compaction is None:
+            return self._run_generate(args, reduced)
+        full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
+        self._shorten_limits(reduced, full_ids.shape[1] - width)
+        if reduced.get("streamer") is not None:
+            reduced["streamer"] = _WholePrompt(reduced["streamer"], full_ids)
+        out = self._run_generate(args, reduced)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
+        whole = torch.cat([prompts, sequences[:, width:]], dim=1)
+        for used in (cache, getattr(out, "past_key_values", None)):
+            if used is not None:
+                self._caches[used] = reduced.compaction
+        if isinstance(out, Tensor):
+            return whole
+        out.sequences = whole
+        return out
+
+    def _run_generate(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._local.inside = True
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._local.inside = False
+
+    def _shorten_limits(self, kwargs: dict[str, Any], dropped: int) -> None:
+        """Let limits on the whole length count the dropped tokens, as without foveate."""
+        config = kwargs.get("generation_config")
+        config = self._model.generation_config if config is None else config
+        changes = {}
+        for name, sibling in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            limit = kwargs.get(name)
+            limit = getattr(config, name, None) if limit is None else limit
+            given = kwargs.get(sibling) is not None or getattr(config, sibling, None) is not None
+            if limit and not given:
+                changes[name] = max(limit - dropped, 0)
+        if changes and kwargs.get("generation_config") is not None:
+            kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs.update(changes)
+
+    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(self._local, "inside", False):
+            return None
+        if args:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        reduced = self._reduce_continued(kwargs, kwargs.get("past_key_values"))
+        self._local.pending = reduced.compaction
+        return (), dict(reduced)
+
+    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        pending = getattr(self._local, "pending", None)
+        cache = getattr(output, "past_key_values", None)
+        if not getattr(self._local, "inside", False) and pending is not None and cache is not None:
+            self._caches[cache] = pending
+
+    def _reduce_continued(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
+        """Reduce inputs that may continue a cache whose prompt was reduced before."""
+        filled = cache.get_seq_length() if cache is not None else 0
+        state = self._caches.get(cache) if filled else None
+        if state is None and filled and any(inputs.get(key) is not None for key in self._family.inputs):
+            ids = inputs["input_ids"]
+            state = Compaction(torch.arange(filled, device=ids.device).expand(len(ids), -1), filled, padded=False)
+        if state is None:
+            out = reduce_with(self._model, self._family, inputs, self.settings)
+            self._remember(out.selection, inputs.get("input_ids"))
+            return out
+        ids = inputs["input_ids"]
+        state = state.expanded(len(ids))
+        cached = state.length + cache.get_seq_length() - state.width  # columns of the full prompt behind the cache
+        mask = inputs.get("attention_mask")
+        only_new = ids.shape[1] <= cached if mask is None else mask.shape[1] > ids.shape[1]
+        head = cached if only_new else state.length
+        new = {**inputs, "input_ids": ids if only_new else ids[:, head:]}
+        for key in ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
+            if isinstance(plane := inputs.get(key), Tensor) and plane.shape[1] == head + new["input_ids"].shape[1]:
+                new[key] = plane[:, head:]
+        new.pop("position_ids", None)
+        tail = reduce_with(self._model, self._family, new, replace(self.settings, positions="compact"))
+        self._remember(tail.selection, ids)
+        length = new["input_ids"].shape[1]
+        kept = tail.compaction or Compaction(
+            torch.arange(length, device=ids.device).expand(len(ids), -1), length, padded=False
+        )
+        prefix = state.then(head - state.length)
+        return self._join(inputs, prefix, kept, tail, only_new)
+
+    def _join(
+        self, inputs: Mapping[str, Any], prefix: Compaction, kept: Compaction, tail: Reduced, only_new: bool
+    ) -> Reduced:
+        """Put the compact continuation of a cached prompt together."""
+        whole = prefix.followed_by(kept)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        full = dict(inputs)
+        if full.get("position_ids") is None and self.settings.positions == "original":
+            full["position_ids"] = full_positions(mask, len(ids), whole.length, ids.device)
+        out = Reduced(compact_planes(full, whole, pad_id(self._model)))
+        if only_new:
+            out["input_ids"] = tail["input_ids"]
+            if out.get("position_ids") is not None:
+                out["position_ids"] = out["position_ids"][..., -kept.width :]
+        for key in (*self._family.inputs, *self._family.side_inputs):
+            if key not in tail:
+                out.pop(key, None)
+        if "mm_encoder_outputs" in tail:
+            out["mm_encoder_outputs"] = tail["mm_encoder_outputs"]
+        out.selection, out.compaction = tail.selection, whole
+        return out
+
+    def _remember(self, selection: Selection | None, ids: Tensor | None) -> None:
+        if selection is not None and ids is not None:
+            self.selection, self._batch = selection, len(ids)
+
+
+class _WholePrompt(BaseStreamer):  # type: ignore[misc]
+    """Shows a streamer the full prompt where the model was given the compact one."""
+
+    def __init__(self, streamer: BaseStreamer, prompt: Tensor):
+        self._streamer, self._prompt = streamer, prompt
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value if self._prompt is None else self._prompt.cpu())
+        self._prompt = None  # type: ignore[assignment]
+
+    def end(self) -> None:
+        self._streamer.end()
