@@ -212,20 +212,23 @@ def _draw_kept(axes: Any, panel: _Panel) -> None:
     total = sum(map(len, panel.crops))
     merged = panel.chosen.merge is not None
     figures = f"{total} tokens merged into {count}" if merged else f"kept {count} of {total} tokens"
-    axes.imshow(highlight(panel.picture, panel.crops, panel.chosen.kept), interpolation="bilinear")
+    # Whatever flows into a merged token is still there.
+    lit = panel.chosen.kept if panel.chosen.merge is None else panel.chosen.merge.source
+    axes.imshow(highlight(panel.picture, panel.crops, lit), interpolation="bilinear")
     _outline(axes, panel)
     _frame(axes, panel, f"{panel.label}: {figures}" if panel.label else figures)
 
 
 def _draw_heat(figure: Figure, axes: Any, panel: _Panel) -> None:
     assert panel.saliency is not None
-    norm = PowerNorm(0.5, vmin=0.0, vmax=max(float(x.max()) for x in panel.saliency) or 1.0)
+    values = torch.cat(panel.saliency)
+    norm = PowerNorm(0.5, vmin=float(values.min()), vmax=float(values.max()))
     grey = panel.picture @ _LUMA
     axes.imshow(grey, cmap="gray", vmin=0.0, vmax=1.0, interpolation="bilinear")
-    for crop, values in zip(panel.crops, panel.saliency, strict=True):
+    for crop, heat in zip(panel.crops, panel.saliency, strict=True):
         y, x = _edges(crop, panel.picture.shape)
         image = axes.imshow(
-            values.reshape(_grid(crop)).numpy(), cmap="inferno", norm=norm, alpha=0.85, interpolation="nearest",
+            heat.reshape(_grid(crop)).numpy(), cmap="inferno", norm=norm, alpha=0.85, interpolation="nearest",
             extent=(x[0] - 0.5, x[-1] - 0.5, y[-1] - 0.5, y[0] - 0.5),
         )  # fmt: skip
     _outline(axes, panel)

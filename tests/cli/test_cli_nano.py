@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foveate import nano
+from foveate.loading import open_image, prompt_for
+from foveate.nano.export import build_processor
+
+needs_weights = pytest.mark.skipif(not (nano.WEIGHTS / "config.json").is_file(), reason="nano is not trained yet")
+
+
+def test_questions_reach_nano_as_in_training() -> None:
+    processor = build_processor()
+    text = "what color is the star?"
+    wanted = processor.tokenizer(f"<image> {text}")["input_ids"]
+    assert processor.tokenizer(prompt_for(processor, text))["input_ids"] == wanted
+
+
+@needs_weights
+def test_nano_is_the_default_model(foveate: Any) -> None:
+    shown = nano.scene("test", 0, 0)
+    shown.image.save("scene.png")
+    question = shown.questions[0]
+    data = foveate("run", "scene.png", question.text, "--keep", 32, "--compare", "--json").json
+    assert (data["tokens"]["before"], data["tokens"]["after"]) == (256, 32)
+    assert data["answer_unpruned"] in {q.answer for q in shown.questions} | {"yes", "no"}
+    assert data["flops"]["after"] < data["flops"]["before"] / 2
+    assert data["kv_bytes"]["after"] < data["kv_bytes"]["before"] / 4
+    assert len(data["compare"]) == 6
+    assert Path(data["overlay"]) == Path("runs/scene-vispruner/overlay.png")
+    assert open_image(data["overlay"]).width > 1000
+
+
+@needs_weights
+def test_nano_takes_dtype_and_attention(foveate: Any) -> None:
+    nano.scene("test", 0, 1).image.save("scene.png")
+    options = ("--dtype", "bfloat16", "--attn", "eager", "--repeats", 1)
+    half = foveate("run", "scene.png", "what is there?", "--json", *options).json
+    whole = foveate("run", "scene.png", "what is there?", "--json", "--repeats", 1).json
+    assert 2 * half["kv_bytes"]["before"] == whole["kv_bytes"]["before"]
+
+
+@needs_weights
+def test_nano_eval(foveate: Any) -> None:
+    result = foveate("nano", "eval", "--images", 2, "--processes", 1, "--out", "scores/nano.json", "--json")
+    assert result.code in (0, 1)
+    assert Path("scores/nano.json").is_file()
