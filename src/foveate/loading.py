@@ -204,6 +204,16 @@ def prompt_for(processor: Any, question: str, template: str | None = None) -> st
     return f"{token}\n{question}"
 
 
+def model_inputs(processor: Any, image: Image.Image, prompt: str) -> Any:
+    """Run the processor on an image and a prompt.
+
+    A prompt that brings its own beginning-of-text token, as many chat templates do, does not get a second one.
+    """
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    special = not (bos and prompt.startswith(bos))
+    return processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=special)
+
+
 def encoder_view(processor: Any, image: Image.Image) -> Image.Image:
     """Return the part of an image that the vision encoder sees, in full resolution.
 

@@ -20,7 +20,7 @@ from foveate.cost import Cost, kv_bytes, prefill_flops, probe_flops
 from foveate.engines.hf import Separators, Settings, apply, decide, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
-from foveate.loading import prompt_for
+from foveate.loading import model_inputs, prompt_for
 from foveate.probes import Attention
 from foveate.reducer import Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
@@ -125,8 +125,7 @@ def prepare(
     """Build the prompt and the model inputs for a question about an image."""
     family = family_of(model)
     prompt = prompt_for(processor, question, template)
-    batch = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)
-    inputs = dict(batch)
+    inputs = dict(model_inputs(processor, image, prompt).to(model.device, model.dtype))
     return Job(model, processor, family, inputs, family.spans(model, inputs), max_new_tokens)
 
 

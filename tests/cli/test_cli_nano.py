@@ -6,17 +6,19 @@ from typing import Any
 import pytest
 
 from foveate import nano
-from foveate.loading import open_image, prompt_for
+from foveate.loading import model_inputs, open_image, prompt_for
 from foveate.nano.export import build_processor
 
 needs_weights = pytest.mark.skipif(not (nano.WEIGHTS / "config.json").is_file(), reason="nano is not trained yet")
 
 
 def test_questions_reach_nano_as_in_training() -> None:
-    processor = build_processor()
+    processor, image = build_processor(), nano.scene("validation", 0, 0).image
     text = "what color is the star?"
-    wanted = processor.tokenizer(f"<image> {text}")["input_ids"]
-    assert processor.tokenizer(prompt_for(processor, text))["input_ids"] == wanted
+    wanted = processor(images=image, text=f"<image> {text}", return_tensors="pt")["input_ids"]
+    assert model_inputs(processor, image, prompt_for(processor, text))["input_ids"].equal(wanted)
+    with_bos = prompt_for(processor, text, f"{processor.tokenizer.bos_token}<image>{{question}}")
+    assert model_inputs(processor, image, with_bos)["input_ids"].equal(wanted)
 
 
 @needs_weights
