@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foveate.cli_tools import Json, guarded, print_json, write_json
+from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
 from foveate.errors import FoveateError, InputError
 
 nano_app = typer.Typer(
@@ -43,6 +43,7 @@ def train(
         wanted = Recipe.load(path)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"cannot read the recipe {str(path)!r}: {error}") from error
+    make_folder(out, "")
     with contextlib.redirect_stdout(sys.stderr):
         folder = run_training(wanted, out, resume, processes)
     if as_json:

@@ -52,6 +52,7 @@ def test_nano_commands_say_what_is_wrong(foveate: Any, tmp_path: Path) -> None:
     for arguments in (
         ("train", "--recipe", "absent.json"),
         ("train", "--recipe", "bad.json"),
+        ("train", "--out", "bad.json"),
         ("report", "absent.json", "absent.md"),
     ):
         result = foveate("nano", *arguments)

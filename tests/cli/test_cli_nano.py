@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,25 @@ def test_questions_reach_nano_as_in_training() -> None:
     assert model_inputs(processor, image, prompt_for(processor, text))["input_ids"].equal(wanted)
     with_bos = prompt_for(processor, text, f"{processor.tokenizer.bos_token}<image>{{question}}")
     assert model_inputs(processor, image, with_bos)["input_ids"].equal(wanted)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_eval_shows_gates_and_fails_with_them(
+    foveate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: bool
+) -> None:
+    from foveate.nano import gates
+
+    score = {"all": {"accuracy": 91.25, "error": 0.5, "questions": 8}}
+    gate = {"value": 91.25, "limit": 90.0, "rule": "at least", "passed": passed}
+    result = {"accuracy": {"full": score}, "gates": {"whole": gate}}
+    monkeypatch.setattr(gates, "measure", lambda *_: result)
+    (tmp_path / "config.json").write_text("{}")
+    shown = foveate("nano", "eval", "--model", tmp_path, "--out", "scores/nano.json")
+    assert shown.code == 1 - passed
+    assert "91.2" in shown.out
+    assert ("passed" if passed else "MISSED") + "  whole" in shown.out
+    assert json.loads(Path("scores/nano.json").read_text()) == result
+    assert foveate("nano", "eval", "--model", tmp_path, "--split", "x").code == 2
 
 
 @needs_weights

@@ -249,6 +249,8 @@ def test_encoder_view_is_what_the_processor_cuts_out(folder: Path) -> None:
     assert view.size == (100, 100)
     assert view.getcolors() == [(10000, (255, 0, 0))]
     assert encoder_view(processor, Image.new("RGB", (1, 1))).size == (1, 1)
+    processor.image_processor.image_grid_pinpoints = [[56, 112]]  # as LLaVA-NeXT has them
+    assert encoder_view(processor, image) is image
 
 
 def test_keep_is_read_as_written() -> None:
