@@ -13,7 +13,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/foveate run src/foveate/nano/sample.png "$$(cat src/foveate/nano/sample.txt)" --keep 32 --compare --out runs/demo
+	$(BIN)/foveate run src/foveate/nano/sample.png \
+	  "$$($(BIN)/python -c 'from foveate import nano; print(nano.sample().question)')" --keep 32 --compare --out runs/demo
 
 test: setup
 	$(BIN)/python -m pytest -q

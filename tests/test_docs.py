@@ -1,0 +1,27 @@
+"""The documentation states what the repository holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from foveate.nano.comparison import END, START, table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+
+
+def test_the_readme_shows_the_table_of_the_results():
+    result = json.loads((ROOT / "results/nano-comparison.json").read_text(encoding="utf-8"))
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
+    assert shown.strip() == table(result)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
