@@ -525,3 +525,30 @@ def test_attention_implementation_does_not_change_what_is_salient(family):
         for attention in ("sdpa", "eager")
     )
     assert [s.kept.tolist() for s in by_sdpa] == [s.kept.tolist() for s in by_eager]
+
+
+@pytest.mark.parametrize("new_image", [False, True], ids=["text", "image"])
+def test_own_position_ids_in_the_second_turn(new_image):
+    net, first = model("llava"), samples("llava")
+    inputs, cache = collate(first), DynamicCache()
+    with foveate.attach(net, Uniform(keep=9), positions="original"):
+        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        second = [sample(2, *(["image"] if new_image else []), 4, seed=20 + i) for i in range(3)]
+        whole = collate(joined(first, answer_of(one, inputs), second))
+        turn = {k: x for k, x in collate(second).items() if k.startswith("pixel")}
+        turn |= {"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]}
+        positions = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        # The last answered token is not in the cache yet.
+        start = one.sequences.shape[1] - 1
+        new = {**turn, "input_ids": turn["input_ids"][:, start:]}
+        with torch.no_grad():
+            given = net(**new, position_ids=positions[:, start:], past_key_values=cache).logits[:, -1]
+    # The same dialogue once more, with positions left to the library.
+    with foveate.attach(net, Uniform(keep=9), positions="original"), torch.no_grad():
+        cache = generate(net, inputs, max_new_tokens=4).past_key_values
+        worked_out = net(**new, past_key_values=cache).logits[:, -1]
+    close(given, worked_out)
+    with foveate.attach(net, Uniform(keep=9), positions="compact"), torch.no_grad():
+        cache = generate(net, inputs, max_new_tokens=4).past_key_values
+        with pytest.raises(foveate.FoveateError, match="leave them out"):
+            net(**new, position_ids=positions[:, start:], past_key_values=cache)

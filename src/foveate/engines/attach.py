@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.engines.compaction import Compaction, compact_planes, full_positions
-from foveate.engines.hf import Reduced, Separators, Settings, base_model, pad_id, reduce_with
+from foveate.engines.compaction import Compaction, compact_planes
+from foveate.engines.hf import Reduced, Separators, Settings, base_model, pad_id, reduce_with, with_positions
 from foveate.errors import AttachError
 from foveate.families import Family, family_of
 from foveate.reducer import Positions, Reducer
@@ -209,14 +209,15 @@ class Handle:
     ) -> Reduced:
         """Put the compact continuation of a cached prompt together."""
         whole = prefix.followed_by(kept)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        full = dict(inputs)
-        if full.get("position_ids") is None and self.settings.positions == "original":
-            full["position_ids"] = full_positions(mask, len(ids), whole.length, ids.device)
+        batch, own = len(inputs["input_ids"]), inputs.get("position_ids")
+        full = with_positions(inputs, (batch, whole.length), self.settings.positions)
         out = Reduced(compact_planes(full, whole, pad_id(self._model)))
         if only_new:
             out["input_ids"] = tail["input_ids"]
-            if out.get("position_ids") is not None:
+            if own is not None and own.shape[-1] == kept.length:
+                own = own.expand(*own.shape[:-2], batch, -1)
+                out["position_ids"] = kept.apply(own, dim=own.dim() - 1)
+            elif out.get("position_ids") is not None:
                 out["position_ids"] = out["position_ids"][..., -kept.width :]
         for key in (*self._family.inputs, *self._family.side_inputs):
             if key not in tail:

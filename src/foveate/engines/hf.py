@@ -207,7 +207,7 @@ def apply(
 ) -> Reduced:
     """Compact all planes of the inputs together and hand the embeddings over."""
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
-    full = _with_positions(inputs, inputs["input_ids"].shape, positions)
+    full = with_positions(inputs, inputs["input_ids"].shape, positions)
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
@@ -216,7 +216,8 @@ def apply(
     return out
 
 
-def _with_positions(inputs: Mapping[str, Any], shape: Sequence[int], positions: Positions) -> dict[str, Any]:
+def with_positions(inputs: Mapping[str, Any], shape: Sequence[int], positions: Positions) -> dict[str, Any]:
+    """Return the inputs of full prompts of a shape ``[B, L]`` with the position ids that their tokens are to keep."""
     full = dict(inputs)
     if full.get("position_ids") is None:
         full.pop("position_ids", None)
