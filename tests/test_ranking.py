@@ -1,0 +1,24 @@
+import math
+
+import torch
+
+from foveate.ranking import cosine_matrix, descending, top
+
+
+def test_descending_is_stable_and_puts_what_is_no_number_last():
+    scores = torch.tensor([[0.5, math.nan, 2.0, 0.5, -math.inf, 2.0, math.inf, math.nan]])
+    assert descending(scores).tolist() == [[6, 2, 5, 0, 3, 4, 1, 7]]
+    assert descending(torch.zeros(2, 40)).tolist() == [list(range(40))] * 2
+
+
+def test_top_is_ascending():
+    assert top(torch.tensor([[0.1, 3.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]]), 2).tolist() == [[1, 3], [0, 1]]
+
+
+def test_cosines():
+    x = torch.randn(2, 5, 7)
+    x[0, 3] = 0
+    expected = torch.nn.functional.cosine_similarity(x[:, :, None].double(), x[:, None].double(), dim=-1)
+    torch.testing.assert_close(cosine_matrix(x).double(), expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(cosine_matrix(x)[0, 3], torch.zeros(5))
+    assert torch.equal(cosine_matrix(x.half()), cosine_matrix(x.half().float()))
