@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foveate.engines.hf import Settings, apply, decide, select
 from foveate.families import family_of
-from foveate.nano.questions import QUESTION_KINDS, Question, ask
+from foveate.nano.questions import ASKED_KINDS, QUESTION_KINDS, Question, ask
 from foveate.nano.scenes import Scene, generator, plan_scene
 from foveate.reducer import Reducer, identity
 
@@ -64,7 +64,7 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         """Accuracy of all kinds together and of each, in percent."""
-        return {"all": self.share(), **{kind: self.share(kind) for kind in QUESTION_KINDS}}
+        return {"all": self.share(), **{kind: self.share(kind) for kind in ASKED_KINDS}}
 
 
 def _clustered(right: NDArray[Any], asked: NDArray[np.int64]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from foveate.nano.evaluate import (
     question_prior,
     seconds_per_question,
 )
-from foveate.nano.questions import QUESTION_KINDS
+from foveate.nano.questions import ASKED_KINDS, WITHHELD
 from foveate.nano.recipe import Recipe
 from foveate.nano.scenes import scene
 
@@ -133,7 +133,7 @@ def judge(found: dict[str, Tally], prior: Tally, median_seconds: float) -> dict[
     for name in ("random_64_0", "vispruner_64", "vispruner_32"):
         gap = abs(difference(found[f"{name}_compact"], found[name])["points"])
         gates[f"compact against original positions, {name}"] = _gate(gap, 1.0, at_least=False)
-    for kind in QUESTION_KINDS:
+    for kind in ASKED_KINDS:
         seen = found["full"].share(kind)["accuracy"]
         blind = max(found["wrong_image"].share(kind)["accuracy"], prior.share(kind)["accuracy"])
         gates[f"{kind}"] = _gate(seen, 75.0)
@@ -174,7 +174,15 @@ def measure(
     prior = question_prior(scenes(seed, images, split))
     speed = seconds_per_question(*_load(folder), scenes(1, 60, "validation"))
     return {
-        "config": {"split": split, "seed": seed, "images": images, "draws": DRAWS, "dtype": "float32", "device": "cpu"},
+        "config": {
+            "split": split,
+            "seed": seed,
+            "images": images,
+            "draws": DRAWS,
+            "withheld": list(WITHHELD),
+            "dtype": "float32",
+            "device": "cpu",
+        },
         "conditions": {c.name: {"reducer": repr(c.reducer), "positions": c.positions} for c in CONDITIONS},
         "versions": versions(),
         "accuracy": {name: tally.summary() for name, tally in found.items()} | {"question_prior": prior.summary()},

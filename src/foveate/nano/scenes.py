@@ -13,7 +13,7 @@ from PIL import Image
 from foveate.errors import UnknownNameError
 from foveate.nano import drawing
 from foveate.nano.drawing import SIDE
-from foveate.nano.questions import Question, ask
+from foveate.nano.questions import WITHHELD, Question, ask
 from foveate.nano.vocabulary import BACKGROUND_COLORS, COLORS, ICONS, REGIONS, SHAPES, SIGN
 
 BUCKETS: Final = {"train": (2, 3, 4, 5, 6, 7), "validation": (1,), "test": (0,)}
@@ -273,7 +273,8 @@ def scene(split: str, seed: int, index: int) -> Scene:
     plan = plan_scene(split, seed, index)
     image, _ = render(plan, generator(split, seed, index, "pixels"))
     questions = ask(plan.objects, plan.background, generator(split, seed, index, "questions"))
-    return Scene(image, plan.objects, plan.background, questions, split, seed, index)
+    asked = tuple(question for question in questions if question.kind not in WITHHELD)
+    return Scene(image, plan.objects, plan.background, asked, split, seed, index)
 
 
 def scenes(seed: int = 0, n: int = 100, split: str = "validation") -> Iterator[Scene]:
