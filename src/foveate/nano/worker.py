@@ -279,9 +279,17 @@ class Worker:
         stop : tuple of str and int, optional
             Stage and step after which to leave, as if interrupted.
         """
+        threads = torch.get_num_threads()
+        # Sums over several threads are not repeatable to the last bit, so a resumed run would differ.
+        torch.set_num_threads(1)
+        try:
+            self._run(dict([stop]) if stop else {})
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run(self, where: dict[str, int]) -> None:
         torch.manual_seed(self.recipe.seed)
         self.draw()
-        where = dict([stop]) if stop else {}
         vision = self.train_tower(where.get("tower"))
         if "tower" in where:
             return
@@ -295,7 +303,6 @@ class Worker:
 
 def main(out: Path, rank: int, world: int) -> None:
     """Entry point of one of several processes; they meet through a file in ``out``."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/meeting", rank=rank, world_size=world)
     Worker(Recipe.load(out / "recipe.json"), out, rank, world).run()
     dist.destroy_process_group()
