@@ -94,7 +94,8 @@ def _watch(recipe: Recipe, out: Path, running: list[subprocess.Popen[bytes]]) ->
         read = 0
         while True:
             ended = all(process.poll() is not None for process in running)
-            lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+            text = (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
+            lines = text[: text.rfind("\n") + 1].splitlines()  # the last line may be half written
             for line in lines[read:]:
                 entry = json.loads(line)
                 if entry["stage"] in tasks:

@@ -305,6 +305,7 @@ def main(out: Path, rank: int, world: int) -> None:
     """Entry point of one of several processes; they meet through a file in ``out``."""
     dist.init_process_group("gloo", init_method=f"file://{out.resolve()}/meeting", rank=rank, world_size=world)
     Worker(Recipe.load(out / "recipe.json"), out, rank, world).run()
+    dist.barrier()  # a process that leaves first would break the connection of one that still reads
     dist.destroy_process_group()
 
 
