@@ -17,7 +17,7 @@ CLIP = 1.0
 
 
 class FlatAdamW:
-    """Keeps ``weights`` (float32 leaves by name, views of one buffer) up to date.
+    """Keeps ``weights`` (leaves by name, views of one buffer) up to date; the state is float32 whatever their type.
 
     Parameters
     ----------
@@ -27,9 +27,13 @@ class FlatAdamW:
         Applied to matrices other than embeddings.
     slow : tuple of str
         Weights whose name contains one of these learn at half the rate.
+    dtype : torch.dtype
+        Type of ``weights``, and so of the forward and backward passes.
     """
 
-    def __init__(self, initial: Weights, weight_decay: float, slow: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, initial: Weights, weight_decay: float, slow: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+    ) -> None:
         self.names = list(initial)
         self.sizes = [initial[name].numel() for name in self.names]
         self.master = torch.cat([initial[name].flatten().float() for name in self.names])
@@ -38,12 +42,13 @@ class FlatAdamW:
         self.step_count = 0
         self._rate = torch.ones_like(self.master)
         self._decay = torch.zeros_like(self.master)
-        self._gradient = torch.zeros_like(self.master)
+        self._used = self.master if dtype == torch.float32 else self.master.to(dtype)
+        self._gradient = torch.zeros_like(self._used)
         self.weights: Weights = {}
         start = 0
         for name, size in zip(self.names, self.sizes, strict=True):
             end, shape = start + size, initial[name].shape
-            leaf = self.master[start:end].view(shape).detach().requires_grad_()
+            leaf = self._used[start:end].view(shape).detach().requires_grad_()
             leaf.grad = self._gradient[start:end].view(shape)
             self.weights[name] = leaf
             if len(shape) >= 2 and "embed" not in name:
@@ -54,7 +59,7 @@ class FlatAdamW:
 
     def step(self, rate: float) -> None:
         """Average the gradients over all processes, clip, update, and clear them."""
-        gradient = self._gradient
+        gradient = self._gradient.float()
         if dist.is_initialized():
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
@@ -65,7 +70,12 @@ class FlatAdamW:
         mean = self.first / (1 - BETAS[0] ** self.step_count)
         spread = (self.second / (1 - BETAS[1] ** self.step_count)).sqrt_().add_(1e-8)
         self.master -= rate * self._rate * (mean / spread + self._decay * self.master)
-        gradient.zero_()
+        self._gradient.zero_()
+        self._publish()
+
+    def _publish(self) -> None:
+        if self._used is not self.master:
+            self._used.copy_(self.master)
 
     def trained(self) -> Weights:
         """The float32 weights by name."""
@@ -84,3 +94,4 @@ class FlatAdamW:
             for name in ("master", "first", "second"):
                 getattr(self, name).copy_(stored.get_tensor(name))
             self.step_count = int(stored.metadata()["step"])
+        self._publish()

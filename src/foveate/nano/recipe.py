@@ -49,7 +49,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Data, architecture, stages and loss weights; ``recipe.json`` holds the one of the shipped weights."""
+    """Data, architecture, stages and loss weights; ``recipe.json`` holds the one of the shipped weights.
+
+    Attributes
+    ----------
+    dtype : str
+        ``"float32"`` or ``"bfloat16"``: type of the forward and backward passes. Weights and updates are float32.
+    """
 
     seed: int
     images: int
@@ -70,6 +76,7 @@ class Recipe:
     stop_weight: float
     evaluate_every: int
     save_every: int
+    dtype: str = "float32"
     kind_weights: dict[str, float] = field(default_factory=dict)
 
     @classmethod

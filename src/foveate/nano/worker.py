@@ -50,6 +50,7 @@ class Worker:
         self.train = open_drawn(cache, "train", recipe.images)
         self.validation = open_drawn(cache, "validation", recipe.validation_images)
         self.words, self.places = visual_words(recipe)
+        self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.started = time.monotonic()
 
     def log(self, **values: object) -> None:
@@ -106,7 +107,7 @@ class Worker:
         """
         stage, path = self.recipe.tower, self.out / "tower.safetensors"
         initial = {k: v for k, v in initial_weights(self.recipe).items() if not k.startswith(TEXT)}
-        optimizer = FlatAdamW(initial, stage.weight_decay)
+        optimizer = FlatAdamW(initial, stage.weight_decay, dtype=self.dtype)
         if path.exists():
             optimizer.restore(path)
         weights = optimizer.weights
@@ -120,7 +121,7 @@ class Worker:
                 self.log(stage="tower", step=step, loss=round(loss.item(), 4))
             self._checkpoint(optimizer, path, step + 1, stage)
             if (step + 1) % self.recipe.evaluate_every == 0 or step + 1 == stage.steps:
-                self.log(stage="tower", step=step + 1, **self.evaluate_tower(weights))
+                self.log(stage="tower", step=step + 1, **self.evaluate_tower(optimizer.trained()))
         return optimizer.trained()
 
     def _checkpoint(self, optimizer: FlatAdamW, path: Path, done: int, stage: Stage) -> None:
@@ -204,7 +205,8 @@ class Worker:
         stage, path = self.recipe.decoder, self.out / "decoder.safetensors"
         initial = {k: v for k, v in initial_weights(self.recipe).items() if k.startswith(TEXT)}
         initial |= {k: v for k, v in tower_weights.items() if "projector" in k}
-        optimizer = FlatAdamW(initial, stage.weight_decay, slow=("embed", "projector", "norm"))
+        slow = ("embed", "projector", "norm")
+        optimizer = FlatAdamW(initial, stage.weight_decay, slow, self.dtype)
         if path.exists():
             optimizer.restore(path)
         for step, chosen in self.batches("decoder", stage, optimizer.step_count, self.recipe.decoder_images):
@@ -218,7 +220,7 @@ class Worker:
                 self.log(stage="decoder", step=step, loss=round(loss.item(), 4), right=round(right, 4))
             self._checkpoint(optimizer, path, step + 1, stage)
             if (step + 1) % self.recipe.evaluate_every == 0 or step + 1 == stage.steps:
-                self.log(stage="decoder", step=step + 1, **self.evaluate_decoder(optimizer.weights, validation))
+                self.log(stage="decoder", step=step + 1, **self.evaluate_decoder(optimizer.trained(), validation))
         return optimizer.trained()
 
     def _questions(self, split: str, index: int, step: int | None = None) -> tuple[Question, ...]:
@@ -241,7 +243,7 @@ class Worker:
     ) -> tuple[Tensor, float]:
         rng = generator("compression", self.recipe.seed, step, self.rank)
         compression = np.where(rng.random(len(chosen)) < 0.5, 1.0, rng.uniform(1, LARGEST_COMPRESSION, len(chosen)))
-        tokens = torch.from_numpy(np.asarray(features[chosen])).float()
+        tokens = torch.from_numpy(np.asarray(features[chosen])).to(self.dtype)
         projected, hidden = self._hidden(weights, tokens, texts, torch.from_numpy(compression).float())
         embeddings = weights[TEXT + "embed_tokens.weight"]
         logits = (hidden[texts.rows, texts.columns] @ embeddings.T).float()
