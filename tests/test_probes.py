@@ -177,7 +177,7 @@ def test_an_exception_leaves_no_trace(attention):
 
 
 def test_a_layer_too_far_back_is_refused():
-    with pytest.raises(UnsupportedModelError, match="of the 2 layers in use"):
+    with pytest.raises(UnsupportedModelError, match="has 3 layers, of which"):
         run_tower(tower(), pictures(), [-2], True, [Attention(layers=(-3,))])
     with pytest.raises(UnsupportedModelError, match="hidden state 0"):
         run_tower(tower(), pictures(), [0], True, [])
@@ -187,7 +187,7 @@ def test_attention_outside_the_interface_is_reported():
     encoder = tower()
     with (
         pytest.raises(UnsupportedModelError, match="'uniform' or 'random'"),
-        tap(encoder, {torch.nn.Linear(1, 1): {"row": cls_row}}),
+        tap(encoder, {torch.nn.Linear(1, 1): [Attention()]}, 1),
     ):
         encoder(pictures())
     assert encoder.config._attn_implementation == "sdpa"

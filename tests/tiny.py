@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from foveate.probes import Attention, Features
+from foveate.probes import ClsToken, Embeddings, Features, Keys, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -193,7 +193,10 @@ def visual_tokens(
     layout (whose prompt then is row 0) has the values that it has among the others.
     """
     spans: list[Span] = []
-    planes: dict[Any, list[Tensor]] = {probe: [] for probe in (Features(), *reducer.probes())}
+    queries: list[tuple[int, Tensor]] = []
+    planes: dict[Any, list[Tensor]] = {
+        probe: [] for probe in (Features(), *reducer.probes()) if not isinstance(probe, Query | ClsToken)
+    }
     for i, (row, grids) in enumerate(layout):
         if only not in (None, i):
             continue
@@ -203,15 +206,23 @@ def visual_tokens(
             start += h * w + 1
             generator = torch.Generator().manual_seed(1000 * seed + 10 * i + j)
             for probe, plane in planes.items():
-                if isinstance(probe, Features):
-                    shape: tuple[int, ...] = (h * w, 12)
-                elif isinstance(probe, Attention):
-                    shape = (h * w, len(probe.layers)) if len(probe.layers) > 1 else (h * w,)
-                else:
-                    raise NotImplementedError(f"values for the probe {probe!r}")
-                values = torch.randn(shape, generator=generator)
-                plane.append((values if isinstance(probe, Features) else values.exp()).to(dtype))
+                values = torch.randn(h * w, *_width(probe), generator=generator)
+                plane.append((values if isinstance(probe, FEATURES) else values.exp()).to(dtype))
         sample_row = 0 if only is not None else row
         ordinal = sum(s.sample == sample_row for s in spans)
         spans.append(Span("image", sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
-    return VisualTokens(tuple(spans), planes, torch.device("cpu"))
+        # Prompts of different lengths, the same words for the same prompt.
+        generator = torch.Generator().manual_seed(1000 * seed + row)
+        queries.append((sample_row, torch.randn(3 + row % 2, 12, generator=generator).to(dtype)))
+    words = tuple(dict(queries).values()) if Query() in reducer.probes() else None
+    cls = ClsToken() in reducer.probes()
+    return VisualTokens(tuple(spans), planes, torch.device("cpu"), cls=cls, queries=words)
+
+
+FEATURES = (Features, Embeddings, Keys)
+
+
+def _width(probe: Any) -> tuple[int, ...]:
+    if isinstance(probe, FEATURES):
+        return (12,)
+    return (2,) if probe.stacked else ()

@@ -57,6 +57,17 @@ class Budget:
                 f"a ratio of {self.value} is not in (0, 1]: pass a ratio such as 0.25, or a whole number of tokens"
             )
 
+    @staticmethod
+    def coverage(share: float, *, per: Scope = "image", least: int = 1, most: int | None = None) -> Coverage:
+        """Return a budget that follows the image: see `Coverage`.
+
+        Examples
+        --------
+        >>> Budget.coverage(0.9, most=144)
+        Coverage(value=0.9, per='image', least=1, most=144)
+        """
+        return Coverage(share, per, least, most)
+
     def count(self, n: int) -> int:
         """Return the number of tokens kept of `n`: at least one, at most `n`."""
         wanted = self.value if isinstance(self.value, int) else max(1, round(self.value * n))
@@ -79,6 +90,46 @@ class Budget:
         for i in by_remainder[: kept - sum(parts)]:
             parts[i] += 1
         return parts
+
+
+@dataclass(frozen=True)
+class Coverage(Budget):
+    """The fewest tokens that hold a share of the saliency, within bounds: an adaptive budget.
+
+    Saliency is the attention that patches get in the vision encoder (``Attention()``). Only engines that see an image
+    before they reserve places can use it; the `transformers` engine does.
+
+    Parameters
+    ----------
+    value
+        Share of the sum of saliency over the tokens that compete, in (0, 1].
+    per
+        Where the share holds: over a whole span (``"image"``, ``"joint"``) or over each crop (``"crop"``). With
+        ``"image"`` each crop keeps as many tokens as it has among those that make up the share.
+    least, most
+        Bounds on the number of tokens, per span or, with ``per="crop"``, per crop.
+
+    Raises
+    ------
+    BudgetError
+        If the share is not in (0, 1] or the bounds are not ``1 <= least <= most``.
+    """
+
+    least: int = 1
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.value, float):
+            raise BudgetError(f"coverage is a share of the saliency such as 0.9, not {self.value!r}")
+        if self.least < 1 or (self.most is not None and self.most < self.least):
+            raise BudgetError(f"bounds are 1 <= least <= most, not least={self.least}, most={self.most}")
+
+    def count(self, n: int) -> int:
+        raise BudgetError(
+            f"{self!r} depends on what an image shows, and is not known from its {n} tokens alone: "
+            "use a count or a ratio here"
+        )
 
 
 Keep: TypeAlias = int | float | Budget | Sequence["int | float | Budget"] | Mapping[str, "int | float | Budget"]

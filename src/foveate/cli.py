@@ -244,7 +244,7 @@ def _method_row(cls: Any) -> dict[str, Any]:
         p.name: None if p.default is p.empty else json.dumps(p.default, default=str)
         for p in inspect.signature(cls).parameters.values()
     }
-    merges = isinstance(cls.merges, bool) and cls.merges
+    merges = isinstance(cls.merges, str)
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,
         "merges": merges, "paper": cls.paper, "positions": cls.positions, "parameters": parameters,

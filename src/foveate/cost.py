@@ -133,13 +133,14 @@ def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int]) -> in
         Patches of each picture.
     """
     vision, flops = config.vision_config, 0
+    depth, read = vision.num_hidden_layers, vision_layers(config) - 1
     for probe in probes:
         if isinstance(probe, Attention):
             for patches in rows:
                 length = patches + _lead(vision)
                 one_query = probe.of == "cls" or (probe.of == "auto" and _lead(vision))
                 queries = 1 if one_query else length
-                flops += 2 * queries * length * vision.hidden_size * len(probe.layers)
+                flops += 2 * queries * length * vision.hidden_size * len(probe.numbers(depth, read))
     return flops
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -29,29 +30,143 @@ _QUERY_CHUNK = 256
 
 @dataclass(frozen=True)
 class Features:
-    """Encoder features that the projector reads, ``[N, C]`` per crop."""
+    """What methods compare tokens by, ``[N, C]`` per crop.
+
+    The encoder features that the projector reads; in families whose tokens are merged from several patches, the merged
+    tokens in the space of the LLM.
+    """
 
 
 @dataclass(frozen=True)
-class Attention:
+class Embeddings:
+    """Visual tokens after the projector, in the space of the LLM, ``[N, D]`` per crop."""
+
+
+@dataclass(frozen=True)
+class ClsToken:
+    """The encoder's ``[CLS]`` token as one more row that merging may use; see `CropBatch.cls`."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """The text of the prompt that follows its first image, as input embeddings ``[M, D]``; see `CropBatch.query`."""
+
+
+@dataclass(frozen=True)
+class LayerProbe(ABC):
+    """A cue that is computed from the queries, keys and values of attention layers of the vision encoder.
+
+    Parameters
+    ----------
+    layers
+        Encoder layers, each either counted back from the one whose output the projector reads, which is ``-1`` (0 is
+        the layer behind it), or a share of the depth: ``1 / 3`` is layer 8 of the 24 of CLIP-L. With several, the
+        values have a last dimension for them. A single float stands for all layers from that share of the depth up to
+        the one whose output the projector reads.
+    """
+
+    layers: tuple[int | float, ...] | float = field(default=(-1,), kw_only=True)
+
+    @abstractmethod
+    def read(self, heads: Heads) -> Tensor:
+        """Return the values of all patches ``[B, N, ...]`` float32 from what one layer attends with."""
+
+    def numbers(self, depth: int, read: int) -> list[int]:
+        """Return the layers as indices from 0.
+
+        Parameters
+        ----------
+        depth
+            Layers of the encoder.
+        read
+            Index of the layer whose output the projector reads.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the encoder has no such layer.
+        """
+        if isinstance(self.layers, float):
+            return list(range(min(int(self.layers * depth), read), read + 1))
+        found = [int(i * depth) if isinstance(i, float) else read + 1 + i for i in self.layers]
+        for given, layer in zip(self.layers, found, strict=True):
+            if not 0 <= layer < depth:
+                raise UnsupportedModelError(
+                    f"{self} reads layer {given}, but this vision encoder has {depth} layers, of which the projector "
+                    f"reads number {read}"
+                )
+        return found
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the values have a last dimension for the layers."""
+        return isinstance(self.layers, float) or len(self.layers) > 1
+
+
+@dataclass(frozen=True)
+class Attention(LayerProbe):
     """Attention that patches get inside the vision encoder, averaged over heads, ``[N]`` per crop.
 
     Parameters
     ----------
+    layers
+        See `LayerProbe`.
     of
         ``"cls"``: the row of the ``[CLS]`` query, softmax over all keys and the ``[CLS]`` column then dropped.
         ``"received"``: the mean over all query rows. ``"auto"``: ``"cls"`` where the encoder has such a token,
         ``"received"`` otherwise.
-    layers
-        Encoder layers counted back from the one whose output the projector reads, which is ``-1``. With several,
-        the values are ``[N, len(layers)]``.
+    joint
+        Take all heads as a single one, as wide as all of them, with a scale to match.
     """
 
     of: Literal["auto", "cls", "received"] = "auto"
-    layers: tuple[int, ...] = (-1,)
+    joint: bool = False
+
+    def read(self, heads: Heads) -> Tensor:
+        if self.of == "cls" and not heads.lead:
+            raise UnsupportedModelError("this vision encoder has no [CLS] token: read Attention(of='received') instead")
+        query, key, scaling = heads.query, heads.key, heads.scaling
+        if self.joint:
+            scaling *= query.shape[1] ** -0.5
+            query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
+        if self.of == "received" or not heads.lead:
+            return received(query, key, scaling, skip=heads.lead)
+        return cls_row(query, key, scaling)[:, heads.lead - 1 :]
 
 
-Probe: TypeAlias = Features | Attention
+@dataclass(frozen=True)
+class Keys(LayerProbe):
+    """Attention keys of patches, ``[N, d]`` per crop: the mean over heads, or with `joint` all heads side by side."""
+
+    joint: bool = False
+
+    def read(self, heads: Heads) -> Tensor:
+        key = heads.key[:, :, heads.lead :].float()
+        return key.transpose(1, 2).flatten(2) if self.joint else key.mean(dim=1)
+
+
+Probe: TypeAlias = Features | Embeddings | ClsToken | Query | LayerProbe
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """What an attention layer attends with.
+
+    Attributes
+    ----------
+    query, key, value
+        ``[B, H, S, d]``, rotated if the model rotates them, not yet scaled; key and value may have fewer heads.
+    scaling
+        Factor on the products of queries and keys.
+    lead
+        Tokens before the patches, of which the first is ``[CLS]``: usually 1 or 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    lead: int = 0
 
 
 def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -97,21 +212,38 @@ def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0) -> Tenso
     return total[:, skip:] / query.shape[2]
 
 
-Reader: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
-"""What a tap runs on a layer's queries and keys ``[B, H, S, d]`` and its scaling."""
-
-
 class Taps:
-    """Readers on attention modules, and what they read in the last pass."""
+    """Probes on attention modules, and what they read in the last pass."""
 
-    def __init__(self, readers: dict[nn.Module, dict[Any, Reader]]):
-        self.readers = readers
-        self.values: dict[Any, Tensor] = {}
+    def __init__(self, probes: dict[nn.Module, list[LayerProbe]], lead: int):
+        self.probes, self.lead = probes, lead
+        self._parts: dict[tuple[nn.Module, LayerProbe], list[Tensor]] = {}
 
-    def read(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
-        for name, reader in self.readers.get(module, {}).items():
+    def read(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, bounds: Tensor | None
+    ) -> None:
+        """Read one call of a module; `bounds` are where packed sequences begin and end, if several share the call."""
+        for probe in self.probes.get(module, ()):
             with torch.no_grad():
-                self.values[name] = reader(query.detach(), key.detach(), scaling)
+                for q, k, v in _sequences(query.detach(), key.detach(), value.detach(), bounds):
+                    values = probe.read(Heads(q, k, v, scaling, self.lead))
+                    self._parts.setdefault((module, probe), []).append(values)
+
+    def values(self, module: nn.Module, probe: LayerProbe) -> list[Tensor]:
+        """Return what was read, ``[B, N, ...]`` per sequence or stack of sequences, in the order of the calls."""
+        return self._parts[module, probe]
+
+    def missing(self) -> list[LayerProbe]:
+        """Return the probes that a module was given but never asked."""
+        return [p for module, probes in self.probes.items() for p in probes if (module, p) not in self._parts]
+
+
+def _sequences(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    if bounds is None or len(bounds) == 2:
+        yield query, key, value
+        return
+    lengths = bounds.diff().tolist()
+    yield from zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
 
 
 _active: ContextVar[Taps | None] = ContextVar("foveate_taps", default=None)
@@ -120,18 +252,20 @@ _tapped: dict[int, int] = {}  # how many passes use the twin on a configuration,
 
 
 @contextmanager
-def tap(encoder: nn.Module, readers: dict[nn.Module, dict[Any, Reader]]) -> Iterator[Taps]:
-    """Run an encoder with readers on some of its attention modules.
+def tap(encoder: nn.Module, probes: dict[nn.Module, list[LayerProbe]], lead: int) -> Iterator[Taps]:
+    """Run an encoder with probes on some of its attention modules.
 
     Parameters
     ----------
     encoder
         A `transformers` model whose attention goes through the `AttentionInterface`.
-    readers
-        For each attention module the readers to run there, by the name of what they read.
+    probes
+        For each attention module what to read there.
+    lead
+        Tokens before the patches, such as ``[CLS]``.
     """
-    taps = Taps(readers)
-    if not readers:
+    taps = Taps(probes, lead)
+    if not probes:
         yield taps
         return
     _use_twin(encoder)
@@ -141,8 +275,7 @@ def tap(encoder: nn.Module, readers: dict[nn.Module, dict[Any, Reader]]) -> Iter
     finally:
         _active.reset(token)
         _drop_twin(encoder)
-    missing = [name for module in readers.values() for name in module if name not in taps.values]
-    if missing:
+    if missing := taps.missing():
         raise UnsupportedModelError(
             f"{type(encoder).__name__} did not call its attention through the AttentionInterface of transformers, "
             f"so {missing} cannot be read: use a method that needs only token features, such as 'uniform' or 'random'"
@@ -182,7 +315,8 @@ def _register_twin(name: str) -> str:
         taps = _active.get()
         if taps is not None:
             scaling = kwargs.get("scaling")
-            taps.read(module, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            taps.read(module, query, key, value, scaling, kwargs.get("cu_seq_lens_q"))
         return out
 
     AttentionInterface.register(twin, attention)

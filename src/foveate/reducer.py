@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 import torch
 
 from foveate import budget
-from foveate.budget import Budget, Keep
+from foveate.budget import Budget, Coverage, Keep
 from foveate.errors import FoveateError, UnknownNameError
 from foveate.probes import Probe
-from foveate.selection import Selection, SpanSelection
+from foveate.selection import Merging, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
 
 Stage: TypeAlias = Literal["pixels", "encoder", "before_llm", "in_llm", "projector"]
@@ -49,8 +49,8 @@ class Reducer(ABC):
     """Probes that `select` reads."""
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
-    merges: ClassVar[bool] = False
-    """Whether kept tokens are combinations of several; merging happens after the projector."""
+    merges: ClassVar[Merging] = None
+    """Whether kept tokens are combinations of several, and of what: features before the projector, or embeddings."""
     paper: ClassVar[str] = ""
     positions: ClassVar[Positions] = "compact"
     """Position ids that the paper gives the kept tokens."""
@@ -68,8 +68,16 @@ class Reducer(ABC):
         """Return the probes that this configuration reads."""
         return self.needs
 
+    def coverages(self) -> tuple[Coverage, ...]:
+        """Return the adaptive budgets in use, which need the saliency of an image."""
+        keeps = self.keep.values() if isinstance(self.keep, Mapping) else self.keep
+        listed = keeps if isinstance(keeps, Iterable) else (keeps,)
+        return tuple(budget for budget in listed if isinstance(budget, Coverage))
+
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         """Return whether the budget covers every token of all spans, so that nothing needs to run."""
+        if self.coverages():
+            return False
         return all(sum(s.budget(self.keep)) >= sum(map(len, s.crops)) for s in spans)
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +91,8 @@ class Reducer(ABC):
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Coverage):
+        return {"coverage": value.value, "per": value.per, "least": value.least, "most": value.most}
     if isinstance(value, Budget):
         return {"budget": value.value, "per": value.per}
     if isinstance(value, Reducer):
@@ -96,6 +106,8 @@ def _plain(value: Any) -> Any:
 
 def _rich(value: Any) -> Any:
     if isinstance(value, dict):
+        if "coverage" in value:
+            return Budget.coverage(value["coverage"], **{k: v for k, v in value.items() if k != "coverage"})
         if "budget" in value:
             return Budget(value["budget"], value.get("per", "image"))
         if "method" in value:
@@ -230,8 +242,11 @@ class Chain(Reducer):
         return {"method": self.name, "reducers": [r.to_dict() for r in self.reducers]}
 
     @property
-    def merges(self) -> bool:  # type: ignore[override]
+    def merges(self) -> Merging:  # type: ignore[override]
         return self.reducers[-1].merges
+
+    def coverages(self) -> tuple[Coverage, ...]:
+        return tuple(dict.fromkeys(budget for r in self.reducers for budget in r.coverages()))
 
     def probes(self) -> tuple[Probe, ...]:
         return tuple(dict.fromkeys(p for r in self.reducers for p in r.probes()))

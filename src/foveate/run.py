@@ -17,11 +17,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from foveate.budget import Keep
 from foveate.cost import Cost, kv_bytes, prefill_flops, probe_flops
-from foveate.engines.hf import Separators, Settings, apply, decide, select
+from foveate.engines.hf import Separators, Settings, apply, decide, look, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.loading import model_inputs, prompt_for
-from foveate.probes import Attention
+from foveate.probes import Attention, Embeddings
 from foveate.reducer import Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
 from foveate.tokens import Span, VisualTokens
@@ -243,7 +243,7 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
         if settings.reducer.stage == "pixels":
             selection, embeds = select(job.model, job.family, job.inputs, job.spans, settings)
         else:
-            tokens = job.family.encode(job.model, job.inputs, job.spans, settings.reducer.probes())
+            tokens = look(job.model, job.family, job.inputs, job.spans, [settings.reducer])
             watch.stop("vision")
             selection, flops = _decide(tokens, settings, count)
             watch.stop("select")
@@ -299,7 +299,7 @@ def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
         rows = [math.prod(grid) for span in job.spans for grid, _ in reducer.plan(span)]  # type: ignore[attr-defined]
     else:
         probes = probe_flops(config, reducer.probes(), rows)
-        projected = job.visual_tokens if reducer.merges else None
+        projected = job.visual_tokens if reducer.merges == "embeddings" or Embeddings() in reducer.probes() else None
     try:
         return prefill_flops(
             config, job.visual_tokens, job.text_tokens, kept, rows=rows, projected=projected,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from foveate.errors import InputError
+
+Merging: TypeAlias = Literal["features", "embeddings"] | None
+"""Where a method merges tokens: before the projector, behind it, or not at all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,8 @@ class Merge:
     target
         ``[M]`` int64, the kept token (its rank among the kept) that each entry flows into.
     source
-        ``[M]`` int64, the position in the span that each entry comes from.
+        ``[M]`` int64, the position in the span that each entry comes from. Positions behind the last token of the
+        span stand for the ``[CLS]`` tokens of its crops, where a method uses them.
     weight
         ``[M]`` float32.
     """
@@ -47,6 +51,8 @@ class SpanSelection:
         Row of the batch that the span belongs to.
     kind
         ``"image"`` or ``"video"``.
+    extra
+        Rows behind the N tokens that a plane may have: the ``[CLS]`` tokens of the span's crops, which merges may use.
     """
 
     length: int
@@ -54,6 +60,7 @@ class SpanSelection:
     merge: Merge | None = None
     sample: int = 0
     kind: str = "image"
+    extra: int = 0
 
     def __len__(self) -> int:
         return int(self.kept.shape[0])
@@ -68,10 +75,10 @@ class SpanSelection:
 
         Merging needs a floating-point plane; ids, masks and positions go through ``anchors``.
         """
-        if x.shape[0] != self.length:
+        if x.shape[0] not in (self.length, self.length + self.extra):
             raise InputError(f"this selection is for {self.length} tokens; the plane has {x.shape[0]} rows")
         if self.merge is None:
-            return x if self.is_identity else x.index_select(0, self.kept.to(x.device))
+            return x[: self.length] if self.is_identity else x.index_select(0, self.kept.to(x.device))
         merge = self.merge
         rows = x.index_select(0, merge.source.to(x.device)).float()
         weight = merge.weight.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
@@ -86,6 +93,7 @@ class SpanSelection:
         """Return the selection as JSON-compatible data."""
         data: dict[str, Any] = {
             "length": self.length, "kept": self.kept.tolist(), "sample": self.sample, "kind": self.kind,
+            "extra": self.extra,
         }  # fmt: skip
         if self.merge is not None:
             m = self.merge
@@ -104,7 +112,7 @@ class SpanSelection:
                 torch.tensor(m["weight"], dtype=torch.float32),
             )
         kept = torch.tensor(data["kept"], dtype=torch.long)
-        span = cls(int(data["length"]), kept, merge, int(data["sample"]), str(data["kind"]))
+        span = cls(int(data["length"]), kept, merge, int(data["sample"]), str(data["kind"]), int(data.get("extra", 0)))
         span.check()
         return span
 
@@ -124,7 +132,7 @@ class SpanSelection:
                 raise InputError("the targets, sources and weights of a merge have different lengths")
             if len(m.target) and not (
                 int(m.target.min()) >= 0 and int(m.target.max()) < len(self)
-                and int(m.source.min()) >= 0 and int(m.source.max()) < self.length
+                and int(m.source.min()) >= 0 and int(m.source.max()) < self.length + self.extra
             ):  # fmt: skip
                 raise InputError("a merge names tokens outside the span")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, resolve
+from foveate.budget import Coverage, Keep, resolve
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.probes import Probe
-from foveate.selection import Selection, SpanSelection
+from foveate.selection import Merge, Selection, SpanSelection
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,8 @@ class Span:
         The parts that methods select from. Tokens in no crop are separators (newline vectors, a frame's ``[CLS]``).
     extents
         For each separator, the first and the last + 1 of the tokens in the span that it belongs to (a row, a frame).
+    covered
+        Tokens per crop that adaptive budgets come to for this image, once its saliency is known.
     """
 
     kind: str
@@ -72,6 +75,7 @@ class Span:
     grid: tuple[int, int, int]
     crops: tuple[Crop, ...]
     extents: tuple[tuple[int, int], ...] = ()
+    covered: Mapping[Coverage, tuple[int, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.columns.shape[0])
@@ -87,6 +91,11 @@ class Span:
         """Return how many tokens `keep` leaves in each crop; a single number for all with a joint budget."""
         sizes = [len(crop) for crop in self.crops]
         budget = resolve(keep, self.kind, self.ordinal)
+        if isinstance(budget, Coverage):
+            if budget not in self.covered:
+                budget.count(len(self))  # raises
+            counts = self.covered[budget]
+            return [sum(counts)] if budget.per == "joint" else list(counts)
         return [budget.count(sum(sizes))] if budget.per == "joint" else budget.split(sizes)
 
 
@@ -104,6 +113,11 @@ class CropBatch:
         Number of tokens per crop, N.
     device
         Where `probe` tensors live.
+    cls
+        The row that stands for the crop's ``[CLS]`` token in a merge, which is N, or `None` if there is none: the
+        method has to ask for `ClsToken`, the encoder to have one, and the budget not to be joint.
+    query
+        ``[B, M, D]``: input embeddings of the prompt's text, if the method asked for `Query`; M may be zero.
     """
 
     grid: tuple[int, int] | None
@@ -111,6 +125,8 @@ class CropBatch:
     size: int
     device: torch.device
     planes: dict[Probe, Tensor]
+    cls: int | None = None
+    query: Tensor | None = None
 
     def probe(self, probe: Probe) -> Tensor:
         """Return a probe's values, ``[B, N, ...]``."""
@@ -127,6 +143,28 @@ class CropBatch:
 
 
 @dataclass(frozen=True, eq=False)
+class Groups:
+    """How the crops of a `CropBatch` are merged: ``out[b, target] = sum(weight * x[b, source])`` over the entries.
+
+    Attributes
+    ----------
+    kept
+        ``[B, T]`` int64 distinct: the token whose place each merged one takes, in any order.
+    target
+        ``[B, M]`` int64: index into the T merged tokens.
+    source
+        ``[B, M]`` int64: a token of the crop, or `CropBatch.cls`.
+    weight
+        ``[B, M]`` float32.
+    """
+
+    kept: Tensor
+    target: Tensor
+    source: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class VisualTokens:
     """What a method may see: spans, their crops, and the probes it asked for.
 
@@ -139,13 +177,23 @@ class VisualTokens:
     device
         Where the tokens live.
     hidden
-        What the projector reads, ``[N, C]`` per span in span order, for the engine.
+        What the projector reads, ``[N, C]`` per span in span order, for the engine; with `cls` the ``[CLS]`` token of
+        each crop follows, ``[N + crops, C]``.
+    embedded
+        The same after the projector, ``[N, D]`` per span, if a method asked for `Embeddings`.
+    cls
+        Whether `hidden` holds the ``[CLS]`` tokens.
+    queries
+        Per prompt the input embeddings of its text ``[M, D]``, if a method asked for `Query`.
     """
 
     spans: tuple[Span, ...]
     planes: dict[Probe, list[Tensor]]
     device: torch.device
     hidden: list[Tensor] = field(default_factory=list)
+    embedded: list[Tensor] | None = None
+    cls: bool = False
+    queries: tuple[Tensor, ...] | None = None
 
     def probe(self, probe: Probe) -> list[Tensor]:
         """Return a probe's values per crop, each ``[n, ...]``."""
@@ -164,27 +212,80 @@ class VisualTokens:
             Maps a `CropBatch` of B crops of N tokens and a count T to the kept tokens, ``[B, T]`` int64 in any order.
         """
         kept: dict[int, list[Tensor]] = defaultdict(list)
-        work: dict[tuple[int, int, tuple[int, int] | None], list[_Unit]] = defaultdict(list)
-        for unit, count in self._units(keep):
-            index = unit.index.to(self.device)
-            if count >= unit.size:
+        for unit, index, count in self._whole(keep):
+            if count:
                 kept[unit.span].append(index)
-            elif count > 0:
-                work[unit.size, count, unit.grid].append(replace(unit, index=index))
-        for (size, count, grid), units in work.items():
-            batch = CropBatch(
-                grid, tuple(u.ordinal for u in units), size, self.device,
-                {probe: torch.stack([u.gather(plane) for u in units]) for probe, plane in self.planes.items()},
-            )  # fmt: skip
-            chosen = pick(batch, count)
-            for unit, row in zip(units, chosen, strict=True):
+        for units, batch, count in self._batches(keep):
+            for unit, row in zip(units, pick(batch, count), strict=True):
                 kept[unit.span].append(unit.index.index_select(0, row))
         return Selection(
             tuple(
-                SpanSelection(len(s), _merged(kept[i], self.device), sample=s.sample, kind=s.kind)
+                SpanSelection(
+                    len(s),
+                    _joined(kept[i], self.device).sort().values,
+                    sample=s.sample,
+                    kind=s.kind,
+                    extra=len(s.crops) if self.cls else 0,
+                )
                 for i, s in enumerate(self.spans)
             )
         )
+
+    def per_crop_merge(self, keep: Keep, pick: Callable[[CropBatch, int], Groups]) -> Selection:
+        """Merge within each crop, crops of equal size and budget at once.
+
+        Parameters
+        ----------
+        keep
+            The budget. Crops that keep all their tokens are not shown to `pick`.
+        pick
+            Maps a `CropBatch` and a count T to the `Groups` of its crops.
+        """
+        parts: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
+        merged: set[int] = set()
+        for unit, index, count in self._whole(keep):
+            if count:
+                own = torch.arange(count, device=self.device)
+                parts[unit.span].append((index, own, index, torch.ones(count, device=self.device)))
+        for units, batch, count in self._batches(keep):
+            groups = pick(batch, count)
+            for b, unit in enumerate(units):
+                rows = unit.index
+                if batch.cls is not None:
+                    rows = torch.cat([rows, rows.new_tensor([len(self.spans[unit.span]) + unit.first_of_span])])
+                place, source = rows.index_select(0, groups.kept[b]), rows.index_select(0, groups.source[b])
+                parts[unit.span].append((place, groups.target[b], source, groups.weight[b]))
+                merged.add(unit.span)
+        extra = [len(span.crops) if self.cls else 0 for span in self.spans]
+        return Selection(
+            tuple(
+                replace(_merge_parts(span, parts[i], i in merged, self.device), extra=extra[i])
+                for i, span in enumerate(self.spans)
+            )
+        )
+
+    def _whole(self, keep: Keep) -> Iterator[tuple[_Unit, Tensor, int]]:
+        """Units that keep all their tokens, or none."""
+        for unit, count in self._units(keep):
+            if count >= unit.size or count == 0:
+                yield unit, unit.index.to(self.device), min(count, unit.size)
+
+    def _batches(self, keep: Keep) -> Iterator[tuple[list[_Unit], CropBatch, int]]:
+        """Stack the units that a method has to decide on, those of equal shape and budget together."""
+        work: dict[Any, list[_Unit]] = defaultdict(list)
+        for unit, count in self._units(keep):
+            if 0 < count < unit.size:
+                words = None if self.queries is None else len(self.queries[self.spans[unit.span].sample])
+                joint = len(unit.crops) > 1
+                work[unit.size, count, unit.grid, words, joint].append(replace(unit, index=unit.index.to(self.device)))
+        for (size, count, grid, _, joint), units in work.items():
+            planes = {probe: torch.stack([u.gather(plane) for u in units]) for probe, plane in self.planes.items()}
+            query = None
+            if self.queries is not None:
+                query = torch.stack([self.queries[self.spans[u.span].sample] for u in units])
+            cls = size if self.cls and not joint else None
+            ordinals = tuple(u.ordinal for u in units)
+            yield units, CropBatch(grid, ordinals, size, self.device, planes, cls, query), count
 
     def after(self, selection: Selection) -> VisualTokens:
         """Return the tokens as they are once `selection` is applied, for the next method of a chain."""
@@ -200,7 +301,7 @@ class VisualTokens:
                 crops.append(replace(crop, index=index.index_select(0, rank).cpu(), grid=grid))
                 c += 1
             spans.append(replace(span, crops=tuple(crops)))
-        return VisualTokens(tuple(spans), planes, self.device, self.hidden)
+        return replace(self, spans=tuple(spans), planes=planes)
 
     def _units(self, keep: Keep) -> list[tuple[_Unit, int]]:
         """List the sets of tokens that compete with each other: crops, or all crops of a span at once."""
@@ -211,10 +312,10 @@ class VisualTokens:
             if resolve(keep, span.kind, span.ordinal).per == "joint":
                 grid = span.crops[0].grid if width == 1 else None
                 index = torch.cat([crop.index for crop in span.crops])
-                units.append((_Unit(s, first, tuple(range(c, c + width)), index, grid), counts[0]))
+                units.append((_Unit(s, first, 0, tuple(range(c, c + width)), index, grid), counts[0]))
             else:
                 for j, crop in enumerate(span.crops):
-                    units.append((_Unit(s, first + j, (c + j,), crop.index, crop.grid), counts[j]))
+                    units.append((_Unit(s, first + j, j, (c + j,), crop.index, crop.grid), counts[j]))
             seen[span.sample] += width
             c += width
         return units
@@ -224,6 +325,7 @@ class VisualTokens:
 class _Unit:
     span: int
     ordinal: int
+    first_of_span: int
     crops: tuple[int, ...]
     index: Tensor
     grid: tuple[int, int] | None
@@ -237,7 +339,20 @@ class _Unit:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _merged(parts: list[Tensor], device: torch.device) -> Tensor:
-    if not parts:
-        return torch.empty(0, dtype=torch.long, device=device)
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]).sort().values
+def _merge_parts(
+    span: Span, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], merges: bool, device: torch.device
+) -> SpanSelection:
+    kept, order = _joined([place for place, *_ in parts], device).sort()
+    merge = None
+    if merges:
+        rank, targets, start = order.argsort(), [], 0
+        for place, target, *_ in parts:
+            targets.append(target + start)
+            start += len(place)
+        source, weight = (torch.cat([part[i] for part in parts]) for i in (2, 3))
+        merge = Merge(rank[torch.cat(targets)], source, weight)
+    return SpanSelection(len(span), kept, merge, span.sample, span.kind)
+
+
+def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)

@@ -10,9 +10,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from foveate.coverage import SALIENCY, with_coverage
 from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
+from foveate.probes import Query
 from foveate.reducer import Positions, Reducer, identity, load_reducer
 from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
@@ -141,9 +143,23 @@ def select(
     reducer = settings.reducer
     if reducer.stage == "pixels":
         return _shrink(model, family, inputs, spans, reducer)
-    tokens = family.encode(model, inputs, spans, reducer.probes())
+    tokens = look(model, family, inputs, spans, [reducer])
     selection = decide(tokens, settings)
     return selection, family.embed(model, tokens, selection, reducer.merges)
+
+
+def look(
+    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
+) -> VisualTokens:
+    """Encode the images of some inputs once, with everything that one of the reducers needs to decide."""
+    probes = tuple(dict.fromkeys(probe for reducer in reducers for probe in reducer.probes()))
+    budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
+    if budgets and SALIENCY not in probes:
+        probes = (*probes, SALIENCY)
+    tokens = family.encode(model, inputs, spans, probes)
+    if Query() in probes:
+        tokens = replace(tokens, queries=family.query(model, inputs, spans))
+    return with_coverage(tokens, budgets) if budgets else tokens
 
 
 @torch.no_grad()
@@ -184,7 +200,7 @@ def _shrink(
     if len(shrunk) < len(spans):
         tokens = family.encode(model, inputs, spans, ())
         chosen = [replace(c, kept=c.kept.to(tokens.device)) for c in chosen]
-        embeds = family.embed(model, tokens, Selection(tuple(chosen)), merges=False)
+        embeds = family.embed(model, tokens, Selection(tuple(chosen)), None)
     plans = [reducer.plan(spans[i]) for i in shrunk]
     rows = family.encode_at(model, inputs, [spans[i] for i in shrunk], [[grid for grid, _ in plan] for plan in plans])
     for i, crops, parts in zip(shrunk, plans, rows, strict=True):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import Attention, Features, Probe, Reader, cls_row, layer_outputs, received, tap
-from foveate.selection import Selection
+from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.selection import Merging, Selection
 from foveate.tokens import Crop, Span, VisualTokens
 
 Grid = tuple[int, int]
@@ -49,21 +50,73 @@ class Family(ABC):
     def project(self, model: Any, features: Tensor) -> Tensor:
         """Map encoder features ``[M, C]`` to LLM embeddings ``[M, D]``."""
 
-    def embed(self, model: Any, tokens: VisualTokens, selection: Selection, merges: bool) -> list[Tensor]:
+    def query(self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span]) -> tuple[Tensor, ...]:
+        """Return, per prompt, the input embeddings ``[M, D]`` of its text behind its first span.
+
+        Of a prompt without text there, the text before it counts.
+        """
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        text = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.cpu().bool()
+        behind = torch.zeros_like(text)
+        for span in reversed(spans):
+            behind[span.sample, int(span.columns[0]) :] = True
+        for span in spans:
+            text[span.sample, span.columns] = False
+        embeddings = model.get_input_embeddings()
+        rows = [t & b if bool((t & b).any()) else t for t, b in zip(text, behind, strict=True)]
+        return tuple(embeddings(row_ids[row.to(ids.device)]).detach() for row_ids, row in zip(ids, rows, strict=True))
+
+    def with_embeddings(self, model: Any, tokens: VisualTokens, probes: Sequence[Probe]) -> VisualTokens:
+        """Project all tokens where a method asked for `Embeddings`."""
+        if Embeddings() not in probes:
+            return tokens
+        whole = [x[: len(span)] for x, span in zip(tokens.hidden, tokens.spans, strict=True)]
+        embedded = self._project_all(model, whole)
+        rows = [
+            x.detach().index_select(0, crop.index.to(x.device))
+            for x, span in zip(embedded, tokens.spans, strict=True)
+            for crop in span.crops
+        ]
+        return replace(tokens, planes={**tokens.planes, Embeddings(): rows}, embedded=embedded)
+
+    def embed(self, model: Any, tokens: VisualTokens, selection: Selection, merges: Merging) -> list[Tensor]:
         """Return the embeddings that the LLM receives, ``[K, D]`` per span.
 
-        Without merging only the kept tokens are projected, all spans at once.
+        Only the kept tokens are projected, all spans at once, unless tokens are merged behind the projector or the
+        method needed all of them.
         """
-        chosen = tokens.hidden if merges else selection.apply(tokens.hidden)
-        projected = list(torch.split(self.project(model, torch.cat(chosen)), [len(x) for x in chosen]))
-        for i, span in enumerate(tokens.spans):
-            kept = None if merges else selection[i].kept
-            projected[i] = self.fill_separators(model, span, projected[i], kept)
-        return selection.apply(projected) if merges else projected
+        if merges == "embeddings":
+            chosen = selection.apply(tokens.embedded or self._project_all(model, tokens.hidden))
+        elif merges is None and tokens.embedded is not None:
+            chosen = selection.apply(tokens.embedded)
+        else:
+            chosen = self._project_all(model, selection.apply(tokens.hidden))
+        return [
+            self.fill_separators(model, span, x, picked.kept)
+            for span, x, picked in zip(tokens.spans, chosen, selection, strict=True)
+        ]
 
-    def fill_separators(self, model: Any, span: Span, embeds: Tensor, kept: Tensor | None) -> Tensor:
-        """Replace the rows of tokens that belong to no crop, where the projector does not make them."""
+    def _project_all(self, model: Any, parts: Sequence[Tensor]) -> list[Tensor]:
+        return list(torch.split(self.project(model, torch.cat(list(parts))), [len(x) for x in parts]))
+
+    def fill_separators(self, model: Any, span: Span, embeds: Tensor, kept: Tensor) -> Tensor:
+        """Replace the rows ``[K, D]`` of tokens that belong to no crop, where the projector does not make them.
+
+        Parameters
+        ----------
+        kept
+            ``[K]``: the position in the span of each row.
+        """
         return embeds
+
+    def positions(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the position ids that the full prompts have, ``[B, L]`` or ``[axes, B, L]``.
+
+        `None` if they are counted along the prompt. Families with several axes (M-RoPE) override this, and their kept
+        tokens always keep these positions.
+        """
+        return None
 
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
@@ -141,43 +194,35 @@ def run_tower(
     Returns
     -------
     tuple
-        Features ``[R, S, C]`` with the ``[CLS]`` row, and the attention probes, each ``[R, N]`` or ``[R, N, layers]``.
+        Features ``[R, S, C]`` with the ``[CLS]`` row, and the values of the layer probes, each ``[R, N, ...]``.
     """
     layers = encoder_layers(tower)
     indices = [(i if i >= 0 else len(layers) + 1 + i) - 1 for i in feature_layers]
     if min(indices) < 0:
         raise UnsupportedModelError("features straight from the patch embedding (hidden state 0) have no layer to read")
-    wanted = [probe for probe in probes if isinstance(probe, Attention)]
-    readers: dict[nn.Module, dict[tuple[Probe, int], Reader]] = {}
-    for probe in wanted:
-        for back in probe.layers:
-            at = indices[-1] + 1 + back
-            if not 0 <= at <= indices[-1]:
-                raise UnsupportedModelError(f"{probe} reads layer {at} of the {indices[-1] + 1} layers in use")
-            readers.setdefault(_attention_of(layers[at]), {})[probe, back] = _reader(probe, has_cls)
-    with tap(tower, readers) as taps:
-        outputs = layer_outputs(tower, [layers[i] for i in indices], pixels, **kwargs)
+    numbers = {p: p.numbers(len(layers), indices[-1]) for p in probes if isinstance(p, LayerProbe)}
+    watched: dict[nn.Module, list[LayerProbe]] = {}
+    for probe, read in numbers.items():
+        for i in read:
+            watched.setdefault(attention_of(layers[i]), []).append(probe)
+    last = max([i for read in numbers.values() for i in read], default=-1)
+    running = [layers[i] for i in indices] + ([layers[last]] if last > max(indices) else [])
+    with tap(tower, watched, int(has_cls)) as taps:
+        outputs = layer_outputs(tower, running, pixels, **kwargs)[: len(indices)]
     features = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     values: dict[Probe, Tensor] = {}
-    for probe in wanted:
-        rows = [taps.values[probe, back] for back in probe.layers]
-        values[probe] = rows[0] if len(rows) == 1 else torch.stack(rows, dim=-1)
+    for probe, read in numbers.items():
+        rows = [torch.cat(taps.values(attention_of(layers[i]), probe)) for i in read]
+        values[probe] = torch.stack(rows, dim=-1) if probe.stacked else rows[0]
     return features, values
 
 
-def _attention_of(layer: nn.Module) -> nn.Module:
+def attention_of(layer: nn.Module) -> nn.Module:
+    """Return the attention module of a transformer layer."""
     for name, module in layer.named_children():
         if name in ("self_attn", "attn", "attention"):
             return module
     raise UnsupportedModelError(f"no attention module found in {type(layer).__name__}")
-
-
-def _reader(probe: Attention, has_cls: bool) -> Reader:
-    if probe.of == "cls" and not has_cls:
-        raise UnsupportedModelError("this vision encoder has no [CLS] token: read Attention(of='received') instead")
-    if probe.of == "received" or not has_cls:
-        return lambda query, key, scaling: received(query, key, scaling, skip=int(has_cls))
-    return cls_row
 
 
 def crop_rows(x: Tensor, crop: Crop, grid: Grid) -> Tensor:
@@ -212,6 +257,17 @@ def resized_crops(
         features, _ = run_tower(tower, small.to(pixels.dtype), feature_layers, True, (), interpolate_pos_encoding=True)
         results.append(features[0, 1:])
     return results
+
+
+def with_cls(tokens: VisualTokens, cls: Tensor, probes: Sequence[Probe]) -> VisualTokens:
+    """Add the ``[CLS]`` tokens ``[R, C]`` of the encoder's rows behind the hidden rows, if a method asked for them."""
+    if ClsToken() not in probes:
+        return tokens
+    hidden = [
+        torch.cat([x, cls[[crop.encoder_row for crop in span.crops]]])
+        for x, span in zip(tokens.hidden, tokens.spans, strict=True)
+    ]
+    return replace(tokens, hidden=hidden, cls=True)
 
 
 def token_planes(

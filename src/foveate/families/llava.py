@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes, with_cls
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -44,7 +44,8 @@ class Llava(Family):
         grid = patch_grid(model, pixels)
         planes = token_planes([c for s in spans for c in s.crops], grid, features[:, 1:], values)
         hidden = features if strategy(model, inputs) == "full" else features[:, 1:]
-        return VisualTokens(tuple(spans), planes, features.device, list(hidden))
+        tokens = VisualTokens(tuple(spans), planes, features.device, list(hidden))
+        return self.with_embeddings(model, with_cls(tokens, features[:, 0], probes), probes)
 
     def encode_at(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]

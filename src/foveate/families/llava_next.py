@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import Grid, crop_rows, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.families.base import Grid, crop_rows, placeholder_columns, resized_crops, run_tower, token_planes, with_cls
 from foveate.families.llava import Llava, feature_layers, strategy
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
@@ -56,7 +56,8 @@ class LlavaNext(Llava):
         crops = [c for s in spans for c in s.crops]
         planes = token_planes(crops, (side, side), patches, values)
         hidden = [_in_span_order(span, patches, side) for span in spans]
-        return VisualTokens(tuple(spans), planes, features.device, hidden)
+        tokens = VisualTokens(tuple(spans), planes, features.device, hidden)
+        return self.with_embeddings(model, with_cls(tokens, features[:, 0], probes), probes)
 
     def encode_at(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
@@ -68,9 +69,8 @@ class LlavaNext(Llava):
             for span, sizes in zip(spans, grids, strict=True)
         ]
 
-    def fill_separators(self, model: Any, span: Span, embeds: Tensor, kept: Tensor | None) -> Tensor:
+    def fill_separators(self, model: Any, span: Span, embeds: Tensor, kept: Tensor) -> Tensor:
         newline = model.model.image_newline.to(embeds)
-        kept = torch.arange(len(span)) if kept is None else kept
         separators = span.separators().to(kept.device)
         return torch.where(torch.isin(kept, separators).to(embeds.device)[:, None], newline, embeds)
 

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.errors import InputError
 from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes
 from foveate.families.llava import feature_layers, patch_grid, strategy
-from foveate.probes import Probe
+from foveate.probes import ClsToken, Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
 
@@ -63,7 +63,10 @@ class VideoLlava(Family):
                 planes.setdefault(probe, []).extend(parts)
             rows = x[[crop.encoder_row for crop in span.crops]]
             hidden.append((rows if len(span.separators()) else rows[:, 1:]).flatten(0, 1))
-        return VisualTokens(tuple(spans), planes, hidden[0].device, hidden)
+            if ClsToken() in probes:
+                hidden[-1] = torch.cat([hidden[-1], rows[:, 0]])
+        tokens = VisualTokens(tuple(spans), planes, hidden[0].device, hidden, cls=ClsToken() in probes)
+        return self.with_embeddings(model, tokens, probes)
 
     def encode_at(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]

@@ -7,4 +7,11 @@ from foveate.methods.random import Random
 from foveate.methods.uniform import Uniform
 from foveate.methods.vispruner import VisPruner
 
-__all__ = ["Downsample", "FasterVLM", "Pool", "Random", "Uniform", "VisPruner"]
+__all__ = [
+    "Downsample",
+    "FasterVLM",
+    "Pool",
+    "Random",
+    "Uniform",
+    "VisPruner",
+]

@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.grids import cells, crop_budgets
+from foveate.grids import cells
 from foveate.reducer import Reducer, register
-from foveate.selection import Merge, Selection, SpanSelection
-from foveate.tokens import Span, VisualTokens
+from foveate.selection import Selection
+from foveate.tokens import CropBatch, Groups, VisualTokens
 
 
 @register("pool")
@@ -25,27 +25,14 @@ class Pool(Reducer):
         The budget: exactly that many cells. Each pooled token sits at the middle of its cell.
     """
 
-    merges = True
+    merges = "embeddings"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return Selection(tuple(self._pool(span, tokens.device) for span in tokens.spans))
+        return tokens.per_crop_merge(self.keep, self._pool)
 
-    def _pool(self, span: Span, device: torch.device) -> SpanSelection:
-        if self.keeps_all([span]):
-            kept = torch.cat([crop.index for crop in span.crops]).sort().values
-            return SpanSelection(len(span), kept.to(device), sample=span.sample, kind=span.kind)
-        anchors, targets, sources, weights, pooled = [], [], [], [], 0
-        for crop, grid, count in crop_budgets(span, self.keep, self.name):
-            anchor, target, source, weight = _windows(grid, count)
-            anchors.append(crop.index[anchor])
-            targets.append(target + pooled)
-            sources.append(crop.index[source])
-            weights.append(weight)
-            pooled += len(anchor)
-        kept, order = torch.cat(anchors).sort()
-        rank = order.argsort()
-        merge = Merge(rank[torch.cat(targets)].to(device), torch.cat(sources).to(device), torch.cat(weights).to(device))
-        return SpanSelection(len(span), kept.to(device), merge, span.sample, span.kind)
+    def _pool(self, crops: CropBatch, count: int) -> Groups:
+        windows = _windows(crops.require_grid(self.name), count)
+        return Groups(*(x.to(crops.device).expand(len(crops.ordinals), -1) for x in windows))
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foveate.engines.hf import Settings, apply, decide, select
+from foveate.engines.hf import Settings, apply, decide, look, select
 from foveate.families import family_of
 from foveate.nano.questions import ASKED_KINDS, QUESTION_KINDS, Question, ask
 from foveate.nano.scenes import Scene, generator, plan_scene
@@ -104,9 +103,8 @@ class Runner:
     def look(self, image: Any, reducers: Iterable[Reducer]) -> tuple[dict[str, Any], Any]:
         """Encode an image once, with every probe that one of the reducers needs."""
         inputs = dict(self.processor(images=image, text=PROMPT, return_tensors="pt").to(self.model.device))
-        probes = dict.fromkeys(itertools.chain.from_iterable(reducer.probes() for reducer in reducers))
         spans = self.family.spans(self.model, inputs)
-        return inputs, self.family.encode(self.model, inputs, spans, tuple(probes))
+        return inputs, look(self.model, self.family, inputs, spans, list(reducers))
 
     def prefix(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, int]:
         """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
@@ -121,7 +119,7 @@ class Runner:
         reducer = condition.reducer
         if reducer is None:
             selection = identity(tokens.spans)
-            return selection, self.family.embed(self.model, tokens, selection, merges=False)
+            return selection, self.family.embed(self.model, tokens, selection, None)
         settings = Settings(reducer, condition.positions)
         if reducer.stage == "pixels":
             return select(self.model, self.family, inputs, tokens.spans, settings)
