@@ -11,7 +11,9 @@ import foveate.probes
 from foveate.errors import UnsupportedModelError
 from foveate.families.base import encoder_layers, run_tower
 from foveate.probes import Attention, Features, cls_row, layer_outputs, received, tap
-from tiny import PIXELS, spread, vision_config
+from tiny_families.base import clip_config, spread
+
+PIXELS = 32
 
 PROBES = (
     Attention("cls"),
@@ -23,7 +25,7 @@ PROBES = (
 
 
 def tower(attention="sdpa"):
-    built = spread(CLIPVisionModel(vision_config()))
+    built = spread(CLIPVisionModel(clip_config()))
     built.set_attn_implementation(attention)
     return built
 
@@ -227,7 +229,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_towers_that_share_a_configuration():
-    config = copy.deepcopy(vision_config())
+    config = copy.deepcopy(clip_config())
     first, second = (spread(CLIPVisionModel(config), seed) for seed in (0, 1))
     second.config = first.config
     for encoder in (first, second, first):

@@ -151,7 +151,7 @@ def measure(
     say
         Gets a line about what is going on.
     """
-    settings = [None if r is None else Settings.make(r, positions, separators, {}) for r in reducers]
+    settings = [None if r is None else Settings.make(r, positions, separators, {}, job.family) for r in reducers]
     first, times = [], []
     for reducer, setting in zip(reducers, settings, strict=True):
         say(f"warming up {_name(reducer)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.selection import SpanSelection
-from tiny import IMAGE, VIDEO
+from tiny import IMAGE, VIDEO, tiny_of
 
 TOKENS = 9
 """Generated per answer: their logits are those of the prompt's last token and of eight decoded ones."""
@@ -42,35 +42,36 @@ def hidden(model: Any, inputs: dict[str, Tensor], selections: list[list[SpanSele
     visible = torch.zeros(batch, length, dtype=torch.bool)
     for i, columns in enumerate(visible_columns(inputs, selections)):
         visible[i, columns] = True
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = (causal & visible[:, None, :]) | torch.eye(length, dtype=torch.bool)
+    tiny = tiny_of(model)
+    allowed = (tiny.allowed(inputs) & visible[:, None, :]) | torch.eye(length, dtype=torch.bool)
     mask = torch.zeros(batch, 1, length, length, dtype=model.dtype)
     mask.masked_fill_(~allowed[:, None], torch.finfo(model.dtype).min)
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions = tiny.position_ids(model, inputs)
     inputs = {k: x for k, x in inputs.items() if k != "labels"}
     return model(**{**inputs, "attention_mask": mask, "position_ids": positions}).logits
 
 
 @torch.no_grad()
-def visual_features(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the plain model's visual embeddings, all images one after the other."""
-    features = {}
-    if "pixel_values" in inputs:
-        sizes = {"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}
-        features["image"] = model.get_image_features(inputs["pixel_values"], **sizes).pooler_output
-    if "pixel_values_videos" in inputs:
-        features["video"] = model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output
-    return {kind: torch.cat(list(x)).reshape(-1, x[0].shape[-1]) for kind, x in features.items()}
-
-
-@torch.no_grad()
 def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Return the embeddings ``[B, L, D]`` that the plain model hands to its language model."""
-    ids = inputs["input_ids"]
-    embeds = model.get_input_embeddings()(ids)
-    for kind, x in visual_features(model, inputs).items():
-        embeds[ids == (IMAGE if kind == "image" else VIDEO)] = x.to(embeds.dtype)
-    return embeds
+    caught: list[Tensor] = []
+
+    def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        caught.append(kwargs["inputs_embeds"])
+
+    hook = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model(**{k: x for k, x in inputs.items() if k != "labels"})
+    finally:
+        hook.remove()
+    return caught[0].clone()
+
+
+def visual_features(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the plain model's visual embeddings, all images, and all videos, one after the other."""
+    embeds, ids = embeddings(model, inputs), inputs["input_ids"]
+    found = {kind: embeds[ids == token] for kind, token in (("image", IMAGE), ("video", VIDEO))}
+    return {kind: x for kind, x in found.items() if len(x)}
 
 
 @torch.no_grad()

@@ -8,14 +8,44 @@ from transformers import DynamicCache
 import foveate
 from foveate import Budget, Chain
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
-from tiny import FAMILIES, IMAGE, METHODS, VISUALS, cast, collate, make, method_id, model, sample, samples
+from tiny import (
+    FAMILIES,
+    IMAGE,
+    METHODS,
+    TINIES,
+    VISUALS,
+    Visual,
+    cast,
+    collate,
+    make,
+    method_id,
+    model,
+    sample,
+    samples,
+)
 
 REDUCERS = [Random(keep=9, seed=2), Uniform(keep=0.2), VisPruner(keep=11)]
 POSITIONS = ["original", "compact"]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
 both_positions = pytest.mark.parametrize("positions", POSITIONS)
+# Other families run the tests in depth where CI asks for it.
+CORE = ("llava", "llava_next", "video_llava")
+
+
+def in_depth(family):
+    return [] if family in CORE else pytest.mark.slow
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks=in_depth(f)) for f in FAMILIES])
+every_position = pytest.mark.parametrize(
+    ("family", "positions"), [(f, positions) for f in FAMILIES for positions in TINIES[f].positions]
+)
+every_position_in_depth = pytest.mark.parametrize(
+    ("family", "positions"),
+    [pytest.param(f, positions, marks=in_depth(f)) for f in FAMILIES for positions in TINIES[f].positions],
+)
 
 
 def generate(net, inputs, **kwargs):
@@ -51,8 +81,7 @@ def test_tiny_models_answer_in_many_ways(family):
     assert (plain.logits[0] - blind.logits[0]).abs().max() > 0.1
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 @pytest.mark.parametrize("reducer", REDUCERS, ids=lambda r: r.name)
 @pytest.mark.parametrize(
     ("attention", "dtype"),
@@ -71,8 +100,23 @@ def test_generation_equals_the_oracle(family, positions, reducer, attention, dty
     check(net, inputs, out, handle.selections, positions, dtype)
 
 
+@every_position
+def test_every_family_equals_the_oracle(family, positions):
+    net, inputs = model(family), collate(samples(family))
+    with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
+        out = generate(net, inputs)
+    check(net, inputs, out, handle.selections, positions)
+
+
 @every_family
-@both_positions
+def test_every_family_keeps_what_a_budget_covers(family):
+    net, inputs = model(family), collate(samples(family))
+    plain = net(**inputs).logits
+    with foveate.attach(net, Random(keep=1.0)):
+        assert torch.equal(net(**inputs).logits, plain)
+
+
+@every_position_in_depth
 def test_the_oracles_tell_selections_apart(family, positions):
     net, inputs = model(family), collate(samples(family))
     with foveate.attach(net, Random(keep=9), positions=positions):
@@ -83,12 +127,12 @@ def test_the_oracles_tell_selections_apart(family, positions):
     assert (logits - torch.stack(out.logits, 1)).abs().max() > 0.1
 
 
-@every_family
+@every_family_in_depth
 @pytest.mark.parametrize("entry", METHODS, ids=method_id)
 def test_prefill_of_every_method_equals_the_oracle(entry, family):
     net, inputs = model(family), collate(samples(family))
     reducer = make(entry, 13)
-    for positions in POSITIONS:
+    for positions in TINIES[family].positions:
         reduced = foveate.reduce(net, inputs, reducer, positions=positions)
         with torch.no_grad():
             logits = net(**reduced).logits[:, -1]
@@ -119,7 +163,7 @@ def test_downsample_equals_smaller_pictures(positions):
         close(net(**reduced).logits, net(inputs_embeds=embedded, position_ids=at).logits)
 
 
-@every_family
+@every_family_in_depth
 def test_downsample_through_every_tower(family):
     """Of a crop whose grid stays whole, the resized picture is the picture."""
     net, inputs = model(family), collate(samples(family))
@@ -134,7 +178,7 @@ def test_downsample_through_every_tower(family):
                     close(part, hidden_states[crop.index])
 
 
-@every_family
+@every_family_in_depth
 @pytest.mark.parametrize("keep", [1.0, 10_000])
 @pytest.mark.parametrize("entry", METHODS, ids=method_id)
 def test_a_budget_for_everything_is_bit_identical(family, keep, entry):
@@ -151,8 +195,7 @@ def test_a_budget_for_everything_is_bit_identical(family, keep, entry):
     assert reduced.compaction is None
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 @pytest.mark.parametrize("reducer", [Random(keep=9, seed=2), Uniform(keep=0.2), Pool(keep=6)], ids=lambda r: r.name)
 def test_a_batch_gives_each_prompt_what_it_gets_alone(family, positions, reducer):
     net, rows = model(family), samples(family)
@@ -169,8 +212,7 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(family, positions, reducer
             assert torch.equal(answer_of(together, inputs)[i], alone.sequences[0, -TOKENS:])
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 def test_padding_side_does_not_matter(family, positions):
     net, rows = model(family), samples(family)
     with foveate.attach(net, Uniform(keep=9), positions=positions), torch.no_grad():
@@ -181,8 +223,7 @@ def test_padding_side_does_not_matter(family, positions):
             close(right.logits[i, : len(alone)], alone)
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 def test_different_budgets_in_one_batch(family, positions):
     """Spans of different lengths after reduction: shorter rows are padded anew."""
     net = model(family)
@@ -240,8 +281,7 @@ def test_own_position_ids(positions):
             close(net(**inputs, position_ids=full).logits[:, -1], net(**inputs).logits[:, -1])
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 def test_beams(family, positions):
     net, inputs = model(family), collate(samples(family))
     with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
@@ -280,14 +320,13 @@ def joined(first, answers, then):
     """Return prompts made of earlier prompts, their answers and what follows."""
     rows = []
     for before, answer, after in zip(first, answers.tolist(), then, strict=True):
-        row = {key: before[key] + after[key] for key in before}
+        row = {key: before.get(key, []) + after.get(key, []) for key in {**before, **after}}
         row["ids"] = before["ids"] + answer + after["ids"]
         rows.append(row)
     return rows
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 @pytest.mark.parametrize("new_image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("only_new", [False, True], ids=["full-ids", "new-ids"])
 def test_second_turn_on_the_same_cache(family, positions, new_image, only_new):
@@ -332,8 +371,7 @@ def test_first_image_in_the_second_turn(positions, only_new):
     close(torch.stack(two.logits, 1), answer_logits(net, whole, handle.selections, answer, positions))
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 @pytest.mark.parametrize("with_mask", [False, True], ids=["no-mask", "mask"])
 def test_manual_decoding(family, positions, with_mask):
     rows = samples(family) if with_mask else samples(family)[1:2]
@@ -366,8 +404,7 @@ def test_inputs_without_an_image_pass_through(family):
     assert handle.selections == []
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_equals_the_oracle(family, positions, side):
     net, inputs = model(family), collate(samples(family), side, labels=True)
@@ -476,8 +513,7 @@ def test_a_prompt_without_image_in_the_batch(positions):
     check(net, inputs, out, handle.selections, positions)
 
 
-@every_family
-@both_positions
+@every_position_in_depth
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 def test_other_caches(family, positions, options):
     net, inputs = model(family), collate(samples(family))
@@ -509,9 +545,10 @@ def test_pixels_in_single_precision_for_a_model_in_half():
 
 
 def test_flat_pixels_of_llava_next():
-    net, row = model("llava_next"), sample(3, (64, 64), 2, (60, 60), 4)
+    net = model("llava_next")
+    row = sample(3, Visual("llava_next", (64, 64)), 2, Visual("llava_next", (60, 60)), 4)
     inputs = collate([row])
-    flat = {**inputs, "pixel_values": torch.cat(row["images"])}
+    flat = {**inputs, "pixel_values": torch.cat([x[0] for x in row["pixel_values"]])}
     reduced, other = (foveate.reduce(net, x, VisPruner(keep=9)) for x in (inputs, flat))
     assert [s.kept.tolist() for s in reduced.selection] == [s.kept.tolist() for s in other.selection]
     assert torch.equal(net(**reduced).logits, net(**other).logits)

@@ -9,7 +9,10 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
 from foveate.families.base import crop_rows, placeholder_columns
 from foveate.methods import VisPruner
-from tiny import IMAGE, PINPOINTS, PIXELS, SIDE, VIDEO, collate, model, sample, samples
+from tiny import IMAGE, VIDEO, Visual, collate, model, sample, samples
+from tiny_families.llava_next import PINPOINTS
+
+SIDE, PIXELS = 8, 32
 
 SIZES = [(24, 64), (64, 20), (64, 64), (20, 64), (60, 52), (31, 33), (100, 10), (10, 100), (7, 5), (33, 64), (500, 333)]
 
@@ -17,7 +20,10 @@ SIZES = [(24, 64), (64, 20), (64, 64), (20, 64), (60, 52), (31, 33), (100, 10), 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_llava_next_packs_as_the_model_does(size):
     net = model("llava_next")
-    family, inputs = family_of(net), collate([sample(3, (40, 64), 1, size, 2)])
+    family, inputs = (
+        family_of(net),
+        collate([sample(3, Visual("llava_next", (40, 64)), 1, Visual("llava_next", size), 2)]),
+    )
     _, span = family.spans(net, inputs)
     crops = image_size_to_num_patches(list(size), PINPOINTS, PIXELS)
     first = image_size_to_num_patches([40, 64], PINPOINTS, PIXELS)
@@ -63,7 +69,8 @@ def test_llava_spans():
 
 def test_video_llava_spans_in_reading_order():
     net = model("video_llava")
-    inputs = collate([sample(2, "image", 1, "video", 3, "image", 1), sample(1, "video", 2, "image", 2)])
+    picture, film = Visual("video_llava", "image"), Visual("video_llava", "video")
+    inputs = collate([sample(2, picture, 1, film, 3, picture, 1), sample(1, film, 2, picture, 2)])
     spans = family_of(net).spans(net, inputs)
     assert [(s.kind, s.sample, s.ordinal) for s in spans] == [
         ("image", 0, 0), ("video", 0, 1), ("image", 0, 2), ("video", 1, 0), ("image", 1, 1),
@@ -128,7 +135,8 @@ def test_video_llava_refuses_uneven_budgets():
     import foveate
 
     net = model("video_llava")
-    inputs = collate([sample(2, "image", 1, "image", 3)])
+    picture = Visual("video_llava", "image")
+    inputs = collate([sample(2, picture, 1, picture, 3)])
     with pytest.raises(InputError, match="same number of tokens for every image"):
         foveate.reduce(net, inputs, "random", keep=[4, 9])
     assert foveate.reduce(net, inputs, "random", keep=[9, 9]).selection is not None

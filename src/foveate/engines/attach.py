@@ -48,7 +48,8 @@ def attach(
     >>> handle.selections[0][0].kept  # doctest: +SKIP
     """
     model = base_model(model)
-    return Handle(model, family_of(model), Settings.make(method, positions, separators, config))
+    family = family_of(model)
+    return Handle(model, family, Settings.make(method, positions, separators, config, family))
 
 
 def attached(model: Any) -> Handle | None:

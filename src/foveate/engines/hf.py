@@ -65,6 +65,7 @@ class Settings:
         positions: Positions | None,
         separators: Separators,
         config: Mapping[str, Any],
+        family: Family | None = None,
     ) -> Settings:
         reducer = load_reducer(method, **config)
         if reducer.stage not in ("pixels", "before_llm"):
@@ -75,7 +76,11 @@ class Settings:
             raise InputError(f"separators are 'drop', 'keep' or 'nonempty', not {separators!r}")
         if reducer.stage == "pixels" and separators != "drop":
             raise InputError(f"{reducer.name} encodes smaller pictures, which have no separators: use 'drop'")
-        return cls(reducer, positions or reducer.positions, separators)
+        fixed = family is not None and family.keeps_positions
+        if family is not None and fixed and positions == "compact":
+            raise InputError(f"tokens of {family.name} have positions along several axes: use positions='original'")
+        default: Positions = "original" if fixed else reducer.positions
+        return cls(reducer, positions or default, separators)
 
 
 def reduce(
@@ -117,8 +122,8 @@ def reduce(
         If placeholders and images do not match.
     """
     model = base_model(model)
-    settings = Settings.make(method, positions, separators, config)
-    return reduce_with(model, family_of(model), inputs, settings)
+    family = family_of(model)
+    return reduce_with(model, family, inputs, Settings.make(method, positions, separators, config, family))
 
 
 def reduce_with(model: Any, family: Family, inputs: Mapping[str, Any], settings: Settings) -> Reduced:
@@ -223,7 +228,7 @@ def apply(
 ) -> Reduced:
     """Compact all planes of the inputs together and hand the embeddings over."""
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
-    full = with_positions(inputs, inputs["input_ids"].shape, positions)
+    full = with_positions(inputs, inputs["input_ids"].shape, positions, family.positions(model, inputs))
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
@@ -232,14 +237,20 @@ def apply(
     return out
 
 
-def with_positions(inputs: Mapping[str, Any], shape: Sequence[int], positions: Positions) -> dict[str, Any]:
-    """Return the inputs of full prompts of a shape ``[B, L]`` with the position ids that their tokens are to keep."""
+def with_positions(
+    inputs: Mapping[str, Any], shape: Sequence[int], positions: Positions, own: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the inputs of full prompts of a shape ``[B, L]`` with the position ids that their tokens are to keep.
+
+    `own` are the family's, if they are not counted along the prompt.
+    """
     full = dict(inputs)
     if full.get("position_ids") is None:
         full.pop("position_ids", None)
         if positions == "original":
             device = inputs["input_ids"].device
-            full["position_ids"] = full_positions(inputs.get("attention_mask"), shape[0], shape[1], device)
+            counted = full_positions(inputs.get("attention_mask"), shape[0], shape[1], device)
+            full["position_ids"] = counted if own is None else own
     elif positions == "compact":
         raise InputError("position_ids number the full prompt: leave them out, or use positions='original'")
     return full

@@ -29,6 +29,8 @@ class Family(ABC):
     side_inputs: ClassVar[tuple[str, ...]] = ()
     """Further inputs that only the encoder reads."""
     notes: ClassVar[str] = ""
+    keeps_positions: ClassVar[bool] = False
+    """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
 
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -113,8 +115,7 @@ class Family(ABC):
     def positions(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the position ids that the full prompts have, ``[B, L]`` or ``[axes, B, L]``.
 
-        `None` if they are counted along the prompt. Families with several axes (M-RoPE) override this, and their kept
-        tokens always keep these positions.
+        `None` if they are counted along the prompt; families that set `keeps_positions` return them.
         """
         return None
 

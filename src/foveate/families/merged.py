@@ -1,0 +1,226 @@
+"""Families whose tokens leave the model's own encoder in the space of the LLM, each made of one or several patches."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import UnsupportedModelError
+from foveate.families.base import Family, Grid, attention_of, encoder_layers, placeholder_columns
+from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, tap
+from foveate.tokens import Crop, Span, VisualTokens
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One image or video of the inputs, before it is known in which prompt it stands.
+
+    Attributes
+    ----------
+    length
+        Its number of visual tokens.
+    grid
+        Frames or crops, rows, columns.
+    crops
+        What methods select from; `Crop.encoder_row` counts the crops of all images of the kind.
+    extents
+        See `Span.extents`.
+    """
+
+    length: int
+    grid: tuple[int, int, int]
+    crops: tuple[Crop, ...]
+    extents: tuple[tuple[int, int], ...] = ()
+
+
+class MergedFamily(Family):
+    """Runs the model's own encoder and projector whole, selects among what comes out, and reads probes on the way.
+
+    A subclass says how the images are laid out (`layouts`), which module is the vision encoder (`encoder`), and how
+    values of patches become values of tokens (`to_tokens`).
+    """
+
+    lead = 0
+    """Tokens before the patches of a picture in the encoder, such as ``[CLS]``."""
+
+    @abstractmethod
+    def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
+        """List the images (or videos) of the inputs in the order of their placeholders."""
+
+    @abstractmethod
+    def encoder(self, model: Any) -> nn.Module | None:
+        """Return the vision encoder whose attention probes read, or `None` if it has no attention."""
+
+    @abstractmethod
+    def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
+        """Turn patch values into token values, the mean over each token's patches.
+
+        Parameters
+        ----------
+        values
+            ``[R, P, ...]``: what a probe read of all pictures, in the order in which the encoder saw them.
+
+        Returns
+        -------
+        Tensor
+            ``[M, ...]``: the tokens of all crops of all images of the kind, one after the other.
+        """
+
+    def token_id(self, model: Any, kind: str) -> int:
+        """Return the id of the placeholder of a kind of span."""
+        return int(getattr(model.config, f"{kind}_token_id"))
+
+    def read_layer(self, model: Any) -> int:
+        """Return the index of the encoder layer whose output the projector reads."""
+        return len(self.layers(model)) - 1
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """Return the layers of the vision encoder."""
+        encoder = self.encoder(model)
+        if encoder is None:
+            raise UnsupportedModelError(
+                f"the vision encoder of {self.name} has no attention to read: use a method that needs only token "
+                "features, such as 'divprune', 'uniform' or 'random'"
+            )
+        return encoder_layers(encoder)
+
+    def image_features(self, model: Any, inputs: Mapping[str, Any], kind: str) -> Any:
+        """Run the model's own encoder and projector on all images (or videos)."""
+        key = next(k for k, v in self.inputs.items() if v == kind)
+        side = {k: inputs[k] for k in self.side_inputs_of(kind) if inputs.get(k) is not None}
+        return getattr(model.model, f"get_{kind}_features")(inputs[key], **side, return_dict=True)
+
+    def side_inputs_of(self, kind: str) -> tuple[str, ...]:
+        """Return the further inputs that the encoder reads for one kind."""
+        return self.side_inputs
+
+    def rows(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Return what the LLM gets of each image, ``[N, D]``, from the output of `image_features`."""
+        pooled = output.pooler_output
+        flat = torch.cat(list(pooled)) if not isinstance(pooled, Tensor) else pooled.flatten(0, -2)
+        return list(torch.split(flat, [layout.length for layout in layouts]))
+
+    def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+        found: list[tuple[int, int, str, Tensor, Layout]] = []
+        ids = inputs["input_ids"].cpu()
+        for key, kind in self.inputs.items():
+            if inputs.get(key) is None:
+                continue
+            layouts = self.layouts(model, inputs, kind)
+            lengths = [layout.length for layout in layouts]
+            placed = placeholder_columns(ids, self.token_id(model, kind), lengths, kind)
+            for layout, (row, columns) in zip(layouts, placed, strict=True):
+                found.append((row, int(columns[0]), kind, columns, layout))
+        spans: list[Span] = []
+        for row, _, kind, columns, layout in sorted(found, key=lambda f: f[:2]):
+            ordinal = sum(s.sample == row for s in spans)
+            spans.append(Span(kind, row, ordinal, columns, layout.grid, layout.crops, layout.extents))
+        return tuple(spans)
+
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
+    ) -> VisualTokens:
+        read = [p for p in probes if isinstance(p, LayerProbe)]
+        if ClsToken() in probes and self.lead == 0:
+            probes = [p for p in probes if p != ClsToken()]
+        hidden: dict[str, list[Tensor]] = {}
+        values: dict[str, dict[Probe, list[Tensor]]] = {}
+        kinds = list(dict.fromkeys(span.kind for span in spans))
+        for kind in kinds:
+            layouts = self.layouts(model, inputs, kind)
+            output, planes = self._look(model, inputs, kind, read)
+            hidden[kind] = self.rows(model, output, layouts)
+            sizes = [len(crop) for layout in layouts for crop in layout.crops]
+            values[kind] = {
+                probe: list(torch.split(self.to_tokens(model, inputs, kind, x), sizes)) for probe, x in planes.items()
+            }
+        return self._tokens(spans, hidden, values, probes)
+
+    def _tokens(
+        self,
+        spans: Sequence[Span],
+        hidden: dict[str, list[Tensor]],
+        values: dict[str, dict[Probe, list[Tensor]]],
+        probes: Sequence[Probe],
+    ) -> VisualTokens:
+        # Spans come prompt by prompt, images and videos mixed; the encoder's output comes kind by kind.
+        rows = {kind: iter(x) for kind, x in hidden.items()}
+        own = [next(rows[span.kind]) for span in spans]
+        planes: dict[Probe, list[Tensor]] = {Features(): []}
+        for span, x in zip(spans, own, strict=True):
+            width = self.embedding_width(x)
+            for crop in span.crops:
+                planes[Features()].append(x.detach()[:, :width].index_select(0, crop.index.to(x.device)))
+                for probe, parts in values[span.kind].items():
+                    planes.setdefault(probe, []).append(parts[crop.encoder_row])
+        if Embeddings() in probes:
+            planes[Embeddings()] = planes[Features()]
+        return VisualTokens(tuple(spans), planes, own[0].device, own)
+
+    def embedding_width(self, rows: Tensor) -> int:
+        """Return how many of the columns of ``[N, D]`` rows are the input embedding, rather than further planes."""
+        return int(rows.shape[-1])
+
+    def _look(
+        self, model: Any, inputs: Mapping[str, Any], kind: str, probes: Sequence[LayerProbe]
+    ) -> tuple[Any, dict[Probe, Tensor]]:
+        if not probes:
+            return self.image_features(model, inputs, kind), {}
+        layers, encoder = self.layers(model), self.encoder(model)
+        assert encoder is not None
+        numbers = {p: p.numbers(len(layers), self.read_layer(model)) for p in probes}
+        watched: dict[nn.Module, list[LayerProbe]] = {}
+        for probe, read in numbers.items():
+            for i in read:
+                watched.setdefault(attention_of(layers[i]), []).append(probe)
+        with tap(encoder, watched, self.lead) as taps:
+            output = self.image_features(model, inputs, kind)
+        planes: dict[Probe, Tensor] = {}
+        for probe, read in numbers.items():
+            found = [_joined(taps.values(attention_of(layers[i]), probe)) for i in read]
+            planes[probe] = torch.stack(found, dim=-1) if probe.stacked else found[0]
+        return output, planes
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        raise UnsupportedModelError(
+            f"{self.name} cannot encode smaller pictures from the inputs at hand: give its processor a smaller picture"
+        )
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        return features
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Put what was read call by call, ``[R, P, ...]`` each, one behind the other."""
+    if len({x.shape[1] for x in parts}) == 1:
+        return torch.cat(list(parts))
+    return torch.cat([x.flatten(0, 1) for x in parts])[None]  # packed sequences of different lengths
+
+
+def mean_of_blocks(values: Tensor, grid: Grid, block: int) -> Tensor:
+    """Average patch values over the blocks of a raster grid.
+
+    Parameters
+    ----------
+    values
+        ``[R, h * w, ...]`` in raster order.
+    grid
+        Rows and columns of patches ``(h, w)``, multiples of `block`.
+
+    Returns
+    -------
+    Tensor
+        ``[R, h * w / block ** 2, ...]`` in raster order.
+    """
+    h, w = grid
+    if h % block or w % block:
+        raise UnsupportedModelError(f"a grid of {h} x {w} patches cannot be merged in blocks of {block} x {block}")
+    cut = values.reshape(len(values), h // block, block, w // block, block, *values.shape[2:])
+    return cut.mean(dim=(2, 4)).flatten(1, 2)
