@@ -77,17 +77,20 @@ class VisPruner(Reducer):
         chosen, rest = order[:, :important], order[:, important:]
         if important == count:
             return chosen
-        similarity = cosine_matrix(crops.probe(Features()))
-        return torch.cat([chosen, self._thin_out(similarity, rest, count - important)], dim=1)
+        features = crops.probe(Features())
+        residual = features.gather(1, rest[..., None].expand(-1, -1, features.shape[-1]))
+        survivors = self._thin_out(cosine_matrix(residual), count - important)
+        return torch.cat([chosen, rest.gather(1, survivors)], dim=1)
 
-    def _thin_out(self, similarity: Tensor, rest: Tensor, count: int) -> Tensor:
-        """Drop near-duplicates from ``[B, R]`` indices until `count` are left; all shapes follow from R."""
-        batch, size = similarity.shape[0], similarity.shape[-1]
-        flat = similarity.reshape(batch, -1)
+    def _thin_out(self, similarity: Tensor, count: int) -> Tensor:
+        """Drop near-duplicates from R tokens, given ``[B, R, R]``, until `count` are left; shapes follow from R."""
+        batch, size = similarity.shape[:2]
+        rows, first = similarity.flatten(0, 1), torch.arange(batch, device=similarity.device)[:, None] * size
+        rest = torch.arange(size, device=similarity.device).expand(batch, -1)
         while (surplus := rest.shape[1] - count) > 0:
             even, odd = rest[:, 0::2], rest[:, 1::2]
-            pairs = (even[:, :, None] * size + odd[:, None, :]).reshape(batch, -1)
-            closest = flat.gather(1, pairs).reshape(batch, even.shape[1], odd.shape[1]).amax(dim=-1)
+            # Whole rows are copied far faster than the pairs are picked out of them.
+            closest = rows.index_select(0, (first + odd).flatten()).view(batch, -1, size).amax(dim=1).gather(1, even)
             drop = min(surplus, even.shape[1], self.step or even.shape[1])
             survivors = descending(closest)[:, drop:]
             if self.order == "similarity":
