@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.cli_bench import bench_app
 from foveate.cli_nano import nano_app
 from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
 from foveate.errors import FoveateError, InputError
@@ -29,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(nano_app, name="nano")
+app.add_typer(bench_app, name="bench")
 
 _errors = Console(stderr=True)
 

@@ -64,7 +64,7 @@ def pick(reducer, features, saliency, count):
     crops = CropBatch(
         None, tuple(range(batch)), size, features.device, {Features(): features, Attention(): saliency}
     )  # fmt: skip
-    return reducer._pick(crops, count)
+    return reducer.pick(crops, count)
 
 
 def kept_of(reducer, features, saliency, count):
@@ -221,7 +221,7 @@ def test_ratio_one_is_fastervlm_and_reads_no_features(count):
     reducer = VisPruner(keep=count, important_ratio=1.0)
     saliency = torch.rand(3, 40).half()  # half precision has ties
     crops = CropBatch(None, (0, 1, 2), 40, saliency.device, {Attention(): saliency})
-    got = reducer._pick(crops, count).sort(dim=1).values.tolist()
+    got = reducer.pick(crops, count).sort(dim=1).values.tolist()
     assert got == [sorted(sorted(range(40), key=lambda i, r=row: -r[i])[:count]) for row in saliency.tolist()]
     assert reducer.probes() == FasterVLM(keep=count).probes() == (Attention(),)
 

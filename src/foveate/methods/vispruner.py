@@ -68,9 +68,9 @@ class VisPruner(Reducer):
         return self.needs[1:] if self.important_ratio == 1 else self.needs
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         # Truncation in double precision, as the official code has it: 100 * 0.29 gives 28.
         important = int(count * self.important_ratio)
         order = descending(crops.probe(Attention()))

@@ -11,7 +11,8 @@ from foveate.errors import FoveateError
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from foveate.nano import WEIGHTS
 from foveate.nano.evaluate import Condition, Tally, difference, pooled
-from foveate.nano.gates import DRAWS, tallies, versions
+from foveate.nano.gates import DRAWS, tallies
+from foveate.provenance import versions
 from foveate.reducer import Reducer
 
 BUDGETS: Final = (128, 64, 32, 16)

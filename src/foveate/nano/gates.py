@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
-import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -30,6 +28,7 @@ from foveate.nano.evaluate import (
 from foveate.nano.questions import ASKED_KINDS, WITHHELD
 from foveate.nano.recipe import Recipe
 from foveate.nano.scenes import scene
+from foveate.provenance import versions
 
 DRAWS: Final = 3
 CHUNK: Final = 50
@@ -212,30 +211,6 @@ def _curve(log: Path) -> Iterator[dict[str, Any]]:
         entry = json.loads(line)
         if "all" in entry or "kind" in entry:
             yield {name: round(v, 4) if isinstance(v, float) else v for name, v in entry.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, and the commit they were made at."""
-    """Versions that a result depends on, and the git commit."""
-    import transformers
-
-    import foveate
-
-    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "foveate": foveate.__version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write a result as indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def failed(gates: dict[str, dict[str, Any]]) -> Sequence[str]:
