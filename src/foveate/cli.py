@@ -234,7 +234,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
     console = Console(highlight=False)
     for row in rows:
         given = ", ".join(n if v is None else f"{n}={v}" for n, v in row["parameters"].items())
-        facts = ", ".join(filter(None, (row["stage"], row["paper"])))
+        facts = ", ".join(filter(None, (row["stage"], row["complexity"], row["paper"])))
         console.print(
             f"[bold]{escape(row['name'])}[/bold]({escape(given)})  [dim]{escape(facts)}[/dim]", soft_wrap=True
         )
@@ -249,7 +249,8 @@ def _method_row(cls: Any) -> dict[str, Any]:
     merges = isinstance(cls.merges, str)
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,
-        "merges": merges, "paper": cls.paper, "positions": cls.positions, "parameters": parameters,
+        "merges": merges, "paper": cls.paper, "complexity": cls.complexity,
+        "positions": cls.positions, "parameters": parameters,
         "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),
     }  # fmt: skip
 

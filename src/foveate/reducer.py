@@ -52,6 +52,8 @@ class Reducer(ABC):
     merges: ClassVar[Merging] = None
     """Whether kept tokens are combinations of several, and of what: features before the projector, or embeddings."""
     paper: ClassVar[str] = ""
+    complexity: ClassVar[str] = ""
+    """Cost of `select` per crop of N tokens of width C, T of them kept, such as ``"O(N^2 C)"``."""
     positions: ClassVar[Positions] = "compact"
     """Position ids that the paper gives the kept tokens."""
 
@@ -224,6 +226,8 @@ class Chain(Reducer):
     """
 
     reducers: tuple[Reducer, ...]
+
+    complexity = "the sum over its reducers"
 
     def __init__(self, *reducers: Reducer):
         if not reducers or not all(isinstance(r, Reducer) for r in reducers):

@@ -17,8 +17,12 @@ def test_methods(foveate: Any) -> None:
     assert row["parameters"]["keep"] is None
     assert row["parameters"]["important_ratio"] == "0.5"
     assert row["paper"] == "arXiv:2412.01818"
+    assert row["complexity"] == "O(N^2 C + N^3 / step)"
+    assert all(row["complexity"] for row in rows)
     assert [r["name"] for r in foveate("methods", "*pruner", "--json").json] == ["vispruner"]
-    assert "vispruner" in foveate("methods").out
+    shown = foveate("methods").out
+    assert "vispruner" in shown
+    assert "O(N^2 C + N^3 / step)" in shown
 
 
 def test_families(foveate: Any) -> None:

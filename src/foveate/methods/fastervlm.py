@@ -28,6 +28,7 @@ class FasterVLM(Reducer):
 
     needs = (Attention(),)
     paper = "arXiv:2412.01818v1"
+    complexity = "O(N log N)"
 
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop(self.keep, lambda crops, count: top(crops.probe(Attention()), count))

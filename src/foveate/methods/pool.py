@@ -26,6 +26,7 @@ class Pool(Reducer):
     """
 
     merges = "embeddings"
+    complexity = "O(N)"
 
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop_merge(self.keep, self._pool)

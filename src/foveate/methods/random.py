@@ -28,6 +28,8 @@ class Random(Reducer):
 
     seed: int = 0
 
+    complexity = "O(N)"
+
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop(self.keep, self._pick)
 

@@ -24,6 +24,8 @@ class Uniform(Reducer):
         The budget.
     """
 
+    complexity = "O(T)"
+
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop(self.keep, self._pick)
 

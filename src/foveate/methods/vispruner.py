@@ -54,6 +54,7 @@ class VisPruner(Reducer):
 
     needs = (Features(), Attention())
     paper = "arXiv:2412.01818"
+    complexity = "O(N^2 C + N^3 / step)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
