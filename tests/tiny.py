@@ -24,6 +24,19 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("vispruner", {}),
     ("vispruner", {"order": "rank", "important_ratio": 0.25, "step": 4}),
     ("vispruner", {"step": None}),
+    ("vtc_cls", {}),
+    ("vtc_cls", {"start": 0.5, "reduce": "min"}),
+    ("hiprune", {}),
+    ("hiprune", {"alpha": 0.8, "wrap": False}),
+    ("holov", {}),
+    ("holov", {"regions": None}),
+    ("mmr", {}),
+    ("todre", {}),
+    ("todre", {"criterion": "k_center"}),
+    ("prunesid", {}),
+    ("agilepruner", {}),
+    ("fsr", {}),
+    ("fsr", {"focus": 0.3}),
 ]
 """All methods, with the parameters beside `keep`."""
 

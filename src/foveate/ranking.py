@@ -8,6 +8,9 @@ from torch import Tensor
 # Of b blocks a triangle has (b + 1) / 2b of the products; small blocks multiply slower.
 _BLOCKS, _SMALLEST_BLOCK = 5, 64
 
+RESOLUTION = 1e-6
+"""Cosines in float32 that differ by no more are the same, and so are sums of them that differ by no larger share."""
+
 
 def descending(scores: Tensor) -> Tensor:
     """Return the indices that sort scores ``[B, N]`` from high to low, ties in index order, NaN last."""
@@ -19,12 +22,26 @@ def top(scores: Tensor, count: int) -> Tensor:
     return descending(scores)[:, :count].sort(dim=-1).values
 
 
-def cosine_matrix(features: Tensor) -> Tensor:
-    """Return all cosine similarities ``[B, N, N]`` of features ``[B, N, C]`` in float32; zero vectors give zero.
+def cosine_matrix(features: Tensor, others: Tensor | None = None) -> Tensor:
+    """Return cosine similarities in float32; zero vectors give zero.
 
-    Products are computed for one triangle of blocks, and mirrored.
+    Of features among themselves, products are computed for one triangle of blocks, and mirrored.
+
+    Parameters
+    ----------
+    features
+        ``[B, N, C]``.
+    others
+        ``[B, M, C]``; by default the features themselves.
+
+    Returns
+    -------
+    Tensor
+        ``[B, N, M]``.
     """
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    if others is not None:
+        return torch.bmm(unit, torch.nn.functional.normalize(others.float(), dim=-1).transpose(1, 2))
     size = unit.shape[1]
     block = max(-(-size // _BLOCKS), _SMALLEST_BLOCK)
     out = unit.new_empty(unit.shape[0], size, size)
@@ -34,3 +51,52 @@ def cosine_matrix(features: Tensor) -> Tensor:
         out[:, start:end, start:] = products
         out[:, end:, start:end] = products[:, :, end - start :].transpose(1, 2)
     return out
+
+
+def open_scores(scores: Tensor, taken: Tensor) -> Tensor:
+    """Return scores ``[B, N]`` in float32 with the taken tokens (``[B, N]`` bool) below all others, even below NaN."""
+    most = torch.finfo(torch.float32).max / 2
+    return scores.float().nan_to_num(nan=-most).clamp(-most, most).masked_fill(taken, -torch.inf)
+
+
+def take_best(scores: Tensor, taken: Tensor, noise: float = RESOLUTION) -> Tensor:
+    """Return the token with the highest score among those not taken ``[B, 1]``, and mark it taken.
+
+    Ties go to the lower index. Scores that are behind the highest by a share of at most `noise` tie with it: where
+    copies or the two ends of a pair have equal scores, the order in which float32 sums them up must not decide.
+
+    Parameters
+    ----------
+    scores
+        ``[B, N]``; NaN counts as lowest.
+    taken
+        ``[B, N]`` bool, changed in place.
+    """
+    scores = open_scores(scores, taken)
+    highest = scores.amax(dim=1, keepdim=True)
+    index = torch.arange(scores.shape[1], device=scores.device)
+    ties = scores >= highest - noise * highest.abs()
+    best = torch.where(ties, index, len(index)).amin(dim=1, keepdim=True)
+    taken.scatter_(1, best, True)
+    return best
+
+
+def row_of(matrix: Tensor, token: Tensor) -> Tensor:
+    """Return one row ``[B, M]`` per crop of matrices ``[B, N, M]``; the tokens are ``[B, 1]``."""
+    return matrix.take_along_dim(token[:, :, None], dim=1).squeeze(1)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Return the place of each token ``[B, N]`` when scores are sorted as in `descending`, from 0."""
+    return descending(scores).argsort(dim=-1)
+
+
+def min_max(scores: Tensor) -> Tensor:
+    """Bring scores ``[B, N]`` to 0..1 within each crop; ones where they hardly differ. NaN counts as lowest."""
+    scores = scores.float()
+    unknown = scores.isnan()
+    low = scores.masked_fill(unknown, torch.inf).amin(dim=1, keepdim=True)
+    high = scores.masked_fill(unknown, -torch.inf).amax(dim=1, keepdim=True)
+    spread = high - low
+    scaled = (torch.where(unknown, low, scores) - low) / (spread + 1e-6)
+    return torch.where(spread > RESOLUTION, scaled, 1.0)

@@ -1,17 +1,33 @@
 """Methods, one file each; importing this package registers them."""
 
+from foveate.methods.agilepruner import AgilePruner
 from foveate.methods.downsample import Downsample
 from foveate.methods.fastervlm import FasterVLM
+from foveate.methods.fsr import FSR
+from foveate.methods.hiprune import HiPrune
+from foveate.methods.holov import HoloV
+from foveate.methods.mmr import MMR
 from foveate.methods.pool import Pool
+from foveate.methods.prunesid import PruneSID
 from foveate.methods.random import Random
+from foveate.methods.todre import ToDRE
 from foveate.methods.uniform import Uniform
 from foveate.methods.vispruner import VisPruner
+from foveate.methods.vtc_cls import VTCCLS
 
 __all__ = [
+    "FSR",
+    "MMR",
+    "VTCCLS",
+    "AgilePruner",
     "Downsample",
     "FasterVLM",
+    "HiPrune",
+    "HoloV",
     "Pool",
+    "PruneSID",
     "Random",
+    "ToDRE",
     "Uniform",
     "VisPruner",
 ]
