@@ -1,6 +1,7 @@
 """Inputs that are the same everywhere, and how picks of the methods are compared with those of a plain loop."""
 
 import math
+import operator
 
 import torch
 
@@ -32,14 +33,14 @@ def text(m):
     return wave(m, 8, 1.1, 0.7)
 
 
-def cosine(x, y):
-    dot = math.fsum(a * b for a, b in zip(x, y, strict=True))
-    norm = math.sqrt(math.fsum(a * a for a in x)) * math.sqrt(math.fsum(b * b for b in y))
-    return dot / norm if norm else 0.0
+def unit(x):
+    norm = math.sqrt(math.fsum(a * a for a in x))
+    return [a / norm for a in x] if norm else list(x)
 
 
 def cosines(xs, ys):
-    return [[cosine(x, y) for y in ys] for x in xs]
+    ys = [unit(y) for y in ys]
+    return [[math.fsum(map(operator.mul, x, y)) for y in ys] for x in map(unit, xs)]
 
 
 def choose(scores):

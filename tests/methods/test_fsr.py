@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from greedy_cases import S16, SALIENCY16, cases, choose, cosine, cosines, crop_batch, exact_features, text
+from greedy_cases import S16, SALIENCY16, cases, choose, cosines, crop_batch, exact_features, text
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
@@ -24,7 +24,7 @@ def reference(features, saliency, query, count, focus=0.9):
     similarity = cosines(features, features)
     score = scaled(saliency)
     if query:
-        relevance = scaled([math.fsum(cosine(x, q) for q in query) / len(query) for x in features])
+        relevance = scaled([math.fsum(row) / len(row) for row in cosines(features, query)])
         score = [s * r**3 for s, r in zip(score, relevance, strict=True)]
     by_score = sorted(range(n), key=lambda i: -score[i])
     picks, mass = [], 0.0

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from greedy_cases import S16, S64, SALIENCY16, SALIENCY64, cases, cosine, crop_batch, order
+from greedy_cases import S16, S64, SALIENCY16, SALIENCY64, cases, cosines, crop_batch, order
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
@@ -21,10 +21,10 @@ def chunks(n, regions):
 
 def published_scores(features, saliency, regions, alpha=0.09, eps=1e-6):
     """Return the score of each region as the official code computes it, for regions of two tokens or more."""
-    scores = []
+    scores, similarity = [], cosines(features, features)
     for chunk in chunks(len(saliency), regions):
         n = len(chunk)
-        table = [[0.0 if i == j else cosine(features[i], features[j]) for j in chunk] for i in chunk]
+        table = [[0.0 if i == j else similarity[i][j] for j in chunk] for i in chunk]
         means = [math.fsum(row) / (n - 1) for row in table]
         spread = [math.fsum((s - m) ** 2 for s in row) / (n - 1) for row, m in zip(table, means, strict=True)]
         attention = [1000 * saliency[i] for i in chunk]

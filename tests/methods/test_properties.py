@@ -15,6 +15,8 @@ ONE_EACH = [(0, [(8, 8)]), (1, [(6, 8), (8, 8), (8, 3)]), (2, [(8, 8)]), (3, [(6
 
 every_method = pytest.mark.parametrize("entry", METHODS, ids=method_id)
 per_token = pytest.mark.parametrize("entry", [m for m in METHODS if m[0] != "downsample"], ids=method_id)
+JOINT = ("random", "fastervlm", "vispruner", "vtc_cls", "holov", "mmr", "todre", "prunesid", "agilepruner", "fsr")
+"""Methods that know no grid."""
 
 
 def lists(selection):
@@ -104,7 +106,7 @@ def test_crops_share_the_budget(entry, keep, per_crop):
     assert [len(kept & set(crop.index.tolist())) for crop in tokens.spans[0].crops] == per_crop
 
 
-@pytest.mark.parametrize("entry", [m for m in METHODS if m[0] in ("random", "fastervlm", "vispruner")], ids=method_id)
+@pytest.mark.parametrize("entry", [m for m in METHODS if m[0] in JOINT], ids=method_id)
 def test_joint_budget_lets_crops_compete(entry):
     reducer = make(entry, Budget(20, per="joint"))
     tokens = visual_tokens(reducer, [(0, [(6, 8), (8, 8)])])
