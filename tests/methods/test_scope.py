@@ -101,9 +101,9 @@ def test_exact_ties_go_to_the_lower_index():
 
 def test_once_all_is_covered_the_most_salient_follow():
     generator = torch.Generator().manual_seed(3)
-    features = torch.randn(3, 48, generator=generator)[torch.arange(30) % 3]
-    saliency = torch.rand(30, generator=generator)
-    picks = pick(features, saliency, 30)
+    features = torch.randn(3, 301, generator=generator)[torch.arange(150) % 3]
+    saliency = torch.rand(150, generator=generator)
+    picks = pick(features, saliency, 150)
     assert len({i % 3 for i in picks[:3]}) == 3
     rest = saliency[picks[3:]].tolist()
     assert rest == sorted(rest, reverse=True)

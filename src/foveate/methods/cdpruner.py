@@ -100,7 +100,7 @@ def most_diverse(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
     Tensor
         ``[B, count]`` int64 in the order of picking.
     """
-    left = similarity.diagonal(dim1=1, dim2=2).round()  # 1, or 0 for a zero vector, without noise that decides ties
+    left = similarity.diagonal(dim1=1, dim2=2)
     basis = similarity.new_zeros(len(similarity), count, similarity.shape[-1])
     taken = torch.zeros_like(weight, dtype=torch.bool)
     picks: list[Tensor] = []

@@ -64,8 +64,7 @@ class TOPS(Reducer):
         picks = [take_best(saliency, taken)]
         closest = row_of(similarity, picks[0])
         while len(picks) < count:
-            # Tokens that are taken need no cover: nothing is more similar to them than infinitely.
-            gain = added_coverage(similarity, closest.masked_fill(taken, torch.inf))
+            gain = added_coverage(similarity, closest)  # of tokens left: picked ones are covered by themselves
             scores = (
                 _relative(saliency, taken, len(picks), 0.0)
                 + self.diversity * _relative(1 - closest, taken, len(picks), RESOLUTION)
