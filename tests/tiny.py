@@ -37,6 +37,14 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("agilepruner", {}),
     ("fsr", {}),
     ("fsr", {"focus": 0.3}),
+    ("divprune", {}),
+    ("cdpruner", {}),
+    ("cdpruner", {"theta": 0.5}),
+    ("scope", {}),
+    ("mmtok", {}),
+    ("tops", {}),
+    ("dart", {}),
+    ("gprune", {}),
 ]
 """All methods, with the parameters beside `keep`."""
 

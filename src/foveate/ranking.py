@@ -86,6 +86,19 @@ def row_of(matrix: Tensor, token: Tensor) -> Tensor:
     return matrix.take_along_dim(token[:, :, None], dim=1).squeeze(1)
 
 
+def added_coverage(matrix: Tensor, covered: Tensor) -> Tensor:
+    """Return how much each token would add to what is covered, ``[B, N]``.
+
+    Parameters
+    ----------
+    matrix
+        ``[B, N, M]``: how well each token covers each of M elements.
+    covered
+        ``[B, M]``: how well each element is covered so far.
+    """
+    return (matrix - covered[:, None]).relu_().sum(dim=-1)
+
+
 def ranks(scores: Tensor) -> Tensor:
     """Return the place of each token ``[B, N]`` when scores are sorted as in `descending`, from 0."""
     return descending(scores).argsort(dim=-1)

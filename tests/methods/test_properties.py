@@ -15,7 +15,10 @@ ONE_EACH = [(0, [(8, 8)]), (1, [(6, 8), (8, 8), (8, 3)]), (2, [(8, 8)]), (3, [(6
 
 every_method = pytest.mark.parametrize("entry", METHODS, ids=method_id)
 per_token = pytest.mark.parametrize("entry", [m for m in METHODS if m[0] != "downsample"], ids=method_id)
-JOINT = ("random", "fastervlm", "vispruner", "vtc_cls", "holov", "mmr", "todre", "prunesid", "agilepruner", "fsr")
+JOINT = (
+    "random", "fastervlm", "vispruner", "vtc_cls", "holov", "mmr", "todre", "prunesid", "agilepruner", "fsr",
+    "divprune", "cdpruner", "scope", "mmtok", "tops", "dart", "gprune",
+)  # fmt: skip
 """Methods that know no grid."""
 
 
