@@ -46,7 +46,10 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("dart", {}),
     ("gprune", {}),
 ]
-"""All methods, with the parameters beside `keep`."""
+"""All methods that reduce images, with the parameters beside `keep`."""
+
+VIDEO_METHODS: list[tuple[str, dict[str, Any]]] = [("evs", {})]
+"""Methods that leave images alone."""
 
 
 def method_id(entry: Any) -> str:
@@ -128,6 +131,7 @@ def visual_tokens(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     only: int | None = None,
+    kind: str = "image",
 ) -> VisualTokens:
     """Make tokens for a method: per span the row of its prompt and the grids of its crops.
 
@@ -152,7 +156,7 @@ def visual_tokens(
                 plane.append((values if isinstance(probe, FEATURES) else values.exp()).to(dtype))
         sample_row = 0 if only is not None else row
         ordinal = sum(s.sample == sample_row for s in spans)
-        spans.append(Span("image", sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
+        spans.append(Span(kind, sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
         # Prompts of different lengths, the same words for the same prompt.
         generator = torch.Generator().manual_seed(1000 * seed + row)
         queries.append((sample_row, torch.randn(3 + row % 2, 12, generator=generator).to(dtype)))

@@ -218,11 +218,15 @@ class VisualTokens:
         for units, batch, count in self._batches(keep):
             for unit, row in zip(units, pick(batch, count), strict=True):
                 kept[unit.span].append(unit.index.index_select(0, row))
+        return self.selection(kept)
+
+    def selection(self, kept: Mapping[int, Sequence[Tensor]]) -> Selection:
+        """Return the plain selection of kept positions, which come per span, in parts and in any order."""
         return Selection(
             tuple(
                 SpanSelection(
                     len(s),
-                    _joined(kept[i], self.device).sort().values,
+                    _joined(kept.get(i, ()), self.device).sort().values,
                     sample=s.sample,
                     kind=s.kind,
                     extra=len(s.crops) if self.cls else 0,
@@ -354,5 +358,5 @@ def _merge_parts(
     return SpanSelection(len(span), kept, merge, span.sample, span.kind)
 
 
-def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
+def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.long, device=device)

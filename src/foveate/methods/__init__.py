@@ -5,6 +5,7 @@ from foveate.methods.cdpruner import CDPruner
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
 from foveate.methods.downsample import Downsample
+from foveate.methods.evs import EVS
 from foveate.methods.fastervlm import FasterVLM
 from foveate.methods.fsr import FSR
 from foveate.methods.gprune import GPrune
@@ -24,6 +25,7 @@ from foveate.methods.vtc_cls import VTCCLS
 
 __all__ = [
     "DART",
+    "EVS",
     "FSR",
     "MMR",
     "SCOPE",
