@@ -9,7 +9,7 @@ from foveate.errors import BudgetError, UnknownNameError
 from foveate.methods import Downsample, Pool, Random, Uniform
 from foveate.reducer import get_method, identity, reducer_from_dict
 from foveate.selection import Selection
-from tiny import METHODS, make, method_id
+from tiny import METHODS, VIDEO_METHODS, make, method_id
 
 KEEPS = [64, 0.25, Budget(8, per="joint"), [8, 0.5], (8, Budget(4, per="crop")), {"image": 8, "video": Budget(0.5)}]
 
@@ -23,7 +23,7 @@ def registry(monkeypatch):
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids=str)
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+@pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
 def test_save_and_load(entry, keep, tmp_path):
     reducer = make(entry, keep)
     reducer.save(tmp_path / "reducer.json")
@@ -47,7 +47,7 @@ def test_chain_saves_and_loads(tmp_path):
 
 
 def test_every_registered_method_is_in_the_table():
-    assert {name for name, _ in METHODS} | {"chain"} >= set(list_methods())
+    assert {name for name, _ in METHODS + VIDEO_METHODS} | {"chain"} >= set(list_methods())
 
 
 def test_configuration_is_the_parameters_and_nothing_else():

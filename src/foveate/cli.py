@@ -43,7 +43,8 @@ def run(
     model: Annotated[str, typer.Option(help="nano, a hub id, or a folder.")] = "nano",
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
-        str | None, typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  [default: 0.25]")
+        str | None,
+        typer.Option(help="32: tokens. 0.1: share. coverage:0.9: adaptive. 64,16: one per image.  [default: 0.25]"),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")
@@ -74,7 +75,7 @@ def run(
             prompt_for(None, question, prompt_template)
         loaded, processor = _load(model, dtype, device_map, attn)
         job = job_module.prepare(loaded, processor, picture, question, prompt_template, max_new_tokens)
-        others = job_module.baselines(reducer) if compare else []
+        others = job_module.baselines(job, reducer) if compare else []
         with _errors.status("running") as status:
             arms = [None, reducer, *others]
             unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)

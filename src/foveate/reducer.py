@@ -16,6 +16,7 @@ import torch
 
 from foveate import budget
 from foveate.budget import Budget, Coverage, Keep
+from foveate.coverage import with_coverage
 from foveate.errors import FoveateError, UnknownNameError
 from foveate.probes import Probe
 from foveate.selection import Merging, Selection, SpanSelection
@@ -259,10 +260,13 @@ class Chain(Reducer):
         return all(r.keeps_all(spans) for r in self.reducers)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        *head, last = self.reducers
-        for reducer in head:
-            tokens = tokens.after(reducer.select(tokens))
-        return last.select(tokens)
+        chosen = self.reducers[0].select(tokens)
+        for reducer in self.reducers[1:]:
+            tokens = tokens.after(chosen)
+            if budgets := reducer.coverages():
+                tokens = with_coverage(tokens, budgets)  # a share of what is left
+            chosen = reducer.select(tokens)
+        return chosen
 
 
 def identity(spans: Sequence[Span]) -> Selection:

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.budget import Keep
+from foveate.budget import Budget, Keep
 from foveate.cost import Cost, kv_bytes, prefill_flops, probe_flops
-from foveate.engines.hf import Separators, Settings, apply, decide, look, select
+from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.loading import model_inputs, prompt_for
 from foveate.probes import Attention, Embeddings
-from foveate.reducer import Positions, Reducer, identity, load_reducer
+from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
 from foveate.tokens import Span, VisualTokens
 
@@ -165,25 +165,49 @@ def measure(
     ]
 
 
-def baselines(reducer: Reducer) -> list[Reducer]:
-    """Return the methods that every comparison includes, at the budget of `reducer` and without itself."""
-    return [load_reducer(name, keep=reducer.keep) for name in BASELINES if name != reducer.name]
+def baselines(job: Job, reducer: Reducer) -> list[Reducer]:
+    """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
+
+    Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
+    that `reducer` keeps in this job.
+    """
+    keep = reducer.keep
+    if reducer.coverages() or isinstance(reducer, Chain):
+        with torch.no_grad():
+            tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
+            keep = [len(chosen) for chosen in reducer.select(tokens)]
+    return [load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name]
 
 
 def parse_keep(text: str) -> Keep:
-    """Read a budget: ``"32"`` counts tokens, ``"0.1"`` and ``"1.0"`` are ratios, ``"64,16"`` is one per image."""
+    """Read a budget.
 
-    def number(part: str) -> int | float:
-        try:
-            return int(part)
-        except ValueError:
-            return float(part)
-
+    ``"32"`` counts tokens, ``"0.1"`` and ``"1.0"`` are ratios, ``"coverage:0.9"`` is a share of the saliency and
+    ``"coverage:0.9:16:144"`` bounds it, ``"64,16"`` is one budget per image.
+    """
     try:
-        values = [number(part) for part in text.split(",")]
+        values = [_parse_budget(part) for part in text.split(",")]
+    except BudgetError:
+        raise
     except ValueError as error:
-        raise BudgetError(f"a budget is a count such as 64, a ratio such as 0.25, or 64,16: not {text!r}") from error
+        raise BudgetError(
+            f"a budget is a count such as 64, a ratio such as 0.25, a share of the saliency such as coverage:0.9 or "
+            f"coverage:0.9:16:144 (at least, at most), or 64,16: not {text!r}"
+        ) from error
     return values if "," in text else values[0]
+
+
+def _parse_budget(text: str) -> int | float | Budget:
+    kind, colon, rest = text.strip().partition(":")
+    if colon and kind == "coverage":
+        share, *bounds = rest.split(":")
+        if len(bounds) > 2:
+            raise ValueError(text)
+        return Budget.coverage(float(share), **dict(zip(("least", "most"), map(int, bounds), strict=False)))
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +322,7 @@ def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
     elif reducer.stage == "pixels":
         rows = [math.prod(grid) for span in job.spans for grid, _ in reducer.plan(span)]  # type: ignore[attr-defined]
     else:
-        probes = probe_flops(config, reducer.probes(), rows)
+        probes = probe_flops(config, probes_of([reducer]), rows)
         projected = job.visual_tokens if reducer.merges == "embeddings" or Embeddings() in reducer.probes() else None
     try:
         return prefill_flops(

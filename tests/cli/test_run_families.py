@@ -28,7 +28,7 @@ JOBS = {"llava": ["image"], "llava_next": [(24, 64)], "video_llava": ["image"]}
 def test_every_family_answers_as_generate_does(name: str) -> None:
     job = _job(name, *JOBS[name])
     reducer = foveate.VisPruner(keep=24)
-    methods = [reducer, *baselines(reducer)]
+    methods = [reducer, *baselines(job, reducer)]
     stock, *pruned = measure(job, [None, *methods], repeats=1)
     prompt = job.inputs["input_ids"].shape[1]
     plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)

@@ -13,6 +13,7 @@ from tiny import (
     IMAGE,
     METHODS,
     TINIES,
+    VIDEO_METHODS,
     VISUALS,
     Visual,
     cast,
@@ -128,7 +129,7 @@ def test_the_oracles_tell_selections_apart(family, positions):
 
 
 @every_family_in_depth
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+@pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
 def test_prefill_of_every_method_equals_the_oracle(entry, family):
     net, inputs = model(family), collate(samples(family))
     reducer = make(entry, 13)
@@ -180,7 +181,7 @@ def test_downsample_through_every_tower(family):
 
 @every_family_in_depth
 @pytest.mark.parametrize("keep", [1.0, 10_000])
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+@pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
 def test_a_budget_for_everything_is_bit_identical(family, keep, entry):
     net, inputs = model(family), collate(samples(family))
     plain = generate(net, inputs, max_new_tokens=3)

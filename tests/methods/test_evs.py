@@ -12,7 +12,9 @@ from foveate import Budget, Chain, VisPruner
 from foveate.errors import BudgetError, InputError
 from foveate.methods import EVS, FasterVLM, Random
 from foveate.probes import Embeddings
-from tiny import FRAMES, SIDE, VISUALS, collate, model, sample, samples, visual_tokens
+from tiny import VISUALS, collate, model, sample, samples, visual_tokens
+
+FRAMES, SIDE = 2, 8
 
 DEGREES = [
     [[0, 10, 20], [30, 40, 50]],

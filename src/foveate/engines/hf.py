@@ -14,7 +14,7 @@ from foveate.coverage import SALIENCY, with_coverage
 from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
-from foveate.probes import Query
+from foveate.probes import Probe, Query
 from foveate.reducer import Positions, Reducer, identity, load_reducer
 from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
@@ -157,14 +157,20 @@ def look(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
 ) -> VisualTokens:
     """Encode the images of some inputs once, with everything that one of the reducers needs to decide."""
-    probes = tuple(dict.fromkeys(probe for reducer in reducers for probe in reducer.probes()))
+    probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
-    if budgets and SALIENCY not in probes:
-        probes = (*probes, SALIENCY)
     tokens = family.encode(model, inputs, spans, probes)
     if Query() in probes:
         tokens = replace(tokens, queries=family.query(model, inputs, spans))
     return with_coverage(tokens, budgets) if budgets else tokens
+
+
+def probes_of(reducers: Sequence[Reducer]) -> tuple[Probe, ...]:
+    """Return the probes that some reducers and their budgets read."""
+    probes = dict.fromkeys(probe for reducer in reducers for probe in reducer.probes())
+    if any(reducer.coverages() for reducer in reducers):
+        probes[SALIENCY] = None
+    return tuple(probes)
 
 
 @torch.no_grad()
