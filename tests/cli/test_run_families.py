@@ -21,7 +21,7 @@ def _job(name: str, *parts: tiny.Part) -> Job:
     return Job(model, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(model, inputs), 5)
 
 
-JOBS = {"llava": ["image"], "llava_next": [(24, 64)], "video_llava": ["image"]}
+JOBS = {"llava": ["image"], "llava_next": [tiny.Visual("llava_next", (24, 64))], "video_llava": ["image"]}
 
 
 @pytest.mark.parametrize("name", JOBS)
