@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli_bench import bench_app
+from foveate.cli_codebook import codebook
 from foveate.cli_nano import nano_app
 from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
 from foveate.errors import FoveateError, InputError
@@ -31,6 +32,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(nano_app, name="nano")
 app.add_typer(bench_app, name="bench")
+app.command()(guarded(codebook))
 
 _errors = Console(stderr=True)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -21,6 +21,9 @@ from foveate.errors import FoveateError, UnknownNameError
 from foveate.probes import Probe
 from foveate.selection import Merging, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
+
+if TYPE_CHECKING:
+    from foveate.families import Family
 
 Stage: TypeAlias = Literal["pixels", "encoder", "before_llm", "in_llm", "projector"]
 Positions: TypeAlias = Literal["original", "compact"]
@@ -76,6 +79,9 @@ class Reducer(ABC):
         keeps = self.keep.values() if isinstance(self.keep, Mapping) else self.keep
         listed = keeps if isinstance(keeps, Iterable) else (keeps,)
         return tuple(budget for budget in listed if isinstance(budget, Coverage))
+
+    def check(self, model: Any, family: Family) -> None:  # noqa: B027
+        """Raise `FoveateError` if the method was made for another model. Called often: remember what is costly."""
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         """Return whether the budget covers every token of all spans, so that nothing needs to run."""
@@ -255,6 +261,10 @@ class Chain(Reducer):
 
     def probes(self) -> tuple[Probe, ...]:
         return tuple(dict.fromkeys(p for r in self.reducers for p in r.probes()))
+
+    def check(self, model: Any, family: Family) -> None:
+        for reducer in self.reducers:
+            reducer.check(model, family)
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         return all(r.keeps_all(spans) for r in self.reducers)

@@ -198,12 +198,11 @@ def parse_keep(text: str) -> Keep:
 
 
 def _parse_budget(text: str) -> int | float | Budget:
-    kind, colon, rest = text.strip().partition(":")
-    if colon and kind == "coverage":
-        share, *bounds = rest.split(":")
-        if len(bounds) > 2:
-            raise ValueError(text)
-        return Budget.coverage(float(share), **dict(zip(("least", "most"), map(int, bounds), strict=False)))
+    kind, *parts = text.strip().split(":")
+    if kind == "coverage" and 1 <= len(parts) <= 3:
+        least = int(parts[1]) if len(parts) > 1 else 1
+        most = int(parts[2]) if len(parts) > 2 else None
+        return Budget.coverage(float(parts[0]), least=least, most=most)
     try:
         return int(text)
     except ValueError:

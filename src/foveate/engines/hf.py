@@ -157,6 +157,8 @@ def look(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
 ) -> VisualTokens:
     """Encode the images of some inputs once, with everything that one of the reducers needs to decide."""
+    for reducer in reducers:
+        reducer.check(model, family)
     probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
     tokens = family.encode(model, inputs, spans, probes)

@@ -52,6 +52,14 @@ class Family(ABC):
     def project(self, model: Any, features: Tensor) -> Tensor:
         """Map encoder features ``[M, C]`` to LLM embeddings ``[M, D]``."""
 
+    def projector(self, model: Any) -> nn.Module:
+        """Return the module between the vision encoder and the LLM."""
+        module: nn.Module
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in ("multi_modal_projector", "merger", "connector", "aligner"):
+                return module
+        raise UnsupportedModelError(f"no projector found in {type(model).__name__}")
+
     def query(self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span]) -> tuple[Tensor, ...]:
         """Return, per prompt, the input embeddings ``[M, D]`` of its text behind its first span.
 

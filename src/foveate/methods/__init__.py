@@ -2,6 +2,7 @@
 
 from foveate.methods.agilepruner import AgilePruner
 from foveate.methods.cdpruner import CDPruner
+from foveate.methods.codebook import CodebookPruner
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
 from foveate.methods.downsample import Downsample
@@ -33,6 +34,7 @@ __all__ = [
     "VTCCLS",
     "AgilePruner",
     "CDPruner",
+    "CodebookPruner",
     "DivPrune",
     "Downsample",
     "FasterVLM",
