@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.codebook import Codebook, projector_hash
+from foveate.families import family_of
 from foveate.probes import ClsToken, Embeddings, Features, Keys, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
@@ -14,6 +18,7 @@ from tiny_families import TINIES, Tiny, Visual
 from tiny_families.base import IMAGE, PAD, VIDEO
 
 FAMILIES = list(TINIES)
+WIDTH = 12
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("random", {"seed": 3}),
@@ -45,6 +50,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("tops", {}),
     ("dart", {}),
     ("gprune", {}),
+    ("codebook", {}),
+    ("codebook", {"score": "softmax"}),
 ]
 """All methods that reduce images, with the parameters beside `keep`."""
 
@@ -57,8 +64,28 @@ def method_id(entry: Any) -> str:
     return "-".join([name, *(f"{k}={v}" for k, v in config.items())])
 
 
-def make(entry: tuple[str, dict[str, Any]], keep: Any) -> Reducer:
-    return get_method(entry[0])(keep=keep, **entry[1])
+def make(entry: tuple[str, dict[str, Any]], keep: Any, family: str | None = None) -> Reducer:
+    """Make a method for a family's tiny model, or for the tokens of `visual_tokens`."""
+    name, config = entry
+    if name == "codebook":
+        config = {"codebook": codebook_file(family), **config}
+    return get_method(name)(keep=keep, **config)
+
+
+_files = tempfile.TemporaryDirectory(prefix="foveate-tests-")
+
+
+@functools.cache
+def codebook_file(family: str | None) -> str:
+    """Write a codebook of random prototypes."""
+    width, projector = WIDTH, "none"
+    if family is not None:
+        net = model(family)
+        width, projector = net.get_input_embeddings().weight.shape[-1], projector_hash(family_of(net).projector(net))
+    path = f"{_files.name}/{family}.safetensors"
+    prototypes = torch.randn(7, width, generator=torch.Generator().manual_seed(5))
+    Codebook(prototypes, str(family), projector).save(path)
+    return path
 
 
 def model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -159,7 +186,7 @@ def visual_tokens(
         spans.append(Span(kind, sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
         # Prompts of different lengths, the same words for the same prompt.
         generator = torch.Generator().manual_seed(1000 * seed + row)
-        queries.append((sample_row, torch.randn(3 + row % 2, 12, generator=generator).to(dtype)))
+        queries.append((sample_row, torch.randn(3 + row % 2, WIDTH, generator=generator).to(dtype)))
     words = tuple(dict(queries).values()) if Query() in reducer.probes() else None
     cls = ClsToken() in reducer.probes()
     return VisualTokens(tuple(spans), planes, torch.device("cpu"), cls=cls, queries=words)
@@ -170,5 +197,5 @@ FEATURES = (Features, Embeddings, Keys)
 
 def _width(probe: Any) -> tuple[int, ...]:
     if isinstance(probe, FEATURES):
-        return (12,)
+        return (WIDTH,)
     return (2,) if probe.stacked else ()

@@ -135,7 +135,7 @@ def divergence(base: Tensor, other: Tensor, words: int = 10) -> Tensor:
         ``[...]`` float64, in nats, the mean over the words instead of the sum.
     """
     base, other = torch.broadcast_tensors(base, other)
-    best = base.topk(min(words, base.shape[-1]), dim=-1).indices
+    best = descending(base)[..., :words]
     p, q = (x.gather(-1, best).double().log_softmax(dim=-1) for x in (base, other))
     mean = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype))
     return (0.5 * (p.exp() * (p - mean) + q.exp() * (q - mean))).mean(dim=-1)

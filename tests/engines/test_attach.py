@@ -39,7 +39,7 @@ def test_detaching_restores_the_model(family, entry, attention):
     net, inputs = model(family, attention), collate(samples(family))
     plain = net(**inputs).logits
     before = state(net)
-    handle = foveate.attach(net, make(entry, 9))
+    handle = foveate.attach(net, make(entry, 9, family))
     net.generate(**inputs, **GREEDY)
     net(**inputs)
     assert "generate" in vars(net)
@@ -153,7 +153,7 @@ def test_reduce_equals_attach(family, entry, positions):
     net, inputs = model(family), collate(samples(family))
     length = inputs["input_ids"].shape[1]
     before, given = state(net), dict(inputs)
-    reducer = make(entry, 9)
+    reducer = make(entry, 9, family)
     reduced = foveate.reduce(net, inputs, reducer, positions=positions)
     assert state(net) == before
     assert inputs == given

@@ -132,7 +132,7 @@ def test_the_oracles_tell_selections_apart(family, positions):
 @pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
 def test_prefill_of_every_method_equals_the_oracle(entry, family):
     net, inputs = model(family), collate(samples(family))
-    reducer = make(entry, 13)
+    reducer = make(entry, 13, family)
     for positions in TINIES[family].positions:
         reduced = foveate.reduce(net, inputs, reducer, positions=positions)
         with torch.no_grad():
@@ -185,13 +185,13 @@ def test_downsample_through_every_tower(family):
 def test_a_budget_for_everything_is_bit_identical(family, keep, entry):
     net, inputs = model(family), collate(samples(family))
     plain = generate(net, inputs, max_new_tokens=3)
-    with foveate.attach(net, make(entry, keep)) as handle:
+    with foveate.attach(net, make(entry, keep, family)) as handle:
         out = generate(net, inputs, max_new_tokens=3)
         assert torch.equal(net(**inputs).logits, model(family)(**inputs).logits)
     assert torch.equal(out.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(out.logits, plain.logits, strict=True))
     assert all(span.is_identity for row in handle.selections for span in row)
-    reduced = foveate.reduce(net, inputs, make(entry, keep))
+    reduced = foveate.reduce(net, inputs, make(entry, keep, family))
     assert dict(reduced) == inputs
     assert reduced.compaction is None
 

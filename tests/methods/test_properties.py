@@ -17,7 +17,7 @@ every_method = pytest.mark.parametrize("entry", METHODS, ids=method_id)
 per_token = pytest.mark.parametrize("entry", [m for m in METHODS if m[0] != "downsample"], ids=method_id)
 JOINT = (
     "random", "fastervlm", "vispruner", "vtc_cls", "holov", "mmr", "todre", "prunesid", "agilepruner", "fsr",
-    "divprune", "cdpruner", "scope", "mmtok", "tops", "dart", "gprune",
+    "divprune", "cdpruner", "scope", "mmtok", "tops", "dart", "gprune", "codebook",
 )  # fmt: skip
 """Methods that know no grid."""
 
