@@ -134,7 +134,7 @@ def divergence(base: Tensor, other: Tensor, words: int = 10) -> Tensor:
     Tensor
         ``[...]`` float64, in nats, the mean over the words instead of the sum.
     """
-    base, other = torch.broadcast_tensors(base, other)
+    base, other = torch.broadcast_tensors(base, other)  # type: ignore[no-untyped-call]
     best = descending(base)[..., :words]
     p, q = (x.gather(-1, best).double().log_softmax(dim=-1) for x in (base, other))
     mean = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype))

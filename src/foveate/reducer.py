@@ -58,6 +58,8 @@ class Reducer(ABC):
     paper: ClassVar[str] = ""
     complexity: ClassVar[str] = ""
     """Cost of `select` per crop of N tokens of width C, T of them kept, such as ``"O(N^2 C)"``."""
+    video_only: ClassVar[bool] = False
+    """Whether the method leaves images alone."""
     positions: ClassVar[Positions] = "compact"
     """Position ids that the paper gives the kept tokens."""
 
@@ -180,6 +182,12 @@ def get_method(name: str) -> type[Reducer]:
     if name not in methods:
         raise UnknownNameError(f"no method is called {name!r}; there are: {', '.join(sorted(methods))}")
     return methods[name]
+
+
+def parameters_without_default(name: str) -> list[str]:
+    """Return what a registered method must be given beside its budget."""
+    fields = dataclasses.fields(get_method(name))
+    return [f.name for f in fields if f.default is dataclasses.MISSING and f.name != "keep"]
 
 
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:

@@ -52,6 +52,7 @@ class EVS(Reducer):
     """
 
     needs = (Embeddings(),)
+    video_only = True
     paper = "arXiv:2510.14624"
 
     def __post_init__(self) -> None:
