@@ -58,6 +58,7 @@ class CodebookPruner(Reducer):
 
     needs = (Embeddings(),)
     paper = "arXiv:2503.20540"
+    complexity = "O(N K D)"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,7 @@ class EVS(Reducer):
     needs = (Embeddings(),)
     video_only = True
     paper = "arXiv:2510.14624"
+    complexity = "O(N D + N log N)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
