@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -19,6 +20,7 @@ def registry(monkeypatch):
     foveate.reducer._all()
     registry = dict(foveate.reducer._registry)
     monkeypatch.setattr(foveate.reducer, "_registry", registry)
+    monkeypatch.setattr(foveate.reducer, "_seen_plugins", set())
     return registry
 
 
@@ -137,7 +139,7 @@ def test_entry_points_are_loaded(registry, monkeypatch):
             return Selection(())
 
     class Point:
-        name, loads = "foreign", 0
+        name, value, loads = "foreign", "foreign:Foreign", 0
 
         def load(self):
             Point.loads += 1
@@ -150,3 +152,16 @@ def test_entry_points_are_loaded(registry, monkeypatch):
     assert "foreign" in list_methods()
     assert load_reducer("foreign", keep=3) == Foreign(keep=3)
     assert Point.loads == 1
+
+
+def test_a_broken_or_clashing_plugin_is_named_and_left_out(registry, monkeypatch):
+    broken = EntryPoint("broken", "no_such_package:Method", "foveate.reducers")
+    clashing = EntryPoint("random", "foveate.methods:Pool", "foveate.reducers")
+    monkeypatch.setattr(foveate.reducer, "entry_points", lambda group: [broken, clashing])
+    before = set(registry)
+    with pytest.warns(UserWarning) as caught:
+        assert "broken" not in list_methods()
+    messages = [str(warning.message) for warning in caught]
+    assert any("'broken' of 'no_such_package:Method' is left out" in m for m in messages)
+    assert any("'random' of 'foveate.methods:Pool' is left out" in m and "taken by Random" in m for m in messages)
+    assert set(list_methods()) == before

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
@@ -160,9 +161,21 @@ def _all() -> dict[str, type[Reducer]]:
     import foveate.methods  # noqa: F401  registers the built-in methods
 
     for point in entry_points(group=ENTRY_POINTS):
-        if point.name not in _registry:
-            register(point.name)(point.load())
+        if (point.name, point.value) not in _seen_plugins:
+            _seen_plugins.add((point.name, point.value))
+            _add_plugin(point)
     return _registry
+
+
+_seen_plugins: set[tuple[str, str]] = set()
+
+
+def _add_plugin(point: EntryPoint) -> None:
+    """Register a method of another package; one that cannot be used is left out with a warning that names it."""
+    try:
+        register(point.name)(point.load())
+    except Exception as error:
+        warnings.warn(f"the method {point.name!r} of {point.value!r} is left out: {error}", stacklevel=4)
 
 
 def list_methods(pattern: str = "*") -> list[str]:
