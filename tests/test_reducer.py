@@ -159,7 +159,7 @@ def test_a_broken_or_clashing_plugin_is_named_and_left_out(registry, monkeypatch
     clashing = EntryPoint("random", "foveate.methods:Pool", "foveate.reducers")
     monkeypatch.setattr(foveate.reducer, "entry_points", lambda group: [broken, clashing])
     before = set(registry)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="is left out") as caught:
         assert "broken" not in list_methods()
     messages = [str(warning.message) for warning in caught]
     assert any("'broken' of 'no_such_package:Method' is left out" in m for m in messages)
