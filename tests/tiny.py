@@ -52,6 +52,13 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("gprune", {}),
     ("codebook", {}),
     ("codebook", {"score": "softmax"}),
+    ("visionzip", {}),
+    ("visionzip", {"contextual_ratio": 0.4, "merge": "mean"}),
+    ("visiondrop", {}),
+    ("prumerge", {}),
+    ("prumerge+", {"neighbours": 5}),
+    ("vflowopt", {}),
+    ("vflowopt", {"t": 1.2, "a": 2.5}),
 ]
 """All methods that reduce images, with the parameters beside `keep`."""
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import Attention, Probe
+from foveate.probes import LayerProbe, Probe
 
 _GATED = (
     "cohere", "gemma", "gemma2", "gemma3_text", "glm4", "internlm2", "llama", "mistral", "ministral", "phi3", "qwen2",
@@ -127,20 +127,20 @@ def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int]) -> in
     Parameters
     ----------
     probes
-        Attention of one query (``"cls"``, and ``"auto"`` where there is a ``[CLS]`` token) costs one row of products
-        per layer; attention received costs them all. Features are there anyway.
+        Attention of one query costs one row of products per layer, attention received all of them; features and keys
+        are there anyway. A probe behind the layer that the projector reads makes further layers run.
     rows
         Patches of each picture.
     """
     vision, flops = config.vision_config, 0
-    depth, read = vision.num_hidden_layers, vision_layers(config) - 1
-    for probe in probes:
-        if isinstance(probe, Attention):
-            for patches in rows:
-                length = patches + _lead(vision)
-                one_query = probe.of == "cls" or (probe.of == "auto" and _lead(vision))
-                queries = 1 if one_query else length
-                flops += 2 * queries * length * vision.hidden_size * len(probe.numbers(depth, read))
+    depth, read, lead = vision.num_hidden_layers, vision_layers(config) - 1, _lead(vision)
+    read_layers = [(p, p.numbers(depth, read)) for p in probes if isinstance(p, LayerProbe)]
+    behind = max([max(layers) - read for _, layers in read_layers], default=0)
+    for patches in rows:
+        length = patches + lead
+        for probe, layers in read_layers:
+            flops += 2 * probe.rows(length, lead) * length * vision.hidden_size * len(layers)
+        flops += max(0, behind) * _layer(vision, length)
     return flops
 
 
@@ -199,9 +199,14 @@ def _lead(vision: Any) -> int:
 
 
 def _tower(vision: Any, patches: int, layers: int) -> int:
-    n, d, m = patches + _lead(vision), vision.hidden_size, vision.intermediate_size
+    n, d = patches + _lead(vision), vision.hidden_size
     embedding = 2 * patches * d * vision.num_channels * vision.patch_size**2
-    return int(embedding + layers * (8 * n * d**2 + 4 * n**2 * d + 4 * n * d * m))
+    return int(embedding + layers * _layer(vision, n))
+
+
+def _layer(vision: Any, n: int) -> int:
+    d, m = vision.hidden_size, vision.intermediate_size
+    return int(8 * n * d**2 + 4 * n**2 * d + 4 * n * d * m)
 
 
 def _projector(config: Any, tokens: int) -> int:

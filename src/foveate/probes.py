@@ -60,7 +60,7 @@ class LayerProbe(ABC):
     ----------
     layers
         Encoder layers, each either counted back from the one whose output the projector reads, which is ``-1`` (0 is
-        the layer behind it), or a share of the depth: ``1 / 3`` is layer 8 of the 24 of CLIP-L. With several, the
+        the layer behind it, if there is one, else the same), or a share of the depth: ``1 / 3`` is layer 8 of the 24 of CLIP-L. With several, the
         values have a last dimension for them. A single float stands for all layers from that share of the depth up to
         the one whose output the projector reads.
     """
@@ -70,6 +70,10 @@ class LayerProbe(ABC):
     @abstractmethod
     def read(self, heads: Heads) -> Tensor:
         """Return the values of all patches ``[B, N, ...]`` float32 from what one layer attends with."""
+
+    def rows(self, length: int, lead: int) -> int:
+        """Return how many attention rows are computed to read a layer of `length` tokens, of which `lead` in front."""
+        return 0
 
     def numbers(self, depth: int, read: int) -> list[int]:
         """Return the layers as indices from 0.
@@ -89,6 +93,7 @@ class LayerProbe(ABC):
         if isinstance(self.layers, float):
             return list(range(min(int(self.layers * depth), read), read + 1))
         found = [int(i * depth) if isinstance(i, float) else read + 1 + i for i in self.layers]
+        found = [read if i == 0 and layer == depth else layer for i, layer in zip(self.layers, found, strict=True)]
         for given, layer in zip(self.layers, found, strict=True):
             if not 0 <= layer < depth:
                 raise UnsupportedModelError(
@@ -121,6 +126,9 @@ class Attention(LayerProbe):
 
     of: Literal["auto", "cls", "received"] = "auto"
     joint: bool = False
+
+    def rows(self, length: int, lead: int) -> int:
+        return 1 if self.of == "cls" or (self.of == "auto" and lead) else length
 
     def read(self, heads: Heads) -> Tensor:
         if self.of == "cls" and not heads.lead:

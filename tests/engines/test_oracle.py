@@ -141,7 +141,7 @@ def test_prefill_of_every_method_equals_the_oracle(entry, family):
         if reducer.stage == "pixels":
             assert logits.isfinite().all()
             continue
-        close(logits, torch.stack([x[-1] for x in rebuilt(net, inputs, selections, positions)]))
+        close(logits, torch.stack([x[-1] for x in rebuilt(net, inputs, selections, positions, reducer.merges)]))
 
 
 @both_positions

@@ -67,7 +67,7 @@ def test_batch_equals_each_prompt_alone(entry, keep):
         assert span.kept.tolist() == alone.kept.tolist()
         assert (span.merge is None) == (alone.merge is None)
         if span.merge is not None:
-            x = torch.randn(span.length, 3)
+            x = torch.randn(span.length + span.extra, 3)
             assert torch.equal(span.apply(x), alone.apply(x))
 
 

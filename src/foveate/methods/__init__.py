@@ -15,12 +15,16 @@ from foveate.methods.holov import HoloV
 from foveate.methods.mmr import MMR
 from foveate.methods.mmtok import MMTok
 from foveate.methods.pool import Pool
+from foveate.methods.prumerge import PruMerge, PruMergePlus
 from foveate.methods.prunesid import PruneSID
 from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
 from foveate.methods.todre import ToDRE
 from foveate.methods.tops import TOPS
 from foveate.methods.uniform import Uniform
+from foveate.methods.vflowopt import VFlowOpt
+from foveate.methods.visiondrop import VisionDrop
+from foveate.methods.visionzip import VisionZip
 from foveate.methods.vispruner import VisPruner
 from foveate.methods.vtc_cls import VTCCLS
 
@@ -43,9 +47,14 @@ __all__ = [
     "HoloV",
     "MMTok",
     "Pool",
+    "PruMerge",
+    "PruMergePlus",
     "PruneSID",
     "Random",
     "ToDRE",
     "Uniform",
+    "VFlowOpt",
     "VisPruner",
+    "VisionDrop",
+    "VisionZip",
 ]
