@@ -60,9 +60,9 @@ class LayerProbe(ABC):
     ----------
     layers
         Encoder layers, each either counted back from the one whose output the projector reads, which is ``-1`` (0 is
-        the layer behind it, if there is one, else the same), or a share of the depth: ``1 / 3`` is layer 8 of the 24 of CLIP-L. With several, the
-        values have a last dimension for them. A single float stands for all layers from that share of the depth up to
-        the one whose output the projector reads.
+        the layer behind it, if there is one, else the same), or a share of the depth: ``1 / 3`` is layer 8 of the 24
+        of CLIP-L. With several, the values have a last dimension for them. A single float stands for all layers from
+        that share of the depth up to the one whose output the projector reads.
     """
 
     layers: tuple[int | float, ...] | float = field(default=(-1,), kw_only=True)
