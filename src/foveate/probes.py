@@ -53,6 +53,15 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Members:
+    """What became of each patch inside the encoder, ``[N]`` int64 per crop.
+
+    The first patch of the token that it is part of, or -1 if it was dropped. Only methods of the stage ``"encoder"``
+    read it.
+    """
+
+
+@dataclass(frozen=True)
 class LayerProbe(ABC):
     """A cue that is computed from the queries, keys and values of attention layers of the vision encoder.
 
@@ -153,7 +162,7 @@ class Keys(LayerProbe):
         return key.transpose(1, 2).flatten(2) if self.joint else key.mean(dim=1)
 
 
-Probe: TypeAlias = Features | Embeddings | ClsToken | Query | LayerProbe
+Probe: TypeAlias = Features | Embeddings | ClsToken | Query | Members | LayerProbe
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,17 +382,42 @@ def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, *
     Layers are skipped unless the encoder is managed by accelerate, whose own clean-up must run to the end.
     """
     outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, _: Any, output: Any) -> bool:
+        outputs[layer] = output[0] if isinstance(output, tuple) else output
+        return len(outputs) == len(set(layers))
+
+    stop = _stopping(encoder, keep)
+    _run_hooked(encoder, [layer.register_forward_hook(stop) for layer in dict.fromkeys(layers)], *args, **kwargs)
+    return [outputs[layer] for layer in layers]
+
+
+def layer_input(encoder: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Run an encoder up to a layer and return the hidden states that go into it; see `layer_outputs`."""
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        return True
+
+    hook = layer.register_forward_pre_hook(_stopping(encoder, keep), with_kwargs=True)
+    _run_hooked(encoder, [hook], *args, **kwargs)
+    return inputs[0]
+
+
+def _stopping(encoder: nn.Module, keep: Callable[..., bool]) -> Callable[..., None]:
+    """Return a hook that calls `keep` in this thread only, and ends the pass once that returns true."""
     thread = threading.get_ident()
     managed = any(hasattr(module, "_hf_hook") for module in encoder.modules())
 
-    def keep(layer: nn.Module, _: Any, output: Any) -> None:
-        if threading.get_ident() != thread:
-            return  # a pass of another thread through the same encoder
-        outputs[layer] = output[0] if isinstance(output, tuple) else output
-        if len(outputs) == len(set(layers)) and not managed:
+    def hook(*call: Any) -> None:
+        if threading.get_ident() == thread and keep(*call) and not managed:
             raise _ReachedLastLayer
 
-    hooks = [layer.register_forward_hook(keep) for layer in dict.fromkeys(layers)]
+    return hook
+
+
+def _run_hooked(encoder: nn.Module, hooks: Sequence[Any], *args: Any, **kwargs: Any) -> None:
     try:
         encoder(*args, **kwargs)
     except _ReachedLastLayer:
@@ -391,4 +425,3 @@ def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, *
     finally:
         for hook in hooks:
             hook.remove()
-    return [outputs[layer] for layer in layers]

@@ -108,20 +108,25 @@ def rebuilt(
     selections: list[list[SpanSelection]],
     positions: str = "compact",
     merges: str | None = "embeddings",
+    given: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Return, per row, the logits of the plain LLM on the embeddings of the visible columns alone, without padding.
 
-    Merged tokens are put together from the plain model's embeddings, or from its features and then projected.
+    Merged tokens are put together from the plain model's embeddings, or from its features and then projected, unless
+    the embeddings of all spans are given.
     """
     embeds, ids = embeddings(model, inputs), inputs["input_ids"]
     if isinstance(family_of(model), MergedFamily):
         merges = "embeddings"  # its methods see nothing else
     results, features = [], iter(unprojected(model, inputs) if merges == "features" else ())
+    spans_given = iter(given or ())
     for i, columns in enumerate(visible_columns(inputs, selections)):
         visual, start = ((ids[i] == IMAGE) | (ids[i] == VIDEO)).nonzero().flatten(), 0
         for span in selections[i]:
             places = visual[start : start + span.length]
-            if merges == "features":
+            if given is not None:
+                embeds[i, places[span.kept]] = next(spans_given)
+            elif merges == "features":
                 embeds[i, places[span.kept]] = model.model.multi_modal_projector(
                     span.apply(next(features)[: span.length + span.extra])
                 )

@@ -78,7 +78,7 @@ def test_half_precision_equals_its_values_in_single(entry, dtype):
     half = visual_tokens(reducer, LAYOUT, dtype=dtype)
     single = visual_tokens(reducer, LAYOUT, dtype=dtype)
     for plane in single.planes.values():
-        plane[:] = [x.float() for x in plane]
+        plane[:] = [x.float() if x.is_floating_point() else x for x in plane]
     assert lists(reducer.select(half)) == lists(reducer.select(single))
 
 

@@ -8,6 +8,7 @@ from foveate.methods.divprune import DivPrune
 from foveate.methods.downsample import Downsample
 from foveate.methods.evs import EVS
 from foveate.methods.fastervlm import FasterVLM
+from foveate.methods.flowcut import FlowCut
 from foveate.methods.fsr import FSR
 from foveate.methods.gprune import GPrune
 from foveate.methods.hiprune import HiPrune
@@ -20,6 +21,7 @@ from foveate.methods.prunesid import PruneSID
 from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
 from foveate.methods.todre import ToDRE
+from foveate.methods.tome import ToMe
 from foveate.methods.tops import TOPS
 from foveate.methods.uniform import Uniform
 from foveate.methods.vflowopt import VFlowOpt
@@ -42,6 +44,7 @@ __all__ = [
     "DivPrune",
     "Downsample",
     "FasterVLM",
+    "FlowCut",
     "GPrune",
     "HiPrune",
     "HoloV",
@@ -52,6 +55,7 @@ __all__ = [
     "PruneSID",
     "Random",
     "ToDRE",
+    "ToMe",
     "Uniform",
     "VFlowOpt",
     "VisPruner",
