@@ -109,6 +109,18 @@ def test_agrees_with_the_counter_of_torch_when_pruned(reducer) -> None:
     assert cost.prefill + cost.lm_head == pytest.approx(_counted(model, reduced), rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["tome", "flowcut"])
+def test_agrees_with_the_counter_of_torch_inside_the_encoder(name) -> None:
+    reducer, model, inputs = foveate.load_reducer(name, keep=24), _tiny(), _inputs()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        foveate.reduce(model, inputs, reducer)
+    rows = [reducer.lengths(144, 24, 3)]
+    cost = prefill_flops(model.config, 144, 21, 24, rows=rows)
+    # What the methods read and compare is left out.
+    assert cost.vision + cost.projector == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert cost.vision < 0.8 * prefill_flops(model.config, 144, 21, 24).vision
+
+
 def test_causal_attention_is_about_half_of_the_square() -> None:
     config = LlavaConfig()
     square, causal = (prefill_flops(config, 576, 24, 576, causal=c).prefill for c in (False, True))

@@ -3,22 +3,9 @@
 import math
 
 import torch
+from greedy_cases import cosines
 
 from foveate.tokens import CropBatch
-
-
-def wave(n, c, s, p):
-    return [[math.sin(s * (i + 1) * (j + 1)) + 0.3 * math.cos(p * (i + 1) + (j + 1)) for j in range(c)]
-            for i in range(n)]  # fmt: skip
-
-
-def wave_attention(n):
-    total = [0.0] * n
-    for h in range(4):
-        row = [math.exp(2 * math.sin(2.3 * j + 0.5 * h)) for j in range(n + 1)]
-        for i in range(n):
-            total[i] += row[i + 1] / math.fsum(row) / 4
-    return total
 
 
 def wave_keys(n, heads, d):
@@ -52,13 +39,4 @@ def applied(groups, x, crop=0):
 
 
 def cosine(x, y):
-    dot = math.fsum(a * b for a, b in zip(x, y, strict=True))
-    norm = math.sqrt(math.fsum(a * a for a in x)) * math.sqrt(math.fsum(b * b for b in y))
-    return dot / norm if norm else 0.0
-
-
-def exact_vectors(n, generator):
-    """Make vectors of 4 entries of 1 or -1 among 8: their cosines are exact in float32, and many are equal."""
-    places = torch.rand(n, 8, generator=generator).argsort(dim=1)[:, :4]
-    signs = torch.randint(0, 2, (n, 4), generator=generator) * 2.0 - 1
-    return torch.zeros(n, 8).scatter(1, places, signs)
+    return cosines([x], [y])[0][0]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from merge_cases import wave, wave_attention
+from greedy_cases import wave, wave_saliency
 from tower_cases import embeddings_of, reference
 
 import foveate
@@ -32,10 +32,10 @@ SCORE = [0.649616, 0.143572, 0.861745, 0.102777, 0.166124, 0.744433, 0.096110, 0
 
 
 def test_toy_of_the_score():
-    score = Flow().read(heads_of(wave_attention(16), VALUE))
+    score = Flow().read(heads_of(wave_saliency(16), VALUE))
     assert score[0].tolist() == pytest.approx(SCORE, abs=1e-5)
     assert sorted(score[0].topk(5).indices.tolist()) == [2, 5, 11, 13, 14]
-    later = Flow().read(heads_of(wave_attention(16)[::-1], VALUE))
+    later = Flow().read(heads_of(wave_saliency(16)[::-1], VALUE))
     inside = Inside.start(1, 16, 1, torch.device("cpu"))
     for values, kept in ((score, [2, 5, 11, 13, 14]), (later, [2, 11, 13, 14, 15])):
         inside.planes[Flow()] = values
@@ -66,7 +66,7 @@ def test_score_of_several_heads(lead):
 
 
 def test_toy_of_the_schedule():
-    attention = wave_attention(64)
+    attention = wave_saliency(64)
     p = [a / math.fsum(attention) for a in attention]
     entropy = -math.fsum(x * math.log(x) for x in p) / math.log(64)
     assert entropy == pytest.approx(0.9044701505, abs=1e-9)

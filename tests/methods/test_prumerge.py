@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from merge_cases import applied, cosine, crop_batch, exact_vectors, one, wave, wave_keys
+from greedy_cases import exact_features, wave
+from merge_cases import applied, cosine, crop_batch, one, wave_keys
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
@@ -130,7 +131,7 @@ def test_random_inputs_give_the_reference(plus, adaptive):
         n = int(torch.randint(2, 60, (), generator=generator))
         count = int(torch.randint(1, n, (), generator=generator)) if case % 4 else min(n - 1, 1 + case % 3)
         dtype = torch.float16 if case % 2 else torch.float32
-        keys = exact_vectors(n, generator).to(dtype)
+        keys = exact_features(n, generator).to(dtype)
         # Multiples of a power of two, so that quartiles and their bound are exact.
         a = (torch.randint(0, 9, (n,), generator=generator) ** 2 / 256).to(dtype)
         x = torch.randn(n, 5, generator=generator).double()

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from merge_cases import cosine, exact_vectors, mean_keys, wave
+from greedy_cases import exact_features, wave
+from merge_cases import cosine, mean_keys
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tower_cases import embeddings_of, log_size, reference
 
@@ -72,7 +73,7 @@ def test_matching_equals_the_reference(lead, dtype):
     for _ in range(40):
         n = int(torch.randint(2, 40, (), generator=generator))
         pairs = int(torch.randint(1, n // 2 + 1, (), generator=generator))
-        keys = exact_vectors(n, generator).to(dtype)
+        keys = exact_features(n, generator).to(dtype)
         into = bipartite_matching(keys[None], pairs, lead)[0].tolist()
         expected = match(keys.tolist(), pairs, lead)
         assert groups_of(into, n - pairs) == [sorted(group) for group in expected]

@@ -2,16 +2,8 @@
 
 import pytest
 import torch
-from merge_cases import (
-    applied,
-    cosine,
-    crop_batch,
-    exact_vectors,
-    mean_keys,
-    one,
-    wave,
-    wave_attention,
-)
+from greedy_cases import exact_features, wave, wave_saliency
+from merge_cases import applied, cosine, crop_batch, mean_keys, one
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate import Budget
@@ -51,7 +43,7 @@ def planes(attention, keys):
 
 
 def test_wave_of_16():
-    attention, keys, x = wave_attention(16), mean_keys(16, 4, 6), torch.tensor(wave(16, 8, 0.8, 1.3)).double()
+    attention, keys, x = wave_saliency(16), mean_keys(16, 4, 6), torch.tensor(wave(16, 8, 0.8, 1.3)).double()
     groups = VisionZip(keep=7, contextual_ratio=3 / 7)._merge(crop_batch(one(planes(attention, keys))), 7)
     places, got = applied(groups, x)
     assert places == [0, 2, 5, 6, 10, 11, 13]  # dominant 2 5 10 13, contextual 0 6 11
@@ -67,7 +59,7 @@ def test_wave_of_16():
 
 
 def test_wave_of_64():
-    attention, keys, x = wave_attention(64), mean_keys(64, 4, 6), torch.tensor(wave(64, 8, 0.8, 1.3)).double()
+    attention, keys, x = wave_saliency(64), mean_keys(64, 4, 6), torch.tensor(wave(64, 8, 0.8, 1.3)).double()
     groups = VisionZip(keep=16, contextual_ratio=3 / 16)._merge(crop_batch(one(planes(attention, keys))), 16)
     places, got = applied(groups, x)
     dominant = [2, 5, 13, 16, 21, 24, 32, 35, 43, 46, 51, 54, 62]
@@ -95,7 +87,7 @@ def test_random_inputs_give_the_reference(merge, cls):
         contextual = contextual_count(count, (10 / 64, 0.0, 0.5, 1.0)[case % 4])
         dtype = torch.float16 if case % 2 else torch.float32
         # Exact cosines, so that ties are ties in any precision.
-        keys = exact_vectors(n, generator).to(dtype)
+        keys = exact_features(n, generator).to(dtype)
         attention = (torch.randint(0, 6, (n,), generator=generator) / 8).to(dtype)
         x = torch.randn(n + cls, 5, generator=generator).double()
         batch = crop_batch(one(planes(attention, keys)), cls=cls)

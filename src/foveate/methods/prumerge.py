@@ -7,11 +7,10 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from foveate.errors import FoveateError
 from foveate.probes import Attention, Keys
-from foveate.ranking import descending, make_room, top
+from foveate.ranking import cosine_matrix, descending, make_room, top
 from foveate.reducer import Reducer, register
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups, VisualTokens
@@ -140,9 +139,7 @@ def _merged(
 ) -> Groups:
     """Add to each of the centres ``[B, K]`` its neighbours, and with `back` append the sum of all that are none."""
     (batch, count), size = centres.shape, attention.shape[1]
-    unit = normalize(keys.float(), dim=-1)
-    rows = unit.gather(1, centres[..., None].expand(-1, -1, unit.shape[-1]))
-    similarity = torch.bmm(rows, unit.transpose(1, 2)).nan_to_num(nan=-2.0)
+    similarity = cosine_matrix(keys.take_along_dim(centres[..., None], dim=1), keys).nan_to_num(nan=-2.0)
     near = descending(similarity.scatter(2, centres[..., None], -torch.inf))[..., : min(neighbours, size - 1)]
     place, rank = torch.arange(size, device=centres.device), torch.arange(count, device=centres.device)
     is_centre = torch.ones_like(centres, dtype=torch.bool) if wanted is None else wanted

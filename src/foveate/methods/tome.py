@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.encoder import EncoderReducer, Inside, merged
 from foveate.probes import Keys
-from foveate.ranking import descending
+from foveate.ranking import cosine_matrix, descending
 from foveate.reducer import register
 
 
@@ -90,8 +90,7 @@ def bipartite_matching(keys: Tensor, pairs: int, lead: int) -> Tensor:
     """
     batch, size = keys.shape[:2]
     even, odd = (torch.arange((lead + i) % 2, size, 2, device=keys.device) for i in range(2))
-    unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-    similarity = torch.bmm(unit[:, even], unit[:, odd].transpose(1, 2))
+    similarity = cosine_matrix(keys[:, even], keys[:, odd])
     order, stay = descending(similarity.amax(dim=-1)), len(even) - pairs
     merged, staying = order[:, :pairs], order[:, pairs:]
     if lead:

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from foveate.errors import FoveateError
 from foveate.probes import Attention, ClsToken, Keys
-from foveate.ranking import descending, make_room
+from foveate.ranking import cosine_matrix, descending, make_room
 from foveate.reducer import Reducer, register
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups, VisualTokens
@@ -114,8 +113,8 @@ def dominant_and_contextual(
 def _contextual(keys: Tensor, rest: Tensor, count: int, step: int, merge: str) -> tuple[Tensor, Tensor]:
     """Assign the tokens `rest` ``[B, R]`` to every `step`-th of them: number of the group and weight, ``[B, R]``."""
     number = torch.arange(rest.shape[1], device=rest.device)
-    unit = normalize(keys.float().gather(1, rest[..., None].expand(-1, -1, keys.shape[-1])), dim=-1)
-    closest = torch.bmm(unit, unit[:, : step * count : step].transpose(1, 2)).argmax(dim=-1)
+    keys = keys.take_along_dim(rest[..., None], dim=1)
+    closest = cosine_matrix(keys, keys[:, : step * count : step]).argmax(dim=-1)
     is_anchor = (number % step == 0) & (number < step * count)
     group = torch.where(is_anchor, number // step, closest)
     members = torch.zeros(len(rest), count, device=rest.device)
