@@ -57,7 +57,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("visionzip", {"contextual_ratio": 0.4, "merge": "mean"}),
     ("visiondrop", {}),
     ("prumerge", {}),
-    ("prumerge+", {"neighbours": 5}),
+    ("prumerge+", {"neighbours": 5, "layer": -1}),
     ("vflowopt", {}),
     ("vflowopt", {"t": 1.2, "a": 2.5}),
     ("tome", {}),

@@ -10,10 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
 from foveate.methods import PruMerge, PruMergePlus
-from foveate.methods.prumerge import ATTENTION, KEYS, _salient
+from foveate.methods.prumerge import _salient
 from foveate.probes import Attention, Keys
 from tiny import visual_tokens
 
+ATTENTION, KEYS = PruMerge(keep=1).probes()
 SIXTEEN = [0.01, 0.02, 0.02, 0.03, 0.01, 0.30, 0.02, 0.03, 0.25, 0.02, 0.01, 0.03, 0.02, 0.20, 0.02, 0.01]
 
 
@@ -68,6 +69,8 @@ def planes(a, keys):
 def test_reads_the_layer_behind_with_all_heads_as_one():
     expected = (Attention(joint=True, layers=(0,)), Keys(joint=True, layers=(0,)))
     assert PruMerge(keep=9).probes() == PruMergePlus(keep=9).probes() == expected
+    own = (Attention(joint=True, layers=(-1,)), Keys(joint=True, layers=(-1,)))
+    assert PruMergePlus(keep=9, layer=-1).probes() == own
 
 
 def test_outliers_of_sixteen():
@@ -256,3 +259,5 @@ def test_compiles_to_one_graph(method):
 def test_impossible_parameters_are_refused():
     with pytest.raises(FoveateError, match="neighbours=0"):
         PruMergePlus(keep=8, neighbours=0)
+    with pytest.raises(FoveateError, match="layer=1"):
+        PruMerge(keep=8, layer=1)

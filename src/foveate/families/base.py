@@ -117,15 +117,16 @@ class Family(ABC):
         Only the kept tokens are projected, all spans at once, unless tokens are merged behind the projector or the
         method needed all of them.
         """
+        # [CLS] rows may be there for another method.
+        hidden = [x[: c.length + c.extra] for x, c in zip(tokens.hidden, selection, strict=True)]
         if merges == "encoder":
-            parts = [picked.anchors(x) for picked, x in zip(selection, tokens.hidden, strict=True)]
-            chosen = self._project_all(model, parts)
+            chosen = self._project_all(model, [c.anchors(x) for x, c in zip(hidden, selection, strict=True)])
         elif merges == "embeddings":
-            chosen = selection.apply(tokens.embedded or self._project_all(model, tokens.hidden))
+            chosen = selection.apply(tokens.embedded or self._project_all(model, hidden))
         elif merges is None and tokens.embedded is not None:
             chosen = selection.apply(tokens.embedded)
         else:
-            chosen = self._project_all(model, selection.apply(tokens.hidden))
+            chosen = self._project_all(model, selection.apply(hidden))
         return [
             self.fill_separators(model, span, x, picked.kept)
             for span, x, picked in zip(tokens.spans, chosen, selection, strict=True)

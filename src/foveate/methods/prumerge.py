@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.probes import Attention, Keys
+from foveate.probes import Attention, Keys, Probe
 from foveate.ranking import cosine_matrix, descending, make_room, top
 from foveate.reducer import Reducer, register
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups, VisualTokens
 
-ATTENTION, KEYS = Attention(joint=True, layers=(0,)), Keys(joint=True, layers=(0,))
 PRESETS = ((64 / 576, 13 / 64), (128 / 576, 40 / 128), (256 / 576, 95 / 256))
 """Published settings of PruMerge+: the share of the tokens that is kept, and that of the salient among the kept."""
 
@@ -38,11 +37,15 @@ class PruMerge(Reducer):
     adaptive
         Centres are the outliers of the attention, those above ``Q3 + 1.5 * (Q3 - Q1)``, as in the paper: how many
         depends on the image, and `keep` is the upper bound. Waits for the device once per batch.
+    layer
+        Encoder layer of attention and keys, counted as in `LayerProbe`: 0, the layer behind the one that makes the
+        features, as published for CLIP; -1, the one that makes them, which suits encoders whose last layer was never
+        trained to be read.
 
     Notes
     -----
-    Attention and keys come from the layer behind the one that makes the features, with all heads taken as one, as in
-    the official code. Costs a product of ``(T, N)`` by the width of the encoder.
+    All heads of a layer are taken as one, as in the official code. Costs a product of ``(T, N)`` by the width of the
+    encoder.
 
     Deviations from the paper: a budget instead of a count that depends on the image, unless `adaptive`. Quartiles are
     those of each crop, not of the batch. At least one token is a centre; a budget of 1 is a centre without the sum of
@@ -54,8 +57,8 @@ class PruMerge(Reducer):
 
     neighbours: int = 32
     adaptive: bool = False
+    layer: int = 0
 
-    needs = (ATTENTION, KEYS)
     merges = "features"
     paper = "arXiv:2403.15388"
     complexity = "O(N T (C + log N))"
@@ -64,19 +67,27 @@ class PruMerge(Reducer):
         super().__post_init__()
         if self.neighbours < 1:
             raise FoveateError(f"a centre takes in at least one neighbour: neighbours={self.neighbours} is too few")
+        if self.layer > 0:
+            raise FoveateError(
+                f"layers are counted back from 0, the one behind the features: layer={self.layer} is not"
+            )
+
+    def probes(self) -> tuple[Probe, ...]:
+        return Attention(joint=True, layers=(self.layer,)), Keys(joint=True, layers=(self.layer,))
 
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop_merge(self.keep, self._merge)
 
     def _merge(self, crops: CropBatch, count: int) -> Groups:
-        attention = crops.probe(ATTENTION).float().nan_to_num()
+        attention, keys = (crops.probe(probe) for probe in self.probes())
+        attention = attention.float().nan_to_num()
         centres, back = max(1, count - 1), int(count > 1)
         if not self.adaptive:
             chosen = self._centres(attention, centres)
-            return _merged(attention, crops.probe(KEYS), chosen, None, self.neighbours, back)
+            return _merged(attention, keys, chosen, None, self.neighbours, back)
         wanted = self._wanted(attention)
         chosen = top(torch.where(wanted, attention, -torch.inf), centres)
-        return _merged(attention, crops.probe(KEYS), chosen, wanted.gather(1, chosen), self.neighbours, back)
+        return _merged(attention, keys, chosen, wanted.gather(1, chosen), self.neighbours, back)
 
     def _centres(self, attention: Tensor, count: int) -> Tensor:
         """Return `count` centres ``[B, count]``, ascending."""
@@ -106,6 +117,8 @@ class PruMergePlus(PruMerge):
     adaptive
         The salient are the m outliers, and the grid has every ``N // m // 3``-th token but the last, as published.
         Where that makes more centres than the budget allows, those with the most attention stay.
+    layer
+        See `PruMerge`.
 
     Notes
     -----
