@@ -7,6 +7,7 @@ from foveate.ranking import (
     added_coverage,
     cosine_matrix,
     descending,
+    make_room,
     min_max,
     open_scores,
     ranks,
@@ -86,3 +87,12 @@ def test_rows_and_coverage():
         for i in range(5):
             expected = sum(max(0.0, float(x - c)) for x, c in zip(matrix[b, i], covered[b], strict=True))
             assert added_coverage(matrix, covered)[b, i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_room_at_the_ends():
+    anchors = torch.tensor([[0, 1, 5, 9], [2, 3, 4, 5], [6, 7, 8, 9]])
+    assert make_room(anchors, 10).tolist() == anchors.tolist()
+    assert make_room(anchors, 10, front=1).tolist() == [[1, 2, 5, 9], [2, 3, 4, 5], [6, 7, 8, 9]]
+    assert make_room(anchors, 10, back=1).tolist() == [[0, 1, 5, 8], [2, 3, 4, 5], [5, 6, 7, 8]]
+    assert make_room(anchors, 6, front=1, back=1).tolist() == [[1, 2, 3, 4]] * 3
+    assert make_room(anchors[:, :0], 3, front=2, back=1).shape == (3, 0)

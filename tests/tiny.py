@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.codebook import Codebook, projector_hash
+from foveate.encoder import EncoderReducer, Inside
 from foveate.families import family_of
-from foveate.probes import ClsToken, Embeddings, Features, Keys, Query
+from foveate.probes import ClsToken, Embeddings, Features, Keys, Members, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
 from tiny_families import TINIES, Tiny, Visual
@@ -52,6 +53,17 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("gprune", {}),
     ("codebook", {}),
     ("codebook", {"score": "softmax"}),
+    ("visionzip", {}),
+    ("visionzip", {"contextual_ratio": 0.4, "merge": "mean"}),
+    ("visiondrop", {}),
+    ("prumerge", {}),
+    ("prumerge+", {"neighbours": 5, "layer": -1}),
+    ("vflowopt", {}),
+    ("vflowopt", {"t": 1.2, "a": 2.5}),
+    ("tome", {}),
+    ("tome", {"proportional": False}),
+    ("flowcut", {}),
+    ("flowcut", {"entropy": 0.2}),
 ]
 """All methods that reduce images, with the parameters beside `keep`."""
 
@@ -167,8 +179,9 @@ def visual_tokens(
     """
     spans: list[Span] = []
     queries: list[tuple[int, Tensor]] = []
+    members: list[Tensor] = []
     planes: dict[Any, list[Tensor]] = {
-        probe: [] for probe in (Features(), *reducer.probes()) if not isinstance(probe, Query | ClsToken)
+        probe: [] for probe in (Features(), *reducer.probes()) if not isinstance(probe, Query | ClsToken | Members)
     }
     for i, (row, grids) in enumerate(layout):
         if only not in (None, i):
@@ -184,12 +197,30 @@ def visual_tokens(
         sample_row = 0 if only is not None else row
         ordinal = sum(s.sample == sample_row for s in spans)
         spans.append(Span(kind, sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
+        spans.append(Span("image", sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
+        if isinstance(reducer, EncoderReducer):
+            for j, (crop, count) in enumerate(zip(crops, spans[-1].budget(reducer.keep), strict=True)):
+                generator = torch.Generator().manual_seed(1000 * seed + 10 * i + j)
+                members.append(_members(reducer, len(crop), count, generator, dtype))
         # Prompts of different lengths, the same words for the same prompt.
         generator = torch.Generator().manual_seed(1000 * seed + row)
         queries.append((sample_row, torch.randn(3 + row % 2, WIDTH, generator=generator).to(dtype)))
     words = tuple(dict(queries).values()) if Query() in reducer.probes() else None
+    if members:
+        planes[Members()] = members
     cls = ClsToken() in reducer.probes()
     return VisualTokens(tuple(spans), planes, torch.device("cpu"), cls=cls, queries=words)
+
+
+def _members(reducer: EncoderReducer, size: int, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Let a method act on three layers of an encoder of which it reads random values."""
+    inside, x = Inside.start(1, size, 1, torch.device("cpu")), torch.zeros(1, 1 + size, 1)
+    for left in reducer.schedule(size, count, 3) if 0 < count < size else ():
+        for probe in reducer.reads:
+            values = torch.randn(1, inside.sizes.shape[1], *_width(probe), generator=generator)
+            inside.planes[probe] = (values if isinstance(probe, FEATURES) else values.exp()).to(dtype)
+        inside, x = inside.step(reducer, x, left)
+    return inside.homes[0]
 
 
 FEATURES = (Features, Embeddings, Keys)

@@ -113,3 +113,14 @@ def min_max(scores: Tensor) -> Tensor:
     spread = high - low
     scaled = (torch.where(unknown, low, scores) - low) / (spread + 1e-6)
     return torch.where(spread > RESOLUTION, scaled, 1.0)
+
+
+def make_room(anchors: Tensor, size: int, front: int = 0, back: int = 0) -> Tensor:
+    """Shift anchors ``[B, K]``, ascending and distinct among `size` places, as little as leaves the ends free.
+
+    Merged tokens without an anchor of their own then take the first `front` and the last `back` places. Needs
+    ``front + K + back <= size``; the order of the anchors stays.
+    """
+    count = anchors.shape[1]
+    rank = torch.arange(count, device=anchors.device)
+    return anchors.maximum(rank + front).minimum(rank + size - back - count)

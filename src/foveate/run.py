@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.budget import Budget, Keep
-from foveate.cost import Cost, kv_bytes, prefill_flops, probe_flops
+from foveate.cost import Cost, Patches, kv_bytes, prefill_flops, probe_flops, vision_layers
+from foveate.encoder import EncoderReducer
 from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
+from foveate.grids import crop_budgets
 from foveate.loading import model_inputs, prompt_for
 from foveate.probes import Attention, Embeddings
 from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
@@ -314,14 +316,18 @@ def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dic
 
 
 def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
-    config, rows = job.model.config, _rows(job)
+    config, patches = job.model.config, _rows(job)
+    rows: Sequence[Patches] = patches
     kept, projected, probes = sum(map(len, result.selection)), None, 0
     if reducer is None or result.stock:
-        projected = sum(rows)
+        projected = sum(patches)
     elif reducer.stage == "pixels":
         rows = [math.prod(grid) for span in job.spans for grid, _ in reducer.plan(span)]  # type: ignore[attr-defined]
+    elif isinstance(reducer, EncoderReducer):
+        rows = _lengths(job, reducer, patches[0])
     else:
         probes = probe_flops(config, probes_of([reducer]), rows)
+        probes = probe_flops(config, reducer.probes(), patches)
         projected = job.visual_tokens if reducer.merges == "embeddings" or Embeddings() in reducer.probes() else None
     try:
         return prefill_flops(
@@ -337,6 +343,16 @@ def _rows(job: Job) -> list[int]:
     *batch, _, height, width = job.inputs["pixel_values"].shape
     patch = job.model.config.vision_config.patch_size
     return [(height // patch) * (width // patch)] * math.prod(batch)
+
+
+def _lengths(job: Job, reducer: EncoderReducer, patches: int) -> list[Patches]:
+    """Return the tokens of each picture in each layer of the vision tower."""
+    layers, rows = vision_layers(job.model.config), []
+    for span in job.spans:
+        for crop, _, count in crop_budgets(span, reducer.keep, reducer.name):
+            padding = patches - len(crop)
+            rows.append([(padding + a, padding + b) for a, b in reducer.lengths(len(crop), count, layers)])
+    return rows  # type: ignore[return-value]
 
 
 def _saliency(reducer: Reducer | None, tokens: VisualTokens | None) -> list[Tensor] | None:

@@ -64,6 +64,22 @@ def test_a_budget_above_all_tokens_is_the_identity(foveate: Any, folder: Path, p
     assert data["kept"] == [list(range(64))]
 
 
+@pytest.mark.parametrize("method", ["tome", "flowcut", "visionzip", "prumerge+"])
+def test_methods_that_merge_or_act_inside_the_encoder(foveate: Any, folder: Path, photo: Path, method: str) -> None:
+    args = ("run", photo, "what is this ?", "--model", folder, "--keep", 8, "--method", method, "--json", *FAST)
+    data = foveate(*args).json
+    assert [len(kept) for kept in data["kept"]] == [8]
+    vision = {when: parts["vision"] for when, parts in data["flops_by_part"].items()}
+    two_of_three_layers = vision["after"] / vision["before"] - 2 / 3
+    assert (two_of_three_layers < -0.05) == (method in ("tome", "flowcut"))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=Image.open(photo), text="<image>\nwhat is this ?", return_tensors="pt")
+    ready = library.reduce(model, inputs, method, keep=8)
+    out = model.generate(**ready, max_new_tokens=4, do_sample=False)
+    assert processor.decode(out[0, ready["input_ids"].shape[1] :], skip_special_tokens=True).strip() == data["answer"]
+
+
 def test_compare_lists_the_baselines(foveate: Any, folder: Path, photo: Path) -> None:
     args = ("run", photo, "what is this ?", "--model", folder, "--keep", "0.25", "--compare", *FAST)
     rows = foveate(*args, "--json").json["compare"]

@@ -7,7 +7,9 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Budget, Chain
+from foveate.engines.hf import Settings, decide, look
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
+from foveate.reducer import identity
 from tiny import (
     FAMILIES,
     IMAGE,
@@ -141,7 +143,36 @@ def test_prefill_of_every_method_equals_the_oracle(entry, family):
         if reducer.stage == "pixels":
             assert logits.isfinite().all()
             continue
-        close(logits, torch.stack([x[-1] for x in rebuilt(net, inputs, selections, positions)]))
+        given = None
+        if reducer.stage == "encoder":  # what the LLM makes of the reduced features
+            outputs = reduced["mm_encoder_outputs"]
+            parts = {kind: iter(output.pooler_output) for kind, output in outputs.items()}
+            given = [next(parts[span.kind]) for span in reduced.selection]
+        expected = rebuilt(net, inputs, selections, positions, reducer.merges, given)
+        close(logits, torch.stack([x[-1] for x in expected]))
+
+
+@every_family_in_depth
+def test_methods_that_share_a_pass_do_not_disturb_each_other(family):
+    """Some need the `[CLS]` tokens or all embeddings, and others, or none at all, do not."""
+    net, inputs = model(family), collate(samples(family))
+    family_of = foveate.families.family_of(net)
+    spans = family_of.spans(net, inputs)
+    reducers = [make(entry, 13) for entry in METHODS]
+    reducers = [r for r in reducers if r.stage == "before_llm"]
+    with torch.no_grad():
+        tokens = look(net, family_of, inputs, spans, reducers)
+        whole = family_of.embed(net, tokens, identity(spans), None)
+        alone = family_of.embed(net, look(net, family_of, inputs, spans, []), identity(spans), None)
+        for a, b in zip(whole, alone, strict=True):
+            torch.testing.assert_close(a, b)
+        for reducer in reducers:
+            together = decide(tokens, Settings(reducer, "compact"))
+            reduced = foveate.reduce(net, inputs, reducer)
+            assert [s.kept.tolist() for s in together] == [s.kept.tolist() for s in reduced.selection]
+            parts = {kind: iter(output.pooler_output) for kind, output in reduced["mm_encoder_outputs"].items()}
+            for span, x in zip(spans, family_of.embed(net, tokens, together, reducer.merges), strict=True):
+                close(x, next(parts[span.kind]))
 
 
 @both_positions

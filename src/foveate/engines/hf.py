@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.coverage import SALIENCY, with_coverage
+from foveate.encoder import EncoderReducer
 from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
@@ -68,8 +69,10 @@ class Settings:
         family: Family | None = None,
     ) -> Settings:
         reducer = load_reducer(method, **config)
-        if reducer.stage not in ("pixels", "before_llm"):
+        if reducer.stage not in ("pixels", "encoder", "before_llm"):
             raise UnsupportedModelError(f"{reducer.name} acts at the stage {reducer.stage!r}, which this engine lacks")
+        if reducer.stage == "encoder" and family is not None and not family.reduces_inside:
+            raise family.cannot_reduce_inside(reducer)
         if positions not in (None, "original", "compact"):
             raise InputError(f"positions are 'original' or 'compact', not {positions!r}")
         if separators not in ("drop", "keep", "nonempty"):
@@ -160,6 +163,16 @@ def look(
     for reducer in reducers:
         reducer.check(model, family)
     probes = probes_of(reducers)
+    """Encode the images of some inputs once, with everything that one of the reducers needs to decide.
+
+    A method of the stage ``"encoder"`` changes the pass itself, and so needs one of its own.
+    """
+    for reducer in reducers:
+        if isinstance(reducer, EncoderReducer):
+            if len(reducers) > 1:
+                raise InputError(f"{reducer.name} acts inside the vision encoder: look for it alone")
+            return family.encode_inside(model, inputs, spans, reducer)
+    probes = tuple(dict.fromkeys(probe for reducer in reducers for probe in reducer.probes()))
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
     tokens = family.encode(model, inputs, spans, probes)
     if Query() in probes:

@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.encoder import EncoderReducer
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.reducer import Reducer
 from foveate.selection import Merging, Selection
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -31,6 +33,8 @@ class Family(ABC):
     notes: ClassVar[str] = ""
     keeps_positions: ClassVar[bool] = False
     """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
+    reduces_inside: ClassVar[bool] = False
+    """Whether methods can act inside the vision encoder, see `encode_inside`."""
 
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -47,6 +51,23 @@ class Family(ABC):
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
     ) -> list[list[Tensor]]:
         """Encode each crop of each span at a smaller grid ``(h, w)``; one ``[h * w, C]`` per crop."""
+
+    def encode_inside(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
+    ) -> VisualTokens:
+        """Run the vision encoder with a method inside that reduces the tokens on their way.
+
+        Each token that is left has the place of its first patch.
+        """
+        raise self.cannot_reduce_inside(reducer)
+
+    def cannot_reduce_inside(self, reducer: Reducer) -> UnsupportedModelError:
+        """Return the error for a method of the stage ``"encoder"`` where it cannot run."""
+        return UnsupportedModelError(
+            f"{reducer.name} acts inside the vision encoder, which takes a CLIP-like one, such as that of LLaVA; "
+            f"models of the family {self.name} are pruned behind it: use a method of the stage 'before_llm', such as "
+            "'visionzip'"
+        )
 
     @abstractmethod
     def project(self, model: Any, features: Tensor) -> Tensor:
@@ -96,12 +117,16 @@ class Family(ABC):
         Only the kept tokens are projected, all spans at once, unless tokens are merged behind the projector or the
         method needed all of them.
         """
-        if merges == "embeddings":
-            chosen = selection.apply(tokens.embedded or self._project_all(model, tokens.hidden))
+        # [CLS] rows may be there for another method.
+        hidden = [x[: c.length + c.extra] for x, c in zip(tokens.hidden, selection, strict=True)]
+        if merges == "encoder":
+            chosen = self._project_all(model, [c.anchors(x) for x, c in zip(hidden, selection, strict=True)])
+        elif merges == "embeddings":
+            chosen = selection.apply(tokens.embedded or self._project_all(model, hidden))
         elif merges is None and tokens.embedded is not None:
             chosen = selection.apply(tokens.embedded)
         else:
-            chosen = self._project_all(model, selection.apply(tokens.hidden))
+            chosen = self._project_all(model, selection.apply(hidden))
         return [
             self.fill_separators(model, span, x, picked.kept)
             for span, x, picked in zip(tokens.spans, chosen, selection, strict=True)
@@ -206,9 +231,7 @@ def run_tower(
         Features ``[R, S, C]`` with the ``[CLS]`` row, and the values of the layer probes, each ``[R, N, ...]``.
     """
     layers = encoder_layers(tower)
-    indices = [(i if i >= 0 else len(layers) + 1 + i) - 1 for i in feature_layers]
-    if min(indices) < 0:
-        raise UnsupportedModelError("features straight from the patch embedding (hidden state 0) have no layer to read")
+    indices = feature_indices(layers, feature_layers)
     numbers = {p: p.numbers(len(layers), indices[-1]) for p in probes if isinstance(p, LayerProbe)}
     watched: dict[nn.Module, list[LayerProbe]] = {}
     for probe, read in numbers.items():
@@ -224,6 +247,14 @@ def run_tower(
         rows = [torch.cat(taps.values(attention_of(layers[i]), probe)) for i in read]
         values[probe] = torch.stack(rows, dim=-1) if probe.stacked else rows[0]
     return features, values
+
+
+def feature_indices(layers: nn.ModuleList, feature_layers: Sequence[int]) -> list[int]:
+    """Return which layers make the hidden states with the given indices."""
+    indices = [(i if i >= 0 else len(layers) + 1 + i) - 1 for i in feature_layers]
+    if min(indices) < 0:
+        raise UnsupportedModelError("features straight from the patch embedding (hidden state 0) have no layer to read")
+    return indices
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

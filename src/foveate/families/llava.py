@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.encoder import EncoderReducer
 from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes, with_cls
+from foveate.families.inside import run_tower_inside
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -22,6 +24,7 @@ class Llava(Family):
     inputs: ClassVar = {"pixel_values": "image"}
     side_inputs = ("image_sizes",)
     notes = "one grid per image; pruned between the vision tower and the projector"
+    reduces_inside = True
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         pixels, ids = inputs["pixel_values"], inputs["input_ids"].cpu()
@@ -39,9 +42,33 @@ class Llava(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
-        pixels = inputs["pixel_values"]
-        features, values = run_tower(model.model.vision_tower, pixels, feature_layers(model, inputs), True, probes)
+        pixels, layers = self.pixels(model, inputs), feature_layers(model, inputs)
+        seen = run_tower(model.model.vision_tower, pixels, layers, True, probes)
+        return self.tokens(model, inputs, spans, probes, *seen)
+
+    def encode_inside(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
+    ) -> VisualTokens:
+        pixels, layers = self.pixels(model, inputs), feature_layers(model, inputs)
         grid = patch_grid(model, pixels)
+        seen = run_tower_inside(model.model.vision_tower, pixels, layers, 1, grid, spans, reducer)
+        return self.tokens(model, inputs, spans, (), *seen)
+
+    def pixels(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Return what the vision tower sees, ``[R, 3, height, width]``."""
+        return inputs["pixel_values"]  # type: ignore[no-any-return]
+
+    def tokens(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        spans: Sequence[Span],
+        probes: Sequence[Probe],
+        features: Tensor,
+        values: Mapping[Probe, Tensor],
+    ) -> VisualTokens:
+        """Put features ``[R, 1 + N, C]`` and probe values of the vision tower's rows in the order of the spans."""
+        grid = patch_grid(model, inputs["pixel_values"])
         planes = token_planes([c for s in spans for c in s.crops], grid, features[:, 1:], values)
         hidden = features if strategy(model, inputs) == "full" else features[:, 1:]
         tokens = VisualTokens(tuple(spans), planes, features.device, list(hidden))
