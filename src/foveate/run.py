@@ -326,8 +326,7 @@ def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
     elif isinstance(reducer, EncoderReducer):
         rows = _lengths(job, reducer, patches[0])
     else:
-        probes = probe_flops(config, probes_of([reducer]), rows)
-        probes = probe_flops(config, reducer.probes(), patches)
+        probes = probe_flops(config, probes_of([reducer]), patches)
         projected = job.visual_tokens if reducer.merges == "embeddings" or Embeddings() in reducer.probes() else None
     try:
         return prefill_flops(
