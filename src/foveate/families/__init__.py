@@ -9,8 +9,17 @@ from foveate.families.base import Family
 from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext
 from foveate.families.video_llava import VideoLlava
+from foveate.families.vipllava import VipLlava
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), LlavaNext(), VideoLlava())}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Llava(),
+        LlavaNext(),
+        VideoLlava(),
+        VipLlava(),
+    )
+}
 
 
 def list_families() -> list[str]:

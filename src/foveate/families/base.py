@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
@@ -173,6 +175,21 @@ def _mismatch(placeholders: int, lengths: Sequence[int], kind: str) -> InputErro
     )
 
 
+def stacked_outputs(spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+    """Wrap embeddings ``[K, D]`` per span as ``mm_encoder_outputs`` of a model that takes one tensor per kind.
+
+    The tensor is ``[M, g, D]``: pieces of equal length g that end wherever a span ends, so that ``generate`` can repeat
+    those of each prompt. With the same number of tokens for all spans, the pieces are the spans.
+    """
+    outputs = {}
+    for kind in dict.fromkeys(span.kind for span in spans):
+        rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
+        size = math.gcd(*map(len, rows)) or 1
+        pieces = torch.cat(rows).unflatten(0, (-1, size))
+        outputs[kind] = BaseModelOutputWithPooling(pooler_output=pieces)
+    return outputs
+
+
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
     """Return the transformer layers of a vision encoder, wherever this version of transformers keeps them."""
     for name, module in encoder.named_modules():
@@ -209,7 +226,7 @@ def run_tower(
     indices = [(i if i >= 0 else len(layers) + 1 + i) - 1 for i in feature_layers]
     if min(indices) < 0:
         raise UnsupportedModelError("features straight from the patch embedding (hidden state 0) have no layer to read")
-    numbers = {p: p.numbers(len(layers), indices[-1]) for p in probes if isinstance(p, LayerProbe)}
+    numbers = {p: p.numbers(len(layers), max(indices)) for p in probes if isinstance(p, LayerProbe)}
     watched: dict[nn.Module, list[LayerProbe]] = {}
     for probe, read in numbers.items():
         for i in read:
