@@ -8,6 +8,7 @@ from foveate.errors import UnsupportedModelError
 from foveate.families.base import Family
 from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext
+from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.video_llava import VideoLlava
 from foveate.families.vipllava import VipLlava
 
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
         LlavaNext(),
         VideoLlava(),
         VipLlava(),
+        LlavaNextVideo(),
     )
 }
 

@@ -251,6 +251,34 @@ def attention_of(layer: nn.Module) -> nn.Module:
     raise UnsupportedModelError(f"no attention module found in {type(layer).__name__}")
 
 
+def in_reading_order(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Sort spans of several kinds, prompt by prompt and left to right, and number those of each prompt."""
+    ordered: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.sample, int(s.columns[0]))):
+        ordered.append(replace(span, ordinal=sum(s.sample == span.sample for s in ordered)))
+    return tuple(ordered)
+
+
+def interleaved(spans: Sequence[Span], kinds: Mapping[str, VisualTokens]) -> VisualTokens:
+    """Put the tokens of several kinds of spans together, each kind in the order in which its spans appear."""
+    parts = list(kinds.values())
+    if len(parts) == 1:
+        return parts[0]
+    hidden = {kind: iter(tokens.hidden) for kind, tokens in kinds.items()}
+    embedded = {kind: iter(tokens.embedded or ()) for kind, tokens in kinds.items()}
+    planes: dict[Probe, list[Tensor]] = {}
+    for probe in parts[0].planes:
+        values = {kind: iter(tokens.planes[probe]) for kind, tokens in kinds.items()}
+        planes[probe] = [next(values[span.kind]) for span in spans for _ in span.crops]
+    return replace(
+        parts[0],
+        spans=tuple(spans),
+        planes=planes,
+        hidden=[next(hidden[span.kind]) for span in spans],
+        embedded=None if parts[0].embedded is None else [next(embedded[span.kind]) for span in spans],
+    )
+
+
 def crop_rows(x: Tensor, crop: Crop, grid: Grid) -> Tensor:
     """Cut a crop's tokens out of encoder rows ``[R, H * W, ...]`` with the encoder's grid ``(H, W)``."""
     row = x[crop.encoder_row]
