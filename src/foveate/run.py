@@ -126,7 +126,8 @@ def prepare(
     family = family_of(model)
     prompt = prompt_for(processor, question, template)
     inputs = dict(model_inputs(processor, image, prompt).to(model.device, model.dtype))
-    return Job(model, processor, family, inputs, family.spans(model, inputs), max_new_tokens)
+    spans = family.located(family.spans(model, inputs), (image.height, image.width))
+    return Job(model, processor, family, inputs, spans, max_new_tokens)
 
 
 def measure(

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Budget, Chain
+from foveate.probes import LayerProbe
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from tiny import (
     FAMILIES,
@@ -49,6 +50,11 @@ every_position_in_depth = pytest.mark.parametrize(
 )
 
 
+def skip_unreadable(family, reducer):
+    if TINIES[family].no_attention and any(isinstance(probe, LayerProbe) for probe in reducer.probes()):
+        pytest.skip(TINIES[family].no_attention)
+
+
 def generate(net, inputs, **kwargs):
     options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     return net.generate(**inputs, **{**options, **kwargs})
@@ -78,7 +84,8 @@ def test_tiny_models_answer_in_many_ways(family):
     assert len(set(answer_of(plain, inputs).flatten().tolist())) > 8
     best = torch.stack(plain.logits, 1).topk(2).values
     assert (best[..., 0] - best[..., 1]).min() > 1e-3
-    blind = generate(net, {k: torch.zeros_like(x) if x.is_floating_point() else x for k, x in inputs.items()})
+    # Pictures of zeros fill up the batches of some models.
+    blind = generate(net, {k: 0.5 * (x != 0) if x.is_floating_point() else x for k, x in inputs.items()})
     assert (plain.logits[0] - blind.logits[0]).abs().max() > 0.1
 
 
@@ -90,6 +97,7 @@ def test_tiny_models_answer_in_many_ways(family):
     ids=["sdpa", "eager", "bf16"],
 )
 def test_generation_equals_the_oracle(family, positions, reducer, attention, dtype):
+    skip_unreadable(family, reducer)
     net, inputs = model(family, attention, dtype), cast(collate(samples(family)), dtype)
     with foveate.attach(net, reducer, positions=positions) as handle:
         out = generate(net, inputs)
@@ -133,6 +141,7 @@ def test_the_oracles_tell_selections_apart(family, positions):
 def test_prefill_of_every_method_equals_the_oracle(entry, family):
     net, inputs = model(family), collate(samples(family))
     reducer = make(entry, 13, family)
+    skip_unreadable(family, reducer)
     for positions in TINIES[family].positions:
         reduced = foveate.reduce(net, inputs, reducer, positions=positions)
         with torch.no_grad():
@@ -175,7 +184,7 @@ def test_downsample_through_every_tower(family):
         tokens = family_of.encode(net, inputs, spans, ())
         for span, parts, hidden_states in zip(spans, same, tokens.hidden, strict=True):
             for crop, part in zip(span.crops, parts, strict=True):
-                if crop.grid == (8, 8):  # others were cut from their crop, and lose its surroundings
+                if crop.grid == TINIES[family].whole_grid:  # others were cut from their crop, and lose its surroundings
                     close(part, hidden_states[crop.index])
 
 
@@ -500,8 +509,9 @@ def test_features_are_the_models_own(family):
     for kind, output in reduced["mm_encoder_outputs"].items():
         spans = [s for s in reduced.selection if s.kind == kind]
         parts = features[kind].split([s.length for s in spans])
-        for span, part, got in zip(spans, parts, output.pooler_output, strict=True):
-            torch.testing.assert_close(got, part[span.kept], atol=1e-5, rtol=1e-5)
+        expected = [part[span.kept] for span, part in zip(spans, parts, strict=True)]
+        got = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
+        torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
 @both_positions
@@ -556,6 +566,7 @@ def test_flat_pixels_of_llava_next():
 
 @every_family
 def test_attention_implementation_does_not_change_what_is_salient(family):
+    skip_unreadable(family, FasterVLM(keep=0.2))
     inputs = collate(samples(family))
     by_sdpa, by_eager = (
         foveate.reduce(model(family, attention), inputs, FasterVLM(keep=0.2)).selection

@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.errors import UnsupportedModelError
+from foveate.families.aya_vision import AyaVision
 from foveate.families.base import Family
+from foveate.families.cohere2_vision import Cohere2Vision
+from foveate.families.fast_vlm import FastVlm
+from foveate.families.idefics3 import Idefics3
+from foveate.families.internvl import InternVL
 from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext
 from foveate.families.llava_next_video import LlavaNextVideo
+from foveate.families.smolvlm import SmolVLM
 from foveate.families.video_llava import VideoLlava
 from foveate.families.vipllava import VipLlava
 
@@ -20,6 +26,12 @@ FAMILIES: dict[str, Family] = {
         VideoLlava(),
         VipLlava(),
         LlavaNextVideo(),
+        InternVL(),
+        Idefics3(),
+        SmolVLM(),
+        AyaVision(),
+        Cohere2Vision(),
+        FastVlm(),
     )
 }
 

@@ -129,6 +129,10 @@ class Family(ABC):
         """
         return None
 
+    def located(self, spans: Sequence[Span], size: tuple[int, int]) -> tuple[Span, ...]:
+        """Return the spans of pictures of a size ``(height, width)`` with the boxes that the inputs do not tell."""
+        return tuple(spans)
+
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         """Wrap embeddings per span as the ``mm_encoder_outputs`` of the model."""

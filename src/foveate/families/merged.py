@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.families.base import Family, Grid, attention_of, encoder_layers, placeholder_columns
 from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, tap
 from foveate.tokens import Crop, Span, VisualTokens
@@ -103,11 +103,20 @@ class MergedFamily(Family):
         """Return what the LLM gets of each image, ``[N, D]``, from the output of `image_features`."""
         pooled = output.pooler_output
         flat = torch.cat(list(pooled)) if not isinstance(pooled, Tensor) else pooled.flatten(0, -2)
-        return list(torch.split(flat, [layout.length for layout in layouts]))
+        lengths = [layout.length for layout in layouts]
+        if sum(lengths) != len(flat):
+            raise InputError(
+                f"the prompts hold placeholder tokens for {sum(lengths)} visual tokens, but the pictures passed make "
+                f"{len(flat)}: pass the pictures of these prompts, and let the model's processor expand the placeholders"
+            )
+        return list(torch.split(flat, lengths))
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         found: list[tuple[int, int, str, Tensor, Layout]] = []
         ids = inputs["input_ids"].cpu()
+        for option in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
+            if inputs.get(option) is not None:
+                raise InputError(f"{self.name} takes {option} from the model's configuration, not from the inputs")
         for key, kind in self.inputs.items():
             if inputs.get(key) is None:
                 continue
