@@ -14,6 +14,7 @@ from foveate.families.internvl import InternVL
 from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext
 from foveate.families.llava_next_video import LlavaNextVideo
+from foveate.families.llava_onevision import LlavaOnevision
 from foveate.families.smolvlm import SmolVLM
 from foveate.families.video_llava import VideoLlava
 from foveate.families.vipllava import VipLlava
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
         VideoLlava(),
         VipLlava(),
         LlavaNextVideo(),
+        LlavaOnevision(),
         InternVL(),
         Idefics3(),
         SmolVLM(),

@@ -300,6 +300,7 @@ def resized_crops(
     grids: Sequence[Grid],
     patch: int,
     feature_layers: Sequence[int],
+    has_cls: bool = True,
 ) -> list[Tensor]:
     """Encode crops from smaller pictures, so that each makes the given grid of tokens, ``[h * w, C]`` each."""
     results: list[Tensor] = []
@@ -312,8 +313,9 @@ def resized_crops(
         small = nn.functional.interpolate(
             picture[None].float(), size=(h * patch, w * patch), mode="bicubic", antialias=True, align_corners=False
         )
-        features, _ = run_tower(tower, small.to(pixels.dtype), feature_layers, True, (), interpolate_pos_encoding=True)
-        results.append(features[0, 1:])
+        small = small.to(pixels.dtype)
+        features, _ = run_tower(tower, small, feature_layers, has_cls, (), interpolate_pos_encoding=True)
+        results.append(features[0, int(has_cls) :])
     return results
 
 

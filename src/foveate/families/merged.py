@@ -27,7 +27,7 @@ class Layout:
     grid
         Frames or crops, rows, columns.
     crops
-        What methods select from; `Crop.encoder_row` counts the crops of all images of the kind.
+        What methods select from; `Crop.encoder_row` counts the pictures that the encoder sees of all images of the kind.
     extents
         See `Span.extents`.
     """
@@ -159,14 +159,15 @@ class MergedFamily(Family):
     ) -> VisualTokens:
         # Spans come prompt by prompt, images and videos mixed; the encoder's output comes kind by kind.
         rows = {kind: iter(x) for kind, x in hidden.items()}
+        parts = {kind: {probe: iter(x) for probe, x in found.items()} for kind, found in values.items()}
         own = [next(rows[span.kind]) for span in spans]
         planes: dict[Probe, list[Tensor]] = {Features(): []}
-        for span, x in zip(spans, own, strict=True):
-            width = self.embedding_width(x)
+        for span, tokens in zip(spans, own, strict=True):
+            width = self.embedding_width(tokens)
             for crop in span.crops:
-                planes[Features()].append(x.detach()[:, :width].index_select(0, crop.index.to(x.device)))
-                for probe, parts in values[span.kind].items():
-                    planes.setdefault(probe, []).append(parts[crop.encoder_row])
+                planes[Features()].append(tokens.detach()[:, :width].index_select(0, crop.index.to(tokens.device)))
+                for probe, x in parts[span.kind].items():
+                    planes.setdefault(probe, []).append(next(x))
         if Embeddings() in probes:
             planes[Embeddings()] = planes[Features()]
         return VisualTokens(tuple(spans), planes, own[0].device, own)
