@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -294,7 +295,8 @@ def tap(encoder: nn.Module, probes: dict[nn.Module, list[LayerProbe]], lead: int
     Parameters
     ----------
     encoder
-        A `transformers` model whose attention goes through the `AttentionInterface`.
+        A `transformers` model whose attention goes through the `AttentionInterface`, or one of timm's, which call the
+        fused kernel of torch themselves.
     probes
         For each attention module what to read there.
     lead
@@ -304,18 +306,64 @@ def tap(encoder: nn.Module, probes: dict[nn.Module, list[LayerProbe]], lead: int
     if not probes:
         yield taps
         return
+    with _fused(taps) if hasattr(encoder, "timm_model") else _twin(encoder, taps):
+        yield taps
+    if missing := taps.missing():
+        raise UnsupportedModelError(
+            f"{type(encoder).__name__} did not call its attention through the AttentionInterface of transformers or a "
+            f"fused kernel of torch, so {missing} cannot be read: use a method that needs only token features, such as "
+            "'uniform' or 'random'"
+        )
+
+
+@contextmanager
+def _twin(encoder: nn.Module, taps: Taps) -> Iterator[None]:
     _use_twin(encoder)
     token = _active.set(taps)
     try:
-        yield taps
+        yield
     finally:
         _active.reset(token)
         _drop_twin(encoder)
-    if missing := taps.missing():
-        raise UnsupportedModelError(
-            f"{type(encoder).__name__} did not call its attention through the AttentionInterface of transformers, "
-            f"so {missing} cannot be read: use a method that needs only token features, such as 'uniform' or 'random'"
-        )
+
+
+class _FusedCalls(TorchFunctionMode):
+    """Reads the calls of the fused attention kernel that marked modules make on this thread."""
+
+    def __init__(self, taps: Taps):
+        super().__init__()
+        self.taps = taps
+        self.module: nn.Module | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and self.module is not None:
+            query, key, value = args
+            scaling = kwargs.get("scale")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self.taps.read(self.module, query, key, value, scaling, None, kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _fused(taps: Taps) -> Iterator[None]:
+    calls, thread = _FusedCalls(taps), threading.get_ident()
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            calls.module = module
+
+    def leave(*_: Any) -> None:
+        if threading.get_ident() == thread:
+            calls.module = None
+
+    hooks = [hook for m in taps.probes for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with calls:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _use_twin(encoder: nn.Module) -> None:

@@ -50,9 +50,13 @@ every_position_in_depth = pytest.mark.parametrize(
 )
 
 
-def skip_unreadable(family, reducer):
-    if TINIES[family].no_attention and any(isinstance(probe, LayerProbe) for probe in reducer.probes()):
-        pytest.skip(TINIES[family].no_attention)
+def skip_refused(family, reducer):
+    """Skip what the family refuses, as its own tests check."""
+    tiny = TINIES[family]
+    if tiny.no_attention and any(isinstance(probe, LayerProbe) for probe in reducer.probes()):
+        pytest.skip(tiny.no_attention)
+    if tiny.no_resizing and reducer.stage == "pixels":
+        pytest.skip(tiny.no_resizing)
 
 
 def generate(net, inputs, **kwargs):
@@ -97,7 +101,7 @@ def test_tiny_models_answer_in_many_ways(family):
     ids=["sdpa", "eager", "bf16"],
 )
 def test_generation_equals_the_oracle(family, positions, reducer, attention, dtype):
-    skip_unreadable(family, reducer)
+    skip_refused(family, reducer)
     net, inputs = model(family, attention, dtype), cast(collate(samples(family)), dtype)
     with foveate.attach(net, reducer, positions=positions) as handle:
         out = generate(net, inputs)
@@ -141,7 +145,7 @@ def test_the_oracles_tell_selections_apart(family, positions):
 def test_prefill_of_every_method_equals_the_oracle(entry, family):
     net, inputs = model(family), collate(samples(family))
     reducer = make(entry, 13, family)
-    skip_unreadable(family, reducer)
+    skip_refused(family, reducer)
     for positions in TINIES[family].positions:
         reduced = foveate.reduce(net, inputs, reducer, positions=positions)
         with torch.no_grad():
@@ -176,6 +180,7 @@ def test_downsample_equals_smaller_pictures(positions):
 @every_family_in_depth
 def test_downsample_through_every_tower(family):
     """Of a crop whose grid stays whole, the resized picture is the picture."""
+    skip_refused(family, Downsample(keep=9))
     net, inputs = model(family), collate(samples(family))
     family_of = foveate.families.family_of(net)
     spans = family_of.spans(net, inputs)
@@ -566,7 +571,7 @@ def test_flat_pixels_of_llava_next():
 
 @every_family
 def test_attention_implementation_does_not_change_what_is_salient(family):
-    skip_unreadable(family, FasterVLM(keep=0.2))
+    skip_refused(family, FasterVLM(keep=0.2))
     inputs = collate(samples(family))
     by_sdpa, by_eager = (
         foveate.reduce(model(family, attention), inputs, FasterVLM(keep=0.2)).selection

@@ -39,6 +39,8 @@ class Tiny(ABC):
     positions = ("original", "compact")
     no_attention: str = ""
     """Why methods cannot read attention in the vision encoder, if they cannot."""
+    no_resizing: str = ""
+    """Why the family cannot encode smaller pictures, if it cannot."""
     whole_grid = (8, 8)
     """The grid of a crop from which nothing was cut."""
 

@@ -15,6 +15,7 @@ from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
+from foveate.families.perception_lm import PerceptionLM
 from foveate.families.smolvlm import SmolVLM
 from foveate.families.video_llava import VideoLlava
 from foveate.families.vipllava import VipLlava
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         AyaVision(),
         Cohere2Vision(),
         FastVlm(),
+        PerceptionLM(),
     )
 }
 

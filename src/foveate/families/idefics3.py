@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foveate.families.base import Grid
@@ -39,10 +40,14 @@ class Idefics3(TiledFamily):
 
     def pictures(self, inputs: Mapping[str, Any]) -> Tensor:
         pixels: Tensor = inputs["pixel_values"].flatten(0, 1)
-        return pixels[pixels.flatten(1).ne(0).any(dim=1)]
+        mask = inputs.get("pixel_attention_mask")
+        mask = torch.ones_like(pixels[:, :1]) if mask is None else mask.flatten(0, 1)[:, None].to(pixels.dtype)
+        real = pixels.flatten(1).ne(0).any(dim=1)
+        return torch.cat([pixels, mask], dim=1)[real]  # the mask is resized with the picture
 
     def patches(self, model: Any, pixels: Tensor) -> Tensor:
-        return model.model.vision_model(pixels).last_hidden_state  # type: ignore[no-any-return]
+        shown = nn.functional.max_pool2d(pixels[:, 3], model.config.vision_config.patch_size) > 0.5
+        return model.model.vision_model(pixels[:, :3], shown).last_hidden_state  # type: ignore[no-any-return]
 
     def merge(self, model: Any, blocks: Tensor) -> Tensor:
         return model.model.connector(blocks)  # type: ignore[no-any-return]

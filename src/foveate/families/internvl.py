@@ -15,8 +15,10 @@ class InternVL(TiledFamily):
 
     name = "internvl"
     model_types = ("internvl",)
-    lead = 1
     notes = "tiles, overview and frames are crops; pruned behind pixel shuffle and projector"
+
+    def lead(self, model: Any) -> int:
+        return 1
 
     def block(self, model: Any) -> int:
         return int(1 / model.config.downsample_ratio)

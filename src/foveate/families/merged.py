@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families.base import Family, Grid, attention_of, encoder_layers, placeholder_columns
-from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, tap
+from foveate.probes import Embeddings, Features, LayerProbe, Probe, tap
 from foveate.tokens import Crop, Span, VisualTokens
 
 
@@ -45,9 +45,6 @@ class MergedFamily(Family):
     values of patches become values of tokens (`to_tokens`).
     """
 
-    lead = 0
-    """Tokens before the patches of a picture in the encoder, such as ``[CLS]``."""
-
     @abstractmethod
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         """List the images (or videos) of the inputs in the order of their placeholders."""
@@ -70,6 +67,10 @@ class MergedFamily(Family):
         Tensor
             ``[M, ...]``: the tokens of all crops of all images of the kind, one after the other.
         """
+
+    def lead(self, model: Any) -> int:
+        """Return how many tokens stand before the patches of a picture in the encoder, such as ``[CLS]``."""
+        return 0
 
     def token_id(self, model: Any, kind: str) -> int:
         """Return the id of the placeholder of a kind of span."""
@@ -135,8 +136,6 @@ class MergedFamily(Family):
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
         read = [p for p in probes if isinstance(p, LayerProbe)]
-        if ClsToken() in probes and self.lead == 0:
-            probes = [p for p in probes if p != ClsToken()]
         hidden: dict[str, list[Tensor]] = {}
         values: dict[str, dict[Probe, list[Tensor]]] = {}
         kinds = list(dict.fromkeys(span.kind for span in spans))
@@ -188,7 +187,7 @@ class MergedFamily(Family):
         for probe, read in numbers.items():
             for i in read:
                 watched.setdefault(attention_of(layers[i]), []).append(probe)
-        with tap(encoder, watched, self.lead) as taps:
+        with tap(encoder, watched, self.lead(model)) as taps:
             output = self.image_features(model, inputs, kind)
         planes: dict[Probe, Tensor] = {}
         for probe, read in numbers.items():

@@ -74,7 +74,7 @@ class TiledFamily(MergedFamily):
         layouts: list[Layout] = []
         row = 0
         for tiles, arranged in self._pictures(model, inputs["input_ids"], math.prod(grid)):
-            layouts.append(tiled_layout(tiles, grid, row, self.overview, arranged))
+            layouts.append(crop_layout(grid, row, tile_boxes(tiles, self.overview, arranged)))
             row += tiles
         return layouts
 
@@ -132,16 +132,7 @@ class TiledFamily(MergedFamily):
         return stacked_outputs(spans, embeds)
 
     def located(self, spans: Sequence[Span], size: tuple[int, int]) -> tuple[Span, ...]:
-        height, width = size
-        found = []
-        for span in spans:
-            if any(crop.box is None for crop in span.crops):
-                arranged = nearest_arrangement(len(span.crops) - 1, width / height)
-                boxes = tile_boxes(len(span.crops), self.overview, arranged)
-                crops = tuple(replace(crop, box=box) for crop, box in zip(span.crops, boxes, strict=True))
-                span = replace(span, crops=crops)
-            found.append(span)
-        return tuple(found)
+        return located(spans, size, self.overview)
 
 
 def patch_size(model: Any) -> Grid:
@@ -157,16 +148,13 @@ def vision_layer(model: Any) -> int:
     return max(i if i >= 0 else depth + 1 + i for i in layers) - 1
 
 
-def tiled_layout(
-    tiles: int, grid: Grid, row: int, overview: Literal["first", "last"], arranged: Grid | None
-) -> Layout:
-    """Lay out a picture of so many tiles, the overview among them, of which the first is row `row` of the encoder."""
+def crop_layout(grid: Grid, row: int, boxes: Sequence[Box | None]) -> Layout:
+    """Lay out crops of equal grids and given boxes, of which the first is row `row` of the encoder."""
     size = math.prod(grid)
-    boxes = tile_boxes(tiles, overview, arranged)
     crops = tuple(
         Crop(torch.arange(i * size, (i + 1) * size), grid, box, encoder_row=row + i) for i, box in enumerate(boxes)
     )
-    return Layout(tiles * size, (tiles, *grid), crops)
+    return Layout(len(boxes) * size, (len(boxes), *grid), crops)
 
 
 def tile_boxes(tiles: int, overview: Literal["first", "last"], arranged: Grid | None) -> list[Box | None]:
@@ -188,3 +176,22 @@ def nearest_arrangement(tiles: int, aspect: float) -> Grid:
     return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] / aspect)))
 
 
+
+
+def located(
+    spans: Sequence[Span], size: tuple[int, int], overview: Literal["first", "last"]
+) -> tuple[Span, ...]:
+    """Return the spans of pictures of a size ``(height, width)`` with the boxes of their tiles.
+
+    Of the arrangements of so many tiles, processors take the one that is closest to the picture's shape.
+    """
+    height, width = size
+    found = []
+    for span in spans:
+        if any(crop.box is None for crop in span.crops):
+            arranged = nearest_arrangement(len(span.crops) - 1, width / height)
+            boxes = tile_boxes(len(span.crops), overview, arranged)
+            crops = tuple(replace(crop, box=box) for crop, box in zip(span.crops, boxes, strict=True))
+            span = replace(span, crops=crops)
+        found.append(span)
+    return tuple(found)
