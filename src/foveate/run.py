@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.budget import Budget, Keep
-from foveate.cost import Cost, kv_bytes, prefill_flops, probe_flops
+from foveate.cost import Cost, check_known, kv_bytes, prefill_flops, probe_flops
 from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
@@ -315,8 +315,12 @@ def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dic
 
 
 def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
-    config, rows = job.model.config, _rows(job)
-    kept, projected, probes = sum(map(len, result.selection)), None, 0
+    config = job.model.config
+    try:
+        check_known(config)
+    except UnsupportedModelError:
+        return None
+    rows, kept, projected, probes = _rows(job), sum(map(len, result.selection)), None, 0
     if reducer is None or result.stock:
         projected = sum(rows)
     elif reducer.stage == "pixels":

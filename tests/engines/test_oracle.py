@@ -7,7 +7,6 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Budget, Chain
-from foveate.probes import LayerProbe
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from tiny import (
     FAMILIES,
@@ -48,15 +47,6 @@ every_position_in_depth = pytest.mark.parametrize(
     ("family", "positions"),
     [pytest.param(f, positions, marks=in_depth(f)) for f in FAMILIES for positions in TINIES[f].positions],
 )
-
-
-def skip_refused(family, reducer):
-    """Skip what the family refuses, as its own tests check."""
-    tiny = TINIES[family]
-    if tiny.no_attention and any(isinstance(probe, LayerProbe) for probe in reducer.probes()):
-        pytest.skip(tiny.no_attention)
-    if tiny.no_resizing and reducer.stage == "pixels":
-        pytest.skip(tiny.no_resizing)
 
 
 def generate(net, inputs, **kwargs):
@@ -101,7 +91,6 @@ def test_tiny_models_answer_in_many_ways(family):
     ids=["sdpa", "eager", "bf16"],
 )
 def test_generation_equals_the_oracle(family, positions, reducer, attention, dtype):
-    skip_refused(family, reducer)
     net, inputs = model(family, attention, dtype), cast(collate(samples(family)), dtype)
     with foveate.attach(net, reducer, positions=positions) as handle:
         out = generate(net, inputs)
@@ -145,7 +134,6 @@ def test_the_oracles_tell_selections_apart(family, positions):
 def test_prefill_of_every_method_equals_the_oracle(entry, family):
     net, inputs = model(family), collate(samples(family))
     reducer = make(entry, 13, family)
-    skip_refused(family, reducer)
     for positions in TINIES[family].positions:
         reduced = foveate.reduce(net, inputs, reducer, positions=positions)
         with torch.no_grad():
@@ -177,10 +165,9 @@ def test_downsample_equals_smaller_pictures(positions):
         close(net(**reduced).logits, net(inputs_embeds=embedded, position_ids=at).logits)
 
 
-@every_family_in_depth
+@pytest.mark.parametrize("family", [f for f in FAMILIES if foveate.families.FAMILIES[f].resizes])
 def test_downsample_through_every_tower(family):
     """Of a crop whose grid stays whole, the resized picture is the picture."""
-    skip_refused(family, Downsample(keep=9))
     net, inputs = model(family), collate(samples(family))
     family_of = foveate.families.family_of(net)
     spans = family_of.spans(net, inputs)
@@ -411,7 +398,7 @@ def test_manual_decoding(family, positions, with_mask):
 def test_inputs_without_an_image_pass_through(family):
     net, inputs = model(family), collate([sample(5, seed=1), sample(9, seed=2)])
     plain, logits = generate(net, inputs), net(**inputs).logits
-    with foveate.attach(net, VisPruner(keep=9)) as handle:
+    with foveate.attach(net, Random(keep=9)) as handle:
         out = generate(net, inputs)
         assert torch.equal(net(**inputs).logits, logits)
     assert torch.equal(out.sequences, plain.sequences)
@@ -571,7 +558,6 @@ def test_flat_pixels_of_llava_next():
 
 @every_family
 def test_attention_implementation_does_not_change_what_is_salient(family):
-    skip_refused(family, FasterVLM(keep=0.2))
     inputs = collate(samples(family))
     by_sdpa, by_eager = (
         foveate.reduce(model(family, attention), inputs, FasterVLM(keep=0.2)).selection

@@ -7,7 +7,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from foveate import list_families
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
-from foveate.families.base import crop_rows, placeholder_columns, stacked_outputs
+from foveate.families.base import crop_rows, placeholder_columns, joined_outputs
 from foveate.methods import VisPruner
 from foveate.tokens import Span
 from tiny import IMAGE, VIDEO, Visual, collate, model, sample, samples
@@ -136,7 +136,7 @@ def test_pieces_of_equal_length_end_where_spans_end():
     """What `generate` repeats for several answers per prompt."""
     spans = [Span(kind, 0, 0, torch.arange(0), (1, 1, 1), ()) for kind in ("image", "video", "image")]
     embeds = [torch.randn(n, 3) for n in (6, 5, 9)]
-    outputs = stacked_outputs(spans, embeds)
+    outputs = joined_outputs(spans, embeds)
     assert outputs["image"].pooler_output.shape == (5, 3, 3)
     assert torch.equal(outputs["image"].pooler_output.flatten(0, 1), torch.cat([embeds[0], embeds[2]]))
     assert torch.equal(outputs["video"].pooler_output, embeds[1][None])

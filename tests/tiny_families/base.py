@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +38,8 @@ class Tiny(ABC):
     type_plane: str | None = None
     """Name of the input that tells text (0), image (1) and video (2) tokens apart, if the model has one."""
     positions = ("original", "compact")
-    no_attention: str = ""
-    """Why methods cannot read attention in the vision encoder, if they cannot."""
-    no_resizing: str = ""
-    """Why the family cannot encode smaller pictures, if it cannot."""
+    skips: Mapping[str, str] = {}
+    """Tests that do not apply to the family, and why."""
     whole_grid = (8, 8)
     """The grid of a crop from which nothing was cut."""
 

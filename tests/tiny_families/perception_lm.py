@@ -11,7 +11,6 @@ class TinyPerceptionLM(Tiny):
     name = "perception_lm"
     visuals = ("video", "image", "video")
     whole_grid = (4, 4)
-    no_resizing = "its encoder takes pictures of one size"
 
     def build(self):
         return PerceptionLMForConditionalGeneration(

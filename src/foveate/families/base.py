@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.probes import Attention, ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.reducer import Reducer
 from foveate.selection import Merging, Selection
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -33,6 +33,35 @@ class Family(ABC):
     notes: ClassVar[str] = ""
     keeps_positions: ClassVar[bool] = False
     """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
+    has_cls: ClassVar[bool] = False
+    """Whether the vision encoder has a ``[CLS]`` token."""
+    has_attention: ClassVar[bool] = True
+    """Whether the attention layers of the vision encoder can be read."""
+    has_grid: ClassVar[bool] = True
+    """Whether the rows and columns of tokens are known."""
+    resizes: ClassVar[bool] = False
+    """Whether smaller pictures can be encoded, as methods of the stage ``"pixels"`` ask for."""
+
+    def matches(self, config: Any) -> bool:
+        """Return whether a model with this configuration belongs to the family."""
+        return getattr(config, "model_type", None) in self.model_types
+
+    def lacks(self, method: Reducer | type[Reducer]) -> str | None:
+        """Say what a method needs that the family does not give, or return `None` if the method runs on it.
+
+        Methods that read the grid count as running where it is known for some images only.
+        """
+        if method.stage == "pixels":
+            return None if self.resizes else "an encoder that takes smaller pictures"
+        probes = method.probes() if isinstance(method, Reducer) else method.needs
+        if not self.has_attention and isinstance(method, Reducer) and method.coverages():
+            return "the attention of the vision encoder, which its adaptive budget follows"
+        for probe in probes:
+            if isinstance(probe, LayerProbe) and not self.has_attention:
+                return "the attention layers of the vision encoder"
+            if isinstance(probe, Attention) and probe.of == "cls" and not self.has_cls:
+                return "a vision encoder with a [CLS] token"
+        return None
 
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -179,18 +208,23 @@ def _mismatch(placeholders: int, lengths: Sequence[int], kind: str) -> InputErro
     )
 
 
-def stacked_outputs(spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-    """Wrap embeddings ``[K, D]`` per span as ``mm_encoder_outputs`` of a model that takes one tensor per kind.
+def one_row_per_token(embeds: Sequence[Tensor]) -> Tensor:
+    """Join embeddings ``[K, D]`` of images that keep different numbers of tokens to the one tensor that a model takes.
 
-    The tensor is ``[M, g, D]``: pieces of equal length g that end wherever a span ends, so that ``generate`` can repeat
-    those of each prompt. With the same number of tokens for all spans, the pieces are the spans.
+    Returns
+    -------
+    Tensor
+        ``[sum of K, 1, D]``: as if each token were an image, so that beam search can repeat those of each prompt.
     """
+    return torch.cat(list(embeds))[:, None]
+
+
+def joined_outputs(spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+    """Wrap embeddings ``[K, D]`` per span as ``mm_encoder_outputs`` of a model that takes one tensor per kind."""
     outputs = {}
     for kind in dict.fromkeys(span.kind for span in spans):
         rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
-        size = math.gcd(*map(len, rows)) or 1
-        pieces = torch.cat(rows).unflatten(0, (-1, size))
-        outputs[kind] = BaseModelOutputWithPooling(pooler_output=pieces)
+        outputs[kind] = BaseModelOutputWithPooling(pooler_output=one_row_per_token(rows))
     return outputs
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError
-from foveate.families.base import Grid, stacked_outputs
+from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import Layout, MergedFamily
 from foveate.tokens import Crop, Span
 
@@ -20,6 +20,8 @@ class FastVlm(MergedFamily):
     name = "fast_vlm"
     model_types = ("fast_vlm",)
     inputs: Any = {"pixel_values": "image"}
+    has_attention = False
+    resizes = True
     notes = "one grid per image; no attention to read: methods that need it are refused"
 
     def encoder(self, model: Any) -> nn.Module | None:
@@ -54,4 +56,4 @@ class FastVlm(MergedFamily):
         return results
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return stacked_outputs(spans, embeds)
+        return joined_outputs(spans, embeds)

@@ -21,6 +21,8 @@ class Llava(Family):
     model_types = ("llava",)
     inputs: ClassVar = {"pixel_values": "image"}
     side_inputs = ("image_sizes",)
+    has_cls = True
+    resizes = True
     notes = "one grid per image; pruned between the vision tower and the projector"
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import Grid, resized_crops, stacked_outputs
+from foveate.families.base import Grid, resized_crops, joined_outputs
 from foveate.families.llava import feature_layers
 from foveate.families.llava_next import mosaic, tiles_of, unpadded
 from foveate.families.merged import Layout, MergedFamily
@@ -46,6 +46,7 @@ class LlavaOnevision(MergedFamily):
     model_types = ("llava_onevision",)
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
     side_inputs = ("image_sizes", "batch_num_images", "image_sizes_videos")
+    resizes = True
     notes = "overview, tiles and frames are crops; padding is never a candidate; newline vectors follow `separators`"
 
     def side_inputs_of(self, kind: str) -> tuple[str, ...]:
@@ -112,7 +113,7 @@ class LlavaOnevision(MergedFamily):
         return results
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        outputs = stacked_outputs(spans, embeds)
+        outputs = joined_outputs(spans, embeds)
         images = [x for x, span in zip(embeds, spans, strict=True) if span.kind == "image"]
         return {**outputs, **({"image": BaseModelOutputWithPooling(pooler_output=images)} if images else {})}
 

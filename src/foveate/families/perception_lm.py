@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from foveate.errors import InputError
-from foveate.families.base import stacked_outputs
+from foveate.families.base import joined_outputs
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
 from foveate.families.tiled import WHOLE, crop_layout, located, tile_boxes
 from foveate.tokens import Span
@@ -21,6 +21,7 @@ class PerceptionLM(MergedFamily):
     name = "perception_lm"
     model_types = ("perception_lm",)
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
+    has_cls = True
     notes = "overview, tiles and frames are crops; pruned behind the projector, which averages patches"
 
     def encoder(self, model: Any) -> nn.Module:
@@ -54,4 +55,4 @@ class PerceptionLM(MergedFamily):
         return located(spans, size, "first")
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return stacked_outputs(spans, embeds)
+        return joined_outputs(spans, embeds)

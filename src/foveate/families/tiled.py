@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError
-from foveate.families.base import Grid, stacked_outputs
+from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
 from foveate.tokens import Crop, Span
 
@@ -30,6 +30,7 @@ class TiledFamily(MergedFamily):
     inputs: ClassVar[Mapping[str, str]] = {"pixel_values": "image"}
     overview: ClassVar[Literal["first", "last"]] = "last"
     """Where the overview stands among the crops of a picture of several tiles."""
+    resizes = True
     notes = "tiles and overview are crops; pruned behind the projector, which merges patches"
 
     @abstractmethod
@@ -129,7 +130,7 @@ class TiledFamily(MergedFamily):
         return self.merge(model, blocks).reshape(h * w, -1)
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return stacked_outputs(spans, embeds)
+        return joined_outputs(spans, embeds)
 
     def located(self, spans: Sequence[Span], size: tuple[int, int]) -> tuple[Span, ...]:
         return located(spans, size, self.overview)

@@ -14,7 +14,7 @@ from foveate.families.base import (
     placeholder_columns,
     resized_crops,
     run_tower,
-    stacked_outputs,
+    joined_outputs,
     token_planes,
 )
 from foveate.families.llava import feature_layers, patch_grid, strategy
@@ -29,6 +29,8 @@ class VideoLlava(Family):
     model_types = ("video_llava",)
     # Before 5.20, transformers called the images of this model pixel_values_images.
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
+    has_cls = True
+    resizes = True
     notes = "frames are crops; each frame's [CLS] token follows `separators`"
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -89,7 +91,7 @@ class VideoLlava(Family):
         return model.model.multi_modal_projector(features)  # type: ignore[no-any-return]
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return stacked_outputs(spans, embeds)
+        return joined_outputs(spans, embeds)
 
     def _towers(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, tuple[Any, Tensor]]:
         towers = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.families.base import stacked_outputs
+from foveate.families.base import joined_outputs
 from foveate.families.llava import Llava
 from foveate.tokens import Span
 
@@ -21,4 +21,4 @@ class VipLlava(Llava):
     notes = "one grid per image; features of several layers side by side; pruned between tower and projector"
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return stacked_outputs(spans, embeds)
+        return joined_outputs(spans, embeds)
