@@ -166,18 +166,25 @@ def measure(
     ]
 
 
-def baselines(job: Job, reducer: Reducer) -> list[Reducer]:
+def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Reducer]:
     """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
 
     Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
-    that `reducer` keeps in this job.
+    that `reducer` keeps in this job. Those that do not run on the job's family are left out, and `say` gets a line
+    about each.
     """
     keep = reducer.keep
     if reducer.coverages() or isinstance(reducer, Chain):
         with torch.no_grad():
             tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
             keep = [len(chosen) for chosen in reducer.select(tokens)]
-    return [load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name]
+    others = []
+    for other in (load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name):
+        if lacking := job.family.lacks(other):
+            say(f"{other.name} is left out: it needs {lacking}, which the family {job.family.name!r} does not give")
+        else:
+            others.append(other)
+    return others
 
 
 def parse_keep(text: str) -> Keep:
@@ -287,7 +294,8 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     """Run tower and projector as the stock model does, and hand the result over, so that it can be timed by itself."""
     inputs = dict(job.inputs)
     side = {key: inputs[key] for key in job.family.side_inputs if key in inputs}
-    outputs = job.model.get_image_features(inputs["pixel_values"], **side)
+    encode = getattr(job.model, "get_image_features", None) or job.model.model.get_image_features
+    outputs = encode(inputs["pixel_values"], **side, return_dict=True)
     for key in (*job.family.inputs, *job.family.side_inputs):
         inputs.pop(key, None)
     return {**inputs, "mm_encoder_outputs": {"image": outputs}}

@@ -15,7 +15,6 @@ class Cohere2Vision(TiledFamily):
 
     name = "cohere2_vision"
     model_types = ("cohere2_vision",)
-    side_inputs = ("image_sizes",)
 
     def block(self, model: Any) -> int:
         return int(model.config.downsample_factor)
@@ -23,9 +22,6 @@ class Cohere2Vision(TiledFamily):
     def same_picture(self, gap: Sequence[int], end: int | None) -> bool:
         # Behind the last tile, the token that ends the picture follows the line break.
         return list(gap) == [end]
-
-    def side_inputs_of(self, kind: str) -> tuple[str, ...]:
-        return ()  # the model accepts image_sizes and does not read them
 
     def patches(self, model: Any, pixels: Tensor) -> Tensor:
         output = model.model.vision_tower(pixels, interpolate_pos_encoding=True)
