@@ -3,13 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AyaVisionProcessor, Idefics3Processor, PreTrainedTokenizerFast
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
-    GotOcr2ImageProcessorPil,
-    get_optimal_tiled_canvas,
-)
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 import foveate
 from foveate.errors import InputError
@@ -17,6 +11,7 @@ from foveate.families import family_of
 from foveate.families.tiled import WHOLE, nearest_arrangement
 from foveate.probes import Attention, Keys
 from tiny import VISUALS, collate, model, sample, samples
+from tiny_processors import IMAGE_TOKENS, PROCESSORS
 
 TILED = ["internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm", "perception_lm"]
 TILE, BLOCK, PATCH = 4, 2, 4  # rows of tokens of a tile, of patches of a token, of pixels of a patch
@@ -193,39 +188,11 @@ def test_internvl_reads_the_layer_that_the_projector_reads(layer):
     torch.testing.assert_close(got, torch.tensor(by_hand(maps[read][0, :, 0, 1:].mean(0))))
 
 
-def tokenizer(special):
-    """Make a tokenizer of words that keeps line breaks."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "?", "\n", "\n\n", *special]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    spaces, breaks = pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split(Regex("\n+"), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([spaces, breaks])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=special,
-    )  # fmt: skip
-
-
-def aya_processor():
-    special = ["<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL", "<image>"]
-    images = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=6)
-    return AyaVisionProcessor(images, tokenizer(special), patch_size=4, img_size=32, downsample_factor=2)
-
-
-def idefics3_processor():
-    places = [f"<row_{i}_col_{j}>" for i in range(1, 4) for j in range(1, 5)]
-    special = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *places]
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
-    return Idefics3Processor(images, tokenizer(special), image_seq_len=16)
-
-
 @pytest.mark.parametrize("name", ["aya_vision", "idefics3"])
 @pytest.mark.parametrize("sizes", [[(90, 30), (32, 32)], [(40, 80)], [(30, 60), (64, 60), (20, 90)]], ids=str)
 def test_prompts_of_the_real_processor(name, sizes):
-    processor = aya_processor() if name == "aya_vision" else idefics3_processor()
-    net, family = model(name), family_of(model(name))
-    ids = processor.tokenizer
-    token = "<|IMG_PATCH|>" if name == "aya_vision" else "<image>"
-    net.config.image_token_id = ids.convert_tokens_to_ids(token)
+    net, family, processor = model(name), family_of(model(name)), PROCESSORS[name]()
+    net.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[name])
     images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
     text = "what " + "<image> is ".join([""] * (len(sizes) + 1)) + "this ?"
     inputs = processor(images=images, text=text, return_tensors="pt")
