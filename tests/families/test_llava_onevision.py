@@ -73,7 +73,8 @@ def test_large_mosaics_are_scaled_and_small_ones_are_not():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_attention_is_scaled_as_features_are(attention):
-    net, eager, inputs = (*(model("llava_onevision", a) for a in (attention, "eager")), collate(samples("llava_onevision")))
+    net, eager = model("llava_onevision", attention), model("llava_onevision", "eager")
+    inputs = collate(samples("llava_onevision"))
     family = family_of(net)
     spans = family.spans(net, inputs)
     tokens = family.encode(net, inputs, spans, (Attention(), Keys()))

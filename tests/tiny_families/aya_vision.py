@@ -13,9 +13,10 @@ class TinyAyaVision(Tiny):
     whole_grid = (4, 4)
 
     def build(self):
+        text = Cohere2Config(**text_shape(intermediate_size=80), logit_scale=1.0)
         return AyaVisionForConditionalGeneration(
             AyaVisionConfig(
-                vision_config=siglip_config(), text_config=Cohere2Config(**text_shape(intermediate_size=80), logit_scale=1.0),
+                vision_config=siglip_config(), text_config=text,
                 image_token_index=IMAGE, vision_feature_layer=-1, tie_word_embeddings=False,
             )
         )  # fmt: skip

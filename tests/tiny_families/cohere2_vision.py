@@ -13,9 +13,10 @@ class TinyCohere2Vision(Tiny):
     whole_grid = (4, 4)
 
     def build(self):
+        text = Cohere2Config(**text_shape(intermediate_size=80), logit_scale=1.0)
         return Cohere2VisionForConditionalGeneration(
             Cohere2VisionConfig(
-                vision_config=siglip_config(), text_config=Cohere2Config(**text_shape(intermediate_size=80), logit_scale=1.0),
+                vision_config=siglip_config(), text_config=text,
                 image_token_id=IMAGE, alignment_intermediate_size=48, tie_word_embeddings=False,
             )
         )  # fmt: skip

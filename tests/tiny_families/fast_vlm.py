@@ -1,6 +1,7 @@
 """FastVLM: pictures of 4 x 4 tokens from a convolutional network, which stands in for that of timm."""
 
 import copy
+from typing import ClassVar
 
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration, Qwen2Config, ResNetConfig
 
@@ -10,11 +11,12 @@ from tiny_families.base import IMAGE, Tiny, picture, text_shape
 class TinyFastVlm(Tiny):
     name = "fast_vlm"
     visuals = ("image", "image", "image")
-    skips = {"test_attention_implementation_does_not_change_what_is_salient": "the encoder is convolutional"}
+    skips: ClassVar = {"test_attention_implementation_does_not_change_what_is_salient": "the encoder is convolutional"}
     whole_grid = (4, 4)
 
     def build(self):
-        vision = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", hidden_size=32)
+        shape = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "hidden_size": 32}
+        vision = ResNetConfig(**shape, layer_type="basic")
         return FastVlmForConditionalGeneration(
             FastVlmConfig(vision_config=vision, text_config=Qwen2Config(**text_shape()), image_token_index=IMAGE)
         )

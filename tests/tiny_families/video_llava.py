@@ -8,7 +8,7 @@ from tiny_families.base import IMAGE, VIDEO, Tiny, clip_config, llama_config, pi
 
 FRAMES = 2
 # What this version of transformers calls the pictures.
-PIXELS = next(name for name in inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters if "pixel" in name)
+PIXELS = next(p for p in inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters if "pixel" in p)
 
 
 class TinyVideoLlava(Tiny):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class FastVlm(MergedFamily):
 
     name = "fast_vlm"
     model_types = ("fast_vlm",)
-    inputs: Any = {"pixel_values": "image"}
+    inputs: ClassVar = {"pixel_values": "image"}
     has_attention = False
     resizes = True
     notes = "one grid per image; no attention to read: methods that need it are refused"

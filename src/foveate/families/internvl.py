@@ -11,7 +11,7 @@ from foveate.families.tiled import TiledFamily, vision_layer
 
 
 class InternVL(TiledFamily):
-    """InternVL. The tiles of a picture, then its overview, are one run of placeholders; a frame of a video is a picture."""
+    """InternVL. Tiles, then the overview, are one run of placeholders; each frame of a video is a picture."""
 
     name = "internvl"
     model_types = ("internvl",)
@@ -38,5 +38,5 @@ class InternVL(TiledFamily):
 
     def merge(self, model: Any, blocks: Tensor) -> Tensor:
         side = self.block(model)
-        shuffled = model.model.pixel_shuffle(blocks.unflatten(1, (side, side)), model.config.downsample_ratio)
+        shuffled = model.model.pixel_shuffle(blocks.reshape(len(blocks), side, side, -1), model.config.downsample_ratio)
         return model.model.multi_modal_projector(shuffled)  # type: ignore[no-any-return]

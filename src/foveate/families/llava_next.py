@@ -125,11 +125,12 @@ def _crop_pixels(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     pixels: Tensor = inputs["pixel_values"]
     if pixels.dim() == 4:
         return pixels
-    counts = []
-    for size in inputs["image_sizes"].tolist():
-        rows, columns = tiles_of(model, size)
-        counts.append(1 + rows * columns)
-    return torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
+    return without_fillers(pixels, [tiles_of(model, size) for size in inputs["image_sizes"].tolist()])
+
+
+def without_fillers(pixels: Tensor, tiles: Sequence[Grid]) -> Tensor:
+    """Return the pixels ``[R, 3, side, side]`` of all crops of images of so many rows and columns of tiles."""
+    return torch.cat([image[: 1 + h * w] for image, (h, w) in zip(pixels, tiles, strict=True)])
 
 
 def _in_span_order(span: Span, patches: Tensor, side: int) -> Tensor:

@@ -107,12 +107,12 @@ def _side(model: Any) -> int:
 
 def _pool(model: Any, features: Tensor, grid: Grid) -> Tensor:
     """Pool features ``[R, h * w, C]`` of a grid ``(h, w)`` as the model does, which knows square grids alone."""
-    pooled = model.model.vision_resampler.pool(features.transpose(1, 2).unflatten(2, grid))
+    pooled = model.model.vision_resampler.pool(features.transpose(1, 2).reshape(*features.shape[::2], *grid))
     return pooled.flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 def _mean(values: Tensor, side: int, stride: int) -> Tensor:
     """Average values ``[R, side * side, ...]`` over the windows of the pooling, which leaves an odd border out."""
     inside = side // stride * stride
-    whole = values.unflatten(1, (side, side))[:, :inside, :inside].flatten(1, 2)
+    whole = values.reshape(len(values), side, side, *values.shape[2:])[:, :inside, :inside].flatten(1, 2)
     return mean_of_blocks(whole, (inside, inside), stride)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import Grid, resized_crops, joined_outputs
+from foveate.families.base import Grid, joined_outputs, resized_crops
 from foveate.families.llava import feature_layers
-from foveate.families.llava_next import mosaic, tiles_of, unpadded
+from foveate.families.llava_next import mosaic, tiles_of, unpadded, without_fillers
 from foveate.families.merged import Layout, MergedFamily
 from foveate.families.tiled import vision_layer
 from foveate.tokens import Crop, Span
@@ -22,10 +22,9 @@ from foveate.tokens import Crop, Span
 
 @dataclass(frozen=True, eq=False)
 class _Picture:
-    """An image of the inputs.
+    """Rows and columns of tiles (none beside a lone overview), of patches that show the picture, of tokens made of them.
 
-    `tiles` counts rows and columns of tiles, ``(0, 0)`` if there is only the overview; the mosaic shows the picture in
-    `rows` and `columns` of patches, which are scaled to the grid `shape`; `plain` is its layout without scaling.
+    `plain` are the crops as they were without scaling.
     """
 
     tiles: Grid
@@ -80,8 +79,7 @@ class LlavaOnevision(MergedFamily):
 
     def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
         side = _side(model)
-        maps = values.float().flatten(2) if values.dim() > 2 else values.float()[..., None]
-        maps = maps.unflatten(1, (side, side)).movedim(-1, 1)  # [R, channels, side, side]
+        maps = values.float().reshape(len(values), side, side, -1).movedim(-1, 1)  # [R, channels, side, side]
         if kind == "video":
             half = math.ceil(side / 2)
             tokens = _scaled(maps, (half, half)).flatten(2).transpose(1, 2).flatten(0, 1)
@@ -96,7 +94,8 @@ class LlavaOnevision(MergedFamily):
         plain: dict[int, Crop] = {}
         if inputs.get("pixel_values") is not None:
             pictures = _pictures(model, inputs)
-            pixels["image"] = _tile_pixels(inputs["pixel_values"], pictures)
+            given = inputs["pixel_values"]
+            pixels["image"] = given if given.dim() == 4 else without_fillers(given, [p.tiles for p in pictures])
             plain = {crop.encoder_row: crop for picture in pictures for crop in picture.plain}
         if inputs.get("pixel_values_videos") is not None:
             pixels["video"] = inputs["pixel_values_videos"].flatten(0, 1)
@@ -132,7 +131,7 @@ def _scaled(maps: Tensor, shape: Grid) -> Tensor:
 
 def _halved(tokens: Tensor, grid: Grid) -> Tensor:
     """Pool the tokens of a frame, two rows and columns for each of the grid, as the model does."""
-    maps = tokens.T.unflatten(1, (2 * grid[0], 2 * grid[1]))[None]
+    maps = tokens.T.reshape(1, -1, 2 * grid[0], 2 * grid[1])
     return _scaled(maps, grid)[0].flatten(1).T
 
 
@@ -145,7 +144,7 @@ def _image_tokens(pictures: Sequence[_Picture], maps: Tensor) -> Iterator[Tensor
         row += 1
         if not height * width:
             continue
-        whole = maps[row : row + height * width].unflatten(0, (height, width))
+        whole = maps[row : row + height * width].reshape(height, width, *maps.shape[1:])
         whole = whole.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)  # [channels, rows, columns]
         shown = whole[:, slice(*picture.rows), slice(*picture.columns)]
         tokens = _scaled(shown[None], picture.shape)[0].flatten(1).T
@@ -200,10 +199,3 @@ def _picture(side: int, tiles: Grid, size: Sequence[int], first_row: int, limit:
 def _inside(start: float, stop: float, count: int) -> Grid:
     """Return the first and the last + 1 of so many equal parts of 1 whose middle lies between two shares."""
     return math.ceil(start * count - 0.5), math.ceil(stop * count - 0.5)
-
-
-def _tile_pixels(pixels: Tensor, pictures: Sequence[_Picture]) -> Tensor:
-    """Return the pixels of all tiles, ``[R, 3, side, side]``, without the fillers of a batch."""
-    if pixels.dim() == 4:
-        return pixels
-    return torch.cat([x[: 1 + p.tiles[0] * p.tiles[1]] for x, p in zip(pixels, pictures, strict=True)])

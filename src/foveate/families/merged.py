@@ -27,7 +27,7 @@ class Layout:
     grid
         Frames or crops, rows, columns.
     crops
-        What methods select from; `Crop.encoder_row` counts the pictures that the encoder sees of all images of the kind.
+        What methods select from; `Crop.encoder_row` counts what the encoder sees of all images of the kind.
     extents
         See `Span.extents`.
     """
@@ -107,8 +107,8 @@ class MergedFamily(Family):
         lengths = [layout.length for layout in layouts]
         if sum(lengths) != len(flat):
             raise InputError(
-                f"the prompts hold placeholder tokens for {sum(lengths)} visual tokens, but the pictures passed make "
-                f"{len(flat)}: pass the pictures of these prompts, and let the model's processor expand the placeholders"
+                f"the prompts hold {sum(lengths)} placeholder tokens, but the pictures passed make {len(flat)}: pass "
+                "the pictures of these prompts, and let the model's processor expand the placeholders"
             )
         return list(torch.split(flat, lengths))
 

@@ -58,7 +58,7 @@ class TiledFamily(MergedFamily):
         return model.model.multi_modal_projector(blocks)  # type: ignore[no-any-return]
 
     def arrangement(self, gaps: Sequence[Sequence[int]], end: int | None) -> Grid | None:
-        """Return the rows and columns of tiles of a picture from the ids between them, or `None` if they do not tell."""
+        """Return the rows and columns of tiles of a picture from the ids between them, `None` if they do not tell."""
         return None
 
     def encoder(self, model: Any) -> nn.Module | None:
@@ -66,9 +66,8 @@ class TiledFamily(MergedFamily):
 
     def tile(self, model: Any, inputs: Mapping[str, Any]) -> Grid:
         """Return the rows and columns of tokens of a tile."""
-        size = inputs["pixel_values"].shape[-2:]
-        height, width = (side // patch // self.block(model) for side, patch in zip(size, patch_size(model), strict=True))
-        return height, width
+        (height, width), (h, w) = inputs["pixel_values"].shape[-2:], patch_size(model)
+        return height // h // self.block(model), width // w // self.block(model)
 
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         grid = self.tile(model, inputs)
@@ -177,11 +176,7 @@ def nearest_arrangement(tiles: int, aspect: float) -> Grid:
     return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] / aspect)))
 
 
-
-
-def located(
-    spans: Sequence[Span], size: tuple[int, int], overview: Literal["first", "last"]
-) -> tuple[Span, ...]:
+def located(spans: Sequence[Span], size: tuple[int, int], overview: Literal["first", "last"]) -> tuple[Span, ...]:
     """Return the spans of pictures of a size ``(height, width)`` with the boxes of their tiles.
 
     Of the arrangements of so many tiles, processors take the one that is closest to the picture's shape.

@@ -11,10 +11,10 @@ from torch import Tensor
 from foveate.families.base import (
     Family,
     Grid,
+    joined_outputs,
     placeholder_columns,
     resized_crops,
     run_tower,
-    joined_outputs,
     token_planes,
 )
 from foveate.families.llava import feature_layers, patch_grid, strategy

@@ -17,7 +17,6 @@ class VipLlava(Llava):
 
     name = "vipllava"
     model_types = ("vipllava",)
-    side_inputs = ()
     notes = "one grid per image; features of several layers side by side; pruned between tower and projector"
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
