@@ -22,10 +22,7 @@ from foveate.tokens import Crop, Span
 
 @dataclass(frozen=True, eq=False)
 class _Picture:
-    """Rows and columns of tiles (none beside a lone overview), of patches that show the picture, of tokens made of them.
-
-    `plain` are the crops as they were without scaling.
-    """
+    """Rows and columns of tiles, of the patches that show the picture, of their tokens; `plain` are unscaled crops."""
 
     tiles: Grid
     rows: tuple[int, int]

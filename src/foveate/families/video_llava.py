@@ -27,7 +27,7 @@ class VideoLlava(Family):
 
     name = "video_llava"
     model_types = ("video_llava",)
-    # Before 5.20, transformers called the images of this model pixel_values_images.
+    # Older versions of transformers call the images of this model pixel_values_images.
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
     has_cls = True
     resizes = True
