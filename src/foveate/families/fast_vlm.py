@@ -1,4 +1,4 @@
-"""FastVLM: a convolutional encoder, whose features are projected one by one."""
+"""FastVLM: a mostly convolutional encoder, whose features are projected one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveate.tokens import Crop, Span
 
 
 class FastVlm(MergedFamily):
-    """FastVLM. Its encoder has no attention over patches that a method could read."""
+    """FastVLM. Its encoder is mostly convolutional; the attention that its last stages have is not read."""
 
     name = "fast_vlm"
     model_types = ("fast_vlm",)
