@@ -11,7 +11,7 @@ import pytest
 from foveate.nano.comparison import END, START, table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def test_the_readme_shows_the_table_of_the_results():

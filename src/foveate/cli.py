@@ -77,7 +77,7 @@ def run(
             prompt_for(None, question, prompt_template)
         loaded, processor = _load(model, dtype, device_map, attn)
         job = job_module.prepare(loaded, processor, picture, question, prompt_template, max_new_tokens)
-        others = job_module.baselines(job, reducer) if compare else []
+        others = job_module.baselines(job, reducer, _errors.print) if compare else []
         with _errors.status("running") as status:
             arms = [None, reducer, *others]
             unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)

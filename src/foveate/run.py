@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.budget import Budget, Keep
-from foveate.cost import Cost, Patches, kv_bytes, prefill_flops, probe_flops, vision_layers
+from foveate.cost import Cost, Patches, check_known, kv_bytes, prefill_flops, probe_flops, vision_layers
 from foveate.encoder import EncoderReducer
 from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
 from foveate.errors import BudgetError, UnsupportedModelError
@@ -128,7 +128,8 @@ def prepare(
     family = family_of(model)
     prompt = prompt_for(processor, question, template)
     inputs = dict(model_inputs(processor, image, prompt).to(model.device, model.dtype))
-    return Job(model, processor, family, inputs, family.spans(model, inputs), max_new_tokens)
+    spans = family.located(family.spans(model, inputs), (image.height, image.width))
+    return Job(model, processor, family, inputs, spans, max_new_tokens)
 
 
 def measure(
@@ -167,18 +168,25 @@ def measure(
     ]
 
 
-def baselines(job: Job, reducer: Reducer) -> list[Reducer]:
+def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Reducer]:
     """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
 
     Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
-    that `reducer` keeps in this job.
+    that `reducer` keeps in this job. Those that do not run on the job's family are left out, and `say` gets a line
+    about each.
     """
     keep = reducer.keep
     if reducer.coverages() or isinstance(reducer, Chain):
         with torch.no_grad():
             tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
             keep = [len(chosen) for chosen in reducer.select(tokens)]
-    return [load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name]
+    others = []
+    for other in (load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name):
+        if lacking := job.family.lacks(other):
+            say(f"{other.name} is left out: it needs {lacking}, which the family {job.family.name!r} does not give")
+        else:
+            others.append(other)
+    return others
 
 
 def parse_keep(text: str) -> Keep:
@@ -288,7 +296,8 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     """Run tower and projector as the stock model does, and hand the result over, so that it can be timed by itself."""
     inputs = dict(job.inputs)
     side = {key: inputs[key] for key in job.family.side_inputs if key in inputs}
-    outputs = job.model.get_image_features(inputs["pixel_values"], **side)
+    encode = getattr(job.model, "get_image_features", None) or job.model.model.get_image_features
+    outputs = encode(inputs["pixel_values"], **side, return_dict=True)
     for key in (*job.family.inputs, *job.family.side_inputs):
         inputs.pop(key, None)
     return {**inputs, "mm_encoder_outputs": {"image": outputs}}
@@ -316,7 +325,12 @@ def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dic
 
 
 def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
-    config, patches = job.model.config, _rows(job)
+    config = job.model.config
+    try:
+        check_known(config)
+    except UnsupportedModelError:
+        return None
+    patches = _rows(job)
     rows: Sequence[Patches] = patches
     kept, projected, probes = sum(map(len, result.selection)), None, 0
     if reducer is None or result.stock:

@@ -15,13 +15,17 @@ from foveate.run import Job, baselines, measure, report
 
 def _job(name: str, *parts: tiny.Part) -> Job:
     model = tiny.model(name, "eager")  # the counter of FLOPs does not see the fused kernels of the CPU
-    inputs = tiny.collate([tiny.sample(3, *parts, 4)])
+    inputs = tiny.collate([tiny.sample(3, *(tiny.Visual(name, part) for part in parts), 4)])
     family = family_of(model)
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
     return Job(model, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(model, inputs), 5)
 
 
-JOBS = {"llava": ["image"], "llava_next": [tiny.Visual("llava_next", (24, 64))], "video_llava": ["image"]}
+JOBS = {"llava": ["image"], "llava_next": [(24, 64)], "video_llava": ["image"], "vipllava": ["image"]}
+OTHERS = {
+    "llava_next_video": (24, 64), "llava_onevision": (64, 64), "internvl": 3, "aya_vision": 3, "cohere2_vision": 3,
+    "idefics3": (1, 2), "smolvlm": "padded", "perception_lm": "image", "fast_vlm": "image",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -43,6 +47,40 @@ def test_every_family_answers_as_generate_does(name: str) -> None:
     assert report(job, stock, pruned[0])["kept"] == [span.kept.tolist() for span in pruned[0].selection]
     assert pruned[0].saliency is not None
     assert [len(x) for x in pruned[0].saliency] == [len(crop) for crop in job.spans[0].crops]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_of_unknown_costs(name: str) -> None:
+    job = _job(name, OTHERS[name])
+    reducer, said = foveate.methods.Random(keep=7), []
+    methods = [reducer, *baselines(job, reducer, said.append)]
+    assert len(methods) + len(said) == 4
+    stock, *pruned = measure(job, [None, *methods], repeats=1)
+    prompt = job.inputs["input_ids"].shape[1]
+    plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)
+    assert stock.answer == " ".join(map(str, plain[0, prompt:].tolist()))
+    for method, arm in zip(methods, pruned, strict=True):
+        ready = foveate.reduce(job.model, job.inputs, method)
+        out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
+        assert arm.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
+        assert 0 < arm.kept <= 7
+        assert arm.cost is None
+        assert arm.kv_bytes < stock.kv_bytes
+    data = report(job, stock, pruned[0], pruned[1:])
+    assert data["flops"] == {"before": None, "after": None}
+    assert data["kept"] == [span.kept.tolist() for span in pruned[0].selection]
+    located = job.family.located(job.spans, (30, 60))
+    assert all(crop.box is not None for span in located for crop in span.crops)
+
+
+def test_baselines_that_do_not_run_are_named() -> None:
+    job, said = _job("perception_lm", "image"), []
+    names = [r.name for r in baselines(job, foveate.methods.Random(keep=7), said.append)]
+    assert names == ["uniform", "pool"]
+    assert said == [
+        "downsample is left out: it needs an encoder that takes smaller pictures, which the family 'perception_lm' "
+        "does not give"
+    ]
 
 
 @pytest.mark.parametrize("name", JOBS)

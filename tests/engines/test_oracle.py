@@ -80,7 +80,8 @@ def test_tiny_models_answer_in_many_ways(family):
     assert len(set(answer_of(plain, inputs).flatten().tolist())) > 8
     best = torch.stack(plain.logits, 1).topk(2).values
     assert (best[..., 0] - best[..., 1]).min() > 1e-3
-    blind = generate(net, {k: torch.zeros_like(x) if x.is_floating_point() else x for k, x in inputs.items()})
+    # Pictures of zeros fill up the batches of some models.
+    blind = generate(net, {k: 0.5 * (x != 0) if x.is_floating_point() else x for k, x in inputs.items()})
     assert (plain.logits[0] - blind.logits[0]).abs().max() > 0.1
 
 
@@ -195,7 +196,7 @@ def test_downsample_equals_smaller_pictures(positions):
         close(net(**reduced).logits, net(inputs_embeds=embedded, position_ids=at).logits)
 
 
-@every_family_in_depth
+@pytest.mark.parametrize("family", [f for f in FAMILIES if foveate.families.FAMILIES[f].resizes])
 def test_downsample_through_every_tower(family):
     """Of a crop whose grid stays whole, the resized picture is the picture."""
     net, inputs = model(family), collate(samples(family))
@@ -206,7 +207,7 @@ def test_downsample_through_every_tower(family):
         tokens = family_of.encode(net, inputs, spans, ())
         for span, parts, hidden_states in zip(spans, same, tokens.hidden, strict=True):
             for crop, part in zip(span.crops, parts, strict=True):
-                if crop.grid == (8, 8):  # others were cut from their crop, and lose its surroundings
+                if crop.grid == TINIES[family].whole_grid:  # others were cut from their crop, and lose its surroundings
                     close(part, hidden_states[crop.index])
 
 
@@ -261,8 +262,7 @@ def test_different_budgets_in_one_batch(family, positions):
     net = model(family)
     a, b, _ = VISUALS[family]
     inputs = collate([sample(3, a, 4, seed=1), sample(2, b, 3, a, 6, seed=2)])
-    keep = {"image": 20, "video": 9} if family == "video_llava" else (21, 5)
-    with foveate.attach(net, Random(keep=keep), positions=positions) as handle:
+    with foveate.attach(net, Random(keep=(13, 5)), positions=positions) as handle:
         out = generate(net, inputs)
     assert len({len(span) for row in handle.selections for span in row}) == 2
     check(net, inputs, out, handle.selections, positions)
@@ -429,7 +429,7 @@ def test_manual_decoding(family, positions, with_mask):
 def test_inputs_without_an_image_pass_through(family):
     net, inputs = model(family), collate([sample(5, seed=1), sample(9, seed=2)])
     plain, logits = generate(net, inputs), net(**inputs).logits
-    with foveate.attach(net, VisPruner(keep=9)) as handle:
+    with foveate.attach(net, Random(keep=9)) as handle:
         out = generate(net, inputs)
         assert torch.equal(net(**inputs).logits, logits)
     assert torch.equal(out.sequences, plain.sequences)
@@ -532,8 +532,9 @@ def test_features_are_the_models_own(family):
     for kind, output in reduced["mm_encoder_outputs"].items():
         spans = [s for s in reduced.selection if s.kind == kind]
         parts = features[kind].split([s.length for s in spans])
-        for span, part, got in zip(spans, parts, output.pooler_output, strict=True):
-            torch.testing.assert_close(got, part[span.kept], atol=1e-5, rtol=1e-5)
+        expected = [part[span.kept] for span, part in zip(spans, parts, strict=True)]
+        got = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
+        torch.testing.assert_close(got, torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
 @both_positions

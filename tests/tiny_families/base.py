@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 VOCABULARY, PAD, IMAGE, VIDEO = 128, 0, 120, 121
 """Ids above 110 are never text; those from 111 to 119 are free for a family's own markers."""
@@ -37,6 +38,10 @@ class Tiny(ABC):
     type_plane: str | None = None
     """Name of the input that tells text (0), image (1) and video (2) tokens apart, if the model has one."""
     positions = ("original", "compact")
+    skips: Mapping[str, str] = {}
+    """Tests that do not apply to the family, and why."""
+    whole_grid = (8, 8)
+    """The grid of a crop from which nothing was cut."""
 
     @abstractmethod
     def build(self) -> Any:
@@ -80,6 +85,11 @@ def picture(generator: torch.Generator, *shape: int) -> Tensor:
 def clip_config(**changes: Any) -> CLIPVisionConfig:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     return CLIPVisionConfig(**{**shape, "image_size": 32, "patch_size": 4, "projection_dim": 32, **changes})
+
+
+def siglip_config(**changes: Any) -> SiglipVisionConfig:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return SiglipVisionConfig(**{**shape, "image_size": 32, "patch_size": 4, "vision_use_head": False, **changes})
 
 
 def text_shape(**changes: Any) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.encoder import EncoderReducer
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.probes import Attention, ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
 from foveate.reducer import Reducer
 from foveate.selection import Merging, Selection
 from foveate.tokens import Crop, Span, VisualTokens
@@ -35,6 +36,37 @@ class Family(ABC):
     """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
     reduces_inside: ClassVar[bool] = False
     """Whether methods can act inside the vision encoder, see `encode_inside`."""
+    has_cls: ClassVar[bool] = False
+    """Whether the vision encoder has a ``[CLS]`` token."""
+    has_attention: ClassVar[bool] = True
+    """Whether the attention layers of the vision encoder can be read."""
+    has_grid: ClassVar[bool] = True
+    """Whether the rows and columns of tokens are known."""
+    resizes: ClassVar[bool] = False
+    """Whether smaller pictures can be encoded, as methods of the stage ``"pixels"`` ask for."""
+
+    def matches(self, config: Any) -> bool:
+        """Return whether a model with this configuration belongs to the family."""
+        return getattr(config, "model_type", None) in self.model_types
+
+    def lacks(self, method: Reducer | type[Reducer]) -> str | None:
+        """Say what a method needs that the family does not give, or return `None` if the method runs on it.
+
+        Methods that read the grid count as running where it is known for some images only.
+        """
+        if method.stage == "pixels":
+            return None if self.resizes else "an encoder that takes smaller pictures"
+        if method.stage == "encoder":
+            return None if self.reduces_inside else "a CLIP-like vision encoder, to act inside it"
+        probes = method.probes() if isinstance(method, Reducer) else method.needs
+        if not self.has_attention and isinstance(method, Reducer) and method.coverages():
+            return "the attention of the vision encoder, which its adaptive budget follows"
+        for probe in probes:
+            if isinstance(probe, LayerProbe) and not self.has_attention:
+                return "the attention layers of the vision encoder"
+            if isinstance(probe, Attention) and probe.of == "cls" and not self.has_cls:
+                return "a vision encoder with a [CLS] token"
+        return None
 
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -59,15 +91,7 @@ class Family(ABC):
 
         Each token that is left has the place of its first patch.
         """
-        raise self.cannot_reduce_inside(reducer)
-
-    def cannot_reduce_inside(self, reducer: Reducer) -> UnsupportedModelError:
-        """Return the error for a method of the stage ``"encoder"`` where it cannot run."""
-        return UnsupportedModelError(
-            f"{reducer.name} acts inside the vision encoder, which takes a CLIP-like one, such as that of LLaVA; "
-            f"models of the family {self.name} are pruned behind it: use a method of the stage 'before_llm', such as "
-            "'visionzip'"
-        )
+        raise UnsupportedModelError(f"methods cannot act inside the vision encoder of {self.name}")
 
     @abstractmethod
     def project(self, model: Any, features: Tensor) -> Tensor:
@@ -152,6 +176,10 @@ class Family(ABC):
         """
         return None
 
+    def located(self, spans: Sequence[Span], size: tuple[int, int]) -> tuple[Span, ...]:
+        """Return the spans of pictures of a size ``(height, width)`` with the boxes that the inputs do not tell."""
+        return tuple(spans)
+
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         """Wrap embeddings per span as the ``mm_encoder_outputs`` of the model."""
@@ -198,6 +226,26 @@ def _mismatch(placeholders: int, lengths: Sequence[int], kind: str) -> InputErro
     )
 
 
+def one_row_per_token(embeds: Sequence[Tensor]) -> Tensor:
+    """Join embeddings ``[K, D]`` of images that keep different numbers of tokens to the one tensor that a model takes.
+
+    Returns
+    -------
+    Tensor
+        ``[sum of K, 1, D]``: as if each token were an image, so that beam search can repeat those of each prompt.
+    """
+    return torch.cat(list(embeds))[:, None]
+
+
+def joined_outputs(spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+    """Wrap embeddings ``[K, D]`` per span as ``mm_encoder_outputs`` of a model that takes one tensor per kind."""
+    outputs = {}
+    for kind in dict.fromkeys(span.kind for span in spans):
+        rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
+        outputs[kind] = BaseModelOutputWithPooling(pooler_output=one_row_per_token(rows))
+    return outputs
+
+
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
     """Return the transformer layers of a vision encoder, wherever this version of transformers keeps them."""
     for name, module in encoder.named_modules():
@@ -232,7 +280,7 @@ def run_tower(
     """
     layers = encoder_layers(tower)
     indices = feature_indices(layers, feature_layers)
-    numbers = {p: p.numbers(len(layers), indices[-1]) for p in probes if isinstance(p, LayerProbe)}
+    numbers = {p: p.numbers(len(layers), max(indices)) for p in probes if isinstance(p, LayerProbe)}
     watched: dict[nn.Module, list[LayerProbe]] = {}
     for probe, read in numbers.items():
         for i in read:
@@ -265,6 +313,34 @@ def attention_of(layer: nn.Module) -> nn.Module:
     raise UnsupportedModelError(f"no attention module found in {type(layer).__name__}")
 
 
+def in_reading_order(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Sort spans of several kinds, prompt by prompt and left to right, and number those of each prompt."""
+    ordered: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.sample, int(s.columns[0]))):
+        ordered.append(replace(span, ordinal=sum(s.sample == span.sample for s in ordered)))
+    return tuple(ordered)
+
+
+def interleaved(spans: Sequence[Span], kinds: Mapping[str, VisualTokens]) -> VisualTokens:
+    """Put the tokens of several kinds of spans together, each kind in the order in which its spans appear."""
+    parts = list(kinds.values())
+    if len(parts) == 1:
+        return parts[0]
+    hidden = {kind: iter(tokens.hidden) for kind, tokens in kinds.items()}
+    embedded = {kind: iter(tokens.embedded or ()) for kind, tokens in kinds.items()}
+    planes: dict[Probe, list[Tensor]] = {}
+    for probe in parts[0].planes:
+        values = {kind: iter(tokens.planes[probe]) for kind, tokens in kinds.items()}
+        planes[probe] = [next(values[span.kind]) for span in spans for _ in span.crops]
+    return replace(
+        parts[0],
+        spans=tuple(spans),
+        planes=planes,
+        hidden=[next(hidden[span.kind]) for span in spans],
+        embedded=None if parts[0].embedded is None else [next(embedded[span.kind]) for span in spans],
+    )
+
+
 def crop_rows(x: Tensor, crop: Crop, grid: Grid) -> Tensor:
     """Cut a crop's tokens out of encoder rows ``[R, H * W, ...]`` with the encoder's grid ``(H, W)``."""
     row = x[crop.encoder_row]
@@ -282,6 +358,7 @@ def resized_crops(
     grids: Sequence[Grid],
     patch: int,
     feature_layers: Sequence[int],
+    has_cls: bool = True,
 ) -> list[Tensor]:
     """Encode crops from smaller pictures, so that each makes the given grid of tokens, ``[h * w, C]`` each."""
     results: list[Tensor] = []
@@ -294,8 +371,9 @@ def resized_crops(
         small = nn.functional.interpolate(
             picture[None].float(), size=(h * patch, w * patch), mode="bicubic", antialias=True, align_corners=False
         )
-        features, _ = run_tower(tower, small.to(pixels.dtype), feature_layers, True, (), interpolate_pos_encoding=True)
-        results.append(features[0, 1:])
+        small = small.to(pixels.dtype)
+        features, _ = run_tower(tower, small, feature_layers, has_cls, (), interpolate_pos_encoding=True)
+        results.append(features[0, int(has_cls) :])
     return results
 
 
