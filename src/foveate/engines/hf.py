@@ -163,20 +163,17 @@ def select(
 def look(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
 ) -> VisualTokens:
-    """Encode the images of some inputs once, with everything that one of the reducers needs to decide."""
-    for reducer in reducers:
-        reducer.check(model, family)
-    probes = probes_of(reducers)
     """Encode the images of some inputs once, with everything that one of the reducers needs to decide.
 
     A method of the stage ``"encoder"`` changes the pass itself, and so needs one of its own.
     """
     for reducer in reducers:
+        reducer.check(model, family)
         if isinstance(reducer, EncoderReducer):
             if len(reducers) > 1:
                 raise InputError(f"{reducer.name} acts inside the vision encoder: look for it alone")
             return family.encode_inside(model, inputs, spans, reducer)
-    probes = tuple(dict.fromkeys(probe for reducer in reducers for probe in reducer.probes()))
+    probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
     tokens = family.encode(model, inputs, spans, probes)
     if Query() in probes:

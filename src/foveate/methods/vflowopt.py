@@ -100,6 +100,7 @@ class VFlowOpt(Reducer):
     a: float | None = None
     exact: bool = True
 
+    needs = (Judged(),)
     merges = "features"
     paper = "arXiv:2508.05211"
     complexity = "O(N log N)"
