@@ -6,6 +6,7 @@ import functools
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,7 +20,14 @@ from tiny_families import TINIES, Tiny, Visual
 from tiny_families.base import IMAGE, PAD, VIDEO
 
 FAMILIES = list(TINIES)
+CORE = ("llava", "llava_next", "video_llava")
 WIDTH = 12
+
+
+def in_depth(family: str) -> Any:
+    """Return the marks of a test in depth: families beside the core run it where CI asks for slow tests."""
+    return [] if family in CORE else pytest.mark.slow
+
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("random", {"seed": 3}),
