@@ -44,7 +44,7 @@ def hidden(model: Any, inputs: dict[str, Tensor], selections: list[list[SpanSele
     Where recurrent layers would pass them on, the plain LLM runs on the other columns at their positions instead.
     """
     batch, length = inputs["input_ids"].shape
-    if tiny_of(model).recurrent:
+    if not tiny_of(model).masks:
         return _spread_out(inputs, selections, rebuilt(model, inputs, selections, "original"))
     visible = torch.zeros(batch, length, dtype=torch.bool)
     for i, columns in enumerate(visible_columns(inputs, selections)):

@@ -27,8 +27,6 @@ def close(a, b):
 @pytest.mark.parametrize("name", OF_VIDEOS)
 def test_videos_equal_the_oracle(name):
     net, inputs = model(name), collate(films(name))
-    if name == "glm4v":
-        inputs["mm_token_type_ids"] = TINIES[name].types(inputs["input_ids"])
     with foveate.attach(net, VisPruner(keep=8)) as handle:
         out = net.generate(**inputs, **GREEDY)
     assert [len(s) for row in handle.selections for s in row] == [8, 8, 8]
@@ -123,7 +121,7 @@ def test_first_image_in_the_second_turn(name, only_new, stale):
     first, second = [sample(7), sample(5, seed=1)], [sample(2, picture, 3, seed=3), sample(1, picture, 4, seed=4)]
     if stale:  # a conversation before, of the plain model
         net.generate(**collate(samples(name)[:2]), **GREEDY)
-    cache = TINIES[name].cache()
+    cache = TINIES[name].cache(net)
     with foveate.attach(net, Uniform(keep=5)) as handle:
         one = net.generate(**collate(first), **GREEDY, past_key_values=cache)
         answers = one.sequences[:, collate(first)["input_ids"].shape[1] :].tolist()
@@ -142,7 +140,7 @@ def test_first_image_in_the_second_turn(name, only_new, stale):
 def test_a_second_image_behind_one_that_stayed_whole(name, by_hand):
     net, picture = model(name), Visual(name, ("image", 1, 4, 3))
     first, second = sample(2, Visual(name, ("image", 1, 2, 5)), 4, seed=1), sample(2, picture, 3, seed=3)
-    cache = TINIES[name].cache()
+    cache = TINIES[name].cache(net)
     with foveate.attach(net, Uniform(keep=[11, 5])) as handle, torch.no_grad():
         inputs = collate([first])
         if by_hand:
@@ -174,7 +172,7 @@ def test_a_second_image_behind_one_that_stayed_whole(name, by_hand):
 @pytest.mark.parametrize("name", QWEN)
 def test_second_turn_of_several_answers(name):
     net, first = model(name), samples(name)
-    inputs, cache = collate(first), TINIES[name].cache()
+    inputs, cache = collate(first), TINIES[name].cache(net)
     with foveate.attach(net, Uniform(keep=9)) as handle:
         one = net.generate(**inputs, **{**GREEDY, "do_sample": True}, num_return_sequences=2, past_key_values=cache)
         twice = [row for row in first for _ in range(2)]

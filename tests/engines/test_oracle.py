@@ -365,7 +365,7 @@ def joined(first, answers, then):
 def test_second_turn_on_the_same_cache(family, positions, new_image, only_new):
     net, first = model(family), samples(family)
     second = [sample(2, *([VISUALS[family][0]] if new_image else []), 4, seed=20 + i) for i in range(3)]
-    inputs, cache = collate(first), TINIES[family].cache()
+    inputs, cache = collate(first), TINIES[family].cache(net)
     with foveate.attach(net, Random(keep=9), positions=positions) as handle:
         one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
         before = handle.selections

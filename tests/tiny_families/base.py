@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
 
 VOCABULARY, PAD, IMAGE, VIDEO = 128, 0, 120, 121
 """Ids above 110 are never text; those from 111 to 119 are free for a family's own markers."""
@@ -42,8 +42,8 @@ class Tiny(ABC):
     """Tests that do not apply to the family, and why."""
     whole_grid = (8, 8)
     """The grid of a crop from which nothing was cut."""
-    recurrent = False
-    """Whether layers without attention pass on what a mask hides, so that only its absence can be the oracle."""
+    masks = True
+    """Whether dropping a token equals masking it; otherwise the oracle for both kinds of positions drops it, too."""
 
     @abstractmethod
     def build(self) -> Any:
@@ -66,8 +66,12 @@ class Tiny(ABC):
         batch, length = inputs["input_ids"].shape
         return torch.ones(length, length, dtype=torch.bool).tril().expand(batch, -1, -1)
 
-    def cache(self) -> Cache:
-        """Make an empty cache that a dialogue can go on with."""
+    def types(self, ids: Tensor) -> Tensor:
+        """Return the type plane of some ids."""
+        return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+
+    def cache(self, net: Any) -> Any:
+        """Return an empty cache for several turns."""
         return DynamicCache()
 
     def received(self, call: dict[str, Any]) -> Tensor:

@@ -35,9 +35,6 @@ class TinyMRope(Tiny):
         given = {key: inputs[key] for key in side if key in inputs}
         return net.model.get_rope_index(ids, mm_token_type_ids=self.types(ids), **given)[0]
 
-    def types(self, ids):
-        return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-
 
 def films(name):
     """Make two prompts with videos alone: GLM takes no images beside them."""

@@ -9,7 +9,7 @@ from tiny_families.qwen3_vl import TinyQwen3Vl
 
 class TinyQwen35(TinyQwen3Vl):
     name = "qwen3_5"
-    recurrent = True
+    masks = False
 
     def build(self):
         vision = {
@@ -28,8 +28,8 @@ class TinyQwen35(TinyQwen3Vl):
             )
         )  # fmt: skip
 
-    def cache(self):
-        return DynamicCache(config=self.original.config)
+    def cache(self, net):
+        return DynamicCache(config=net.config)
 
     def received(self, call):
         return call["inputs_embeds"]

@@ -1,6 +1,8 @@
 """PaddleOCR-VL: a SigLIP-like encoder at any resolution, whose patches the projector merges."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import nn
 
 from foveate.families.mrope import MRopeFamily
 
@@ -14,3 +16,6 @@ class PaddleOcrVl(MRopeFamily):
     side_inputs = ("image_grid_thw",)
     patches_by_token = False
     notes = "as qwen2_vl, images only"
+
+    def projector(self, model: Any) -> nn.Module:
+        return model.model.projector  # type: ignore[no-any-return]
