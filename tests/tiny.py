@@ -6,6 +6,7 @@ import functools
 import tempfile
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,10 +17,17 @@ from foveate.probes import ClsToken, Embeddings, Features, Keys, Members, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
 from tiny_families import TINIES, Tiny, Visual
-from tiny_families.base import IMAGE, PAD, VIDEO
+from tiny_families.base import IMAGE, PAD, VIDEO  # noqa: F401  the tests' names of the placeholders
 
 FAMILIES = list(TINIES)
+CORE = ("llava", "llava_next", "video_llava")
 WIDTH = 12
+
+
+def in_depth(family: str) -> Any:
+    """Return the marks of a test in depth: families beside the core run it where CI asks for slow tests."""
+    return [] if family in CORE else pytest.mark.slow
+
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("random", {"seed": 3}),
@@ -147,7 +155,7 @@ def collate(rows: list[dict[str, list[Any]]], side: str = "left", labels: bool =
         keys = dict.fromkeys(key for row in rows for key in row if key not in ("ids", "families"))
         out |= tiny.collate({key: [row.get(key, []) for row in rows] for key in keys})
         if tiny.type_plane:
-            out[tiny.type_plane] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+            out[tiny.type_plane] = tiny.types(ids)
     if labels:
         # A row's first token would be predicted from padding, or not at all.
         first = mask.cumsum(1) == 1

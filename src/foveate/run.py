@@ -298,6 +298,8 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     side = {key: inputs[key] for key in job.family.side_inputs if key in inputs}
     encode = getattr(job.model, "get_image_features", None) or job.model.model.get_image_features
     outputs = encode(inputs["pixel_values"], **side, return_dict=True)
+    if job.family.keeps_positions:
+        inputs["position_ids"] = job.family.positions(job.model, inputs)
     for key in (*job.family.inputs, *job.family.side_inputs):
         inputs.pop(key, None)
     return {**inputs, "mm_encoder_outputs": {"image": outputs}}

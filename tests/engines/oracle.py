@@ -39,8 +39,13 @@ def extended(inputs: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def hidden(model: Any, inputs: dict[str, Tensor], selections: list[list[SpanSelection]]) -> Tensor:
-    """Return all logits ``[B, L, V]`` of the plain model with a 4-D mask that hides the dropped columns."""
+    """Return all logits ``[B, L, V]`` of the plain model with a 4-D mask that hides the dropped columns.
+
+    Where recurrent layers would pass them on, the plain LLM runs on the other columns at their positions instead.
+    """
     batch, length = inputs["input_ids"].shape
+    if not tiny_of(model).masks:
+        return _spread_out(inputs, selections, rebuilt(model, inputs, selections, "original"))
     visible = torch.zeros(batch, length, dtype=torch.bool)
     for i, columns in enumerate(visible_columns(inputs, selections)):
         visible[i, columns] = True
@@ -53,17 +58,26 @@ def hidden(model: Any, inputs: dict[str, Tensor], selections: list[list[SpanSele
     return model(**{**inputs, "attention_mask": mask, "position_ids": positions}).logits
 
 
+def _spread_out(inputs: dict[str, Tensor], selections: list[list[SpanSelection]], rows: list[Tensor]) -> Tensor:
+    logits = rows[0].new_zeros(*inputs["input_ids"].shape, rows[0].shape[-1])
+    for i, columns in enumerate(visible_columns(inputs, selections)):
+        logits[i, columns] = rows[i]
+    return logits
+
+
 @torch.no_grad()
 def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the embeddings ``[B, L, D]`` that the plain model hands to its language model."""
+    """Return the embeddings ``[B, L, ...]``, and planes beside them, that the plain model hands to its LLM."""
     caught: list[Tensor] = []
+    tiny = tiny_of(model)
 
     def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        caught.append(kwargs["inputs_embeds"])
+        caught.append(tiny.received(kwargs))
 
     hook = model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        model(**{k: x for k, x in inputs.items() if k != "labels"})
+        positions = tiny.position_ids(model, inputs)
+        model(**{k: x for k, x in inputs.items() if k != "labels"}, position_ids=positions)
     finally:
         hook.remove()
     return caught[0].clone()
@@ -72,6 +86,7 @@ def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def visual_features(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the plain model's visual embeddings, all images, and all videos, one after the other."""
     embeds, ids = embeddings(model, inputs), inputs["input_ids"]
+    embeds = embeds if embeds.dim() == 3 else embeds[:, :, 0]
     found = {kind: embeds[ids == token] for kind, token in (("image", IMAGE), ("video", VIDEO))}
     return {kind: x for kind, x in found.items() if len(x)}
 
@@ -115,7 +130,8 @@ def rebuilt(
     Merged tokens are put together from the plain model's embeddings, or from its features and then projected, unless
     the embeddings of all spans are given.
     """
-    embeds, ids = embeddings(model, inputs), inputs["input_ids"]
+    embeds, ids, tiny = embeddings(model, inputs), inputs["input_ids"], tiny_of(model)
+    full = tiny.position_ids(model, inputs) if positions == "original" else None
     if isinstance(family_of(model), MergedFamily):
         merges = "embeddings"  # its methods see nothing else
     results, features = [], iter(unprojected(model, inputs) if merges == "features" else ())
@@ -133,9 +149,8 @@ def rebuilt(
             elif span.merge is not None:
                 embeds[i, places[span.kept]] = span.apply(embeds[i, places])
             start += span.length
-        first = int(inputs["attention_mask"][i].argmax())
-        at = torch.tensor(columns) - first if positions == "original" else torch.arange(len(columns))
-        results.append(model(inputs_embeds=embeds[i, columns][None], position_ids=at[None]).logits[0])
+        at = torch.arange(len(columns))[None] if full is None else full[..., i : i + 1, columns]
+        results.append(tiny.logits(model, embeds[i, columns][None], at)[0])
     return results
 
 

@@ -13,9 +13,10 @@ from foveate.errors import AttachError, BudgetError, InputError, UnknownNameErro
 from foveate.families import FAMILIES as FAMILIES_BY_NAME
 from foveate.families import family_of
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
-from tiny import FAMILIES, IMAGE, METHODS, collate, make, method_id, model, sample, samples
+from tiny import FAMILIES, IMAGE, METHODS, TINIES, collate, in_depth, make, method_id, model, sample, samples
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks=in_depth(f)) for f in FAMILIES])
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
@@ -33,7 +34,7 @@ def state(net):
     )  # fmt: skip
 
 
-@every_family
+@every_family_in_depth
 @pytest.mark.parametrize("entry", METHODS, ids=method_id)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_detaching_restores_the_model(family, entry, attention):
@@ -147,10 +148,14 @@ def test_caches_are_forgotten_with_their_owner():
         assert len(handle._caches) == 0
 
 
-@every_family
+@every_family_in_depth
 @pytest.mark.parametrize("entry", METHODS, ids=method_id)
 @pytest.mark.parametrize("positions", [None, "original", "compact"])
 def test_reduce_equals_attach(family, entry, positions):
+    if positions not in (None, *TINIES[family].positions):
+        with pytest.raises(InputError, match="use positions='original'"):
+            foveate.attach(model(family), make(entry, 9), positions=positions)
+        return
     net, inputs = model(family), collate(samples(family))
     length = inputs["input_ids"].shape[1]
     net(**inputs)  # transformers leaves hooks of its own behind when a tower first gives its hidden states
@@ -162,7 +167,8 @@ def test_reduce_equals_attach(family, entry, positions):
     assert not {"pixel_values", "pixel_values_videos", "image_sizes"} & set(reduced)
     width = reduced["input_ids"].shape[1]
     assert reduced["attention_mask"].shape[1] == width < length
-    assert ("position_ids" in reduced) == ((positions or reducer.positions) == "original")
+    numbered = positions or (reducer.positions if "compact" in TINIES[family].positions else "original")
+    assert ("position_ids" in reduced) == (numbered == "original")
     pure = net.generate(**reduced, **GREEDY)
     logits = net(**reduced).logits
     with foveate.attach(net, reducer, positions=positions) as handle:

@@ -20,6 +20,7 @@ from tiny import (
     Visual,
     cast,
     collate,
+    in_depth,
     make,
     method_id,
     model,
@@ -32,14 +33,6 @@ POSITIONS = ["original", "compact"]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
 
 both_positions = pytest.mark.parametrize("positions", POSITIONS)
-# Other families run the tests in depth where CI asks for it.
-CORE = ("llava", "llava_next", "video_llava")
-
-
-def in_depth(family):
-    return [] if family in CORE else pytest.mark.slow
-
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks=in_depth(f)) for f in FAMILIES])
 every_position = pytest.mark.parametrize(
@@ -372,7 +365,7 @@ def joined(first, answers, then):
 def test_second_turn_on_the_same_cache(family, positions, new_image, only_new):
     net, first = model(family), samples(family)
     second = [sample(2, *([VISUALS[family][0]] if new_image else []), 4, seed=20 + i) for i in range(3)]
-    inputs, cache = collate(first), DynamicCache()
+    inputs, cache = collate(first), TINIES[family].cache(net)
     with foveate.attach(net, Random(keep=9), positions=positions) as handle:
         one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
         before = handle.selections

@@ -10,8 +10,8 @@ from tiny_families.base import Tiny, Visual
 TINIES: dict[str, Tiny] = {}
 
 for found in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
-    if found.name != "base":
-        tiny = importlib.import_module(f"{__name__}.{found.name}").TINY
+    tiny = getattr(importlib.import_module(f"{__name__}.{found.name}"), "TINY", None)
+    if tiny is not None:
         TINIES[tiny.name] = tiny
 
 __all__ = ["TINIES", "Tiny", "Visual"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
 
 VOCABULARY, PAD, IMAGE, VIDEO = 128, 0, 120, 121
 """Ids above 110 are never text; those from 111 to 119 are free for a family's own markers."""
@@ -42,6 +42,8 @@ class Tiny(ABC):
     """Tests that do not apply to the family, and why."""
     whole_grid = (8, 8)
     """The grid of a crop from which nothing was cut."""
+    masks = True
+    """Whether dropping a token equals masking it; otherwise the oracle for both kinds of positions drops it, too."""
 
     @abstractmethod
     def build(self) -> Any:
@@ -63,6 +65,22 @@ class Tiny(ABC):
         """Return which columns each column of a prompt may attend to, ``[B, L, L]`` bool, padding aside."""
         batch, length = inputs["input_ids"].shape
         return torch.ones(length, length, dtype=torch.bool).tril().expand(batch, -1, -1)
+
+    def types(self, ids: Tensor) -> Tensor:
+        """Return the type plane of some ids."""
+        return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+
+    def cache(self, net: Any) -> Any:
+        """Return an empty cache for several turns."""
+        return DynamicCache()
+
+    def received(self, call: dict[str, Any]) -> Tensor:
+        """Return what the language model gets of each token, ``[B, L, ...]``, from the keywords of its call."""
+        return call["inputs_embeds"]
+
+    def logits(self, net: Any, received: Tensor, position_ids: Tensor) -> Tensor:
+        """Run the language model on tokens as `received` returns them."""
+        return net(inputs_embeds=received, position_ids=position_ids).logits
 
     @functools.cached_property
     def original(self) -> Any:

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.engines.compaction import Compaction, compact_planes
-from foveate.engines.hf import Reduced, Separators, Settings, base_model, pad_id, reduce_with, with_positions
+from foveate.engines.compaction import Compaction, compact_planes, position_behind
+from foveate.engines.hf import (
+    Reduced,
+    Separators,
+    Settings,
+    base_model,
+    pad_id,
+    reduce_with,
+    rotary_axes,
+    with_positions,
+)
 from foveate.errors import AttachError
 from foveate.families import Family, family_of
 from foveate.reducer import Positions, Reducer
@@ -181,8 +190,7 @@ class Handle:
         filled = cache.get_seq_length() if cache is not None else 0
         state = self._caches.get(cache) if filled else None
         if state is None and filled and any(inputs.get(key) is not None for key in self._family.inputs):
-            ids = inputs["input_ids"]
-            state = Compaction(torch.arange(filled, device=ids.device).expand(len(ids), -1), filled, padded=False)
+            state = self._unreduced(inputs, filled)
         if state is None:
             out = reduce_with(self._model, self._family, inputs, self.settings)
             self._remember(out.selection, inputs.get("input_ids"))
@@ -197,7 +205,7 @@ class Handle:
         for key in ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
             if isinstance(plane := inputs.get(key), Tensor) and plane.shape[1] == head + new["input_ids"].shape[1]:
                 new[key] = plane[:, head:]
-        new.pop("position_ids", None)
+        own = new.pop("position_ids", None)
         tail = reduce_with(self._model, self._family, new, replace(self.settings, positions="compact"))
         self._remember(tail.selection, ids)
         length = new["input_ids"].shape[1]
@@ -205,7 +213,34 @@ class Handle:
             torch.arange(length, device=ids.device).expand(len(ids), -1), length, padded=False
         )
         prefix = state.then(head - state.length)
+        if self._family.keeps_positions:
+            positions = self._continued_positions(new, own, prefix)
+            kept = replace(kept, behind=position_behind(positions, new.get("attention_mask")))
+            inputs = {**inputs, "position_ids": torch.nn.functional.pad(positions, (prefix.length, 0))}
         return self._join(inputs, prefix, kept, tail, only_new)
+
+    def _unreduced(self, inputs: Mapping[str, Any], filled: int) -> Compaction:
+        """Describe a cache that holds whole prompts, of which the handle knows nothing else."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        behind = None
+        if self._family.keeps_positions:
+            behind = ids.new_full((len(ids),), filled) if mask is None else mask[:, :filled].sum(dim=1)
+            deltas = self._family.position_deltas(self._model)
+            if deltas is not None and len(ids) % len(deltas) == 0:
+                behind = behind + deltas.flatten().to(behind.device).repeat_interleave(len(ids) // len(deltas))
+        return Compaction(torch.arange(filled, device=ids.device).expand(len(ids), -1), filled, False, behind)
+
+    def _continued_positions(self, new: Mapping[str, Any], own: Tensor | None, prefix: Compaction) -> Tensor:
+        """Return the M-RoPE positions ``[3, B, n]`` of the n columns that follow a cached prompt."""
+        batch, length = new["input_ids"].shape
+        if own is not None:
+            return rotary_axes(own, batch)[..., -length:]
+        positions = self._family.positions(self._model, new)
+        assert positions is not None
+        assert prefix.behind is not None
+        positions = positions + prefix.behind.to(positions.device)[:, None]
+        mask = new.get("attention_mask")
+        return positions if mask is None else positions.masked_fill(mask == 0, 0)
 
     def _join(
         self, inputs: Mapping[str, Any], prefix: Compaction, kept: Compaction, tail: Reduced, only_new: bool

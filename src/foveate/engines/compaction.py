@@ -28,11 +28,14 @@ class Compaction:
         Number of columns of the full prompts, L.
     padded
         Whether any entry of `columns` is -1.
+    behind
+        ``[B]`` int64: the position of what follows the prompts, where positions are not counted along them (M-RoPE).
     """
 
     columns: Tensor
     length: int
     padded: bool
+    behind: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -53,13 +56,14 @@ class Compaction:
         """Return the compaction of prompts with `extra` further columns, all of them kept."""
         more = torch.arange(self.length, self.length + extra, device=self.columns.device)
         columns = torch.cat([self.columns, more.expand(len(self.columns), -1)], dim=1)
-        return Compaction(columns, self.length + extra, self.padded)
+        behind = None if self.behind is None else self.behind + extra
+        return Compaction(columns, self.length + extra, self.padded, behind)
 
     def followed_by(self, other: Compaction) -> Compaction:
-        """Return the compaction of prompts made of this one's columns and then the other's."""
+        """Return the compaction of prompts made of this one's columns and then the other's, which ends them."""
         tail = torch.where(other.columns < 0, -1, other.columns + self.length)
         columns = torch.cat([self.columns, tail.to(self.columns.device)], dim=1)
-        return Compaction(columns, self.length + other.length, self.padded or other.padded)
+        return Compaction(columns, self.length + other.length, self.padded or other.padded, other.behind)
 
     def expanded(self, batch: int) -> Compaction:
         """Return the compaction for a batch in which each prompt stands several times in a row."""
@@ -68,7 +72,9 @@ class Compaction:
             return self
         if batch % rows:
             raise InputError(f"a cache of {rows} prompts cannot be continued with a batch of {batch}")
-        return Compaction(self.columns.repeat_interleave(batch // rows, dim=0), self.length, self.padded)
+        behind = None if self.behind is None else self.behind.repeat_interleave(batch // rows)
+        columns = self.columns.repeat_interleave(batch // rows, dim=0)
+        return Compaction(columns, self.length, self.padded, behind)
 
 
 def plan(ids: Tensor, mask: Tensor | None, spans: Sequence[Span], selection: Selection) -> Compaction:
@@ -118,6 +124,15 @@ def full_positions(mask: Tensor | None, batch: int, length: int, device: torch.d
     if mask is None:
         return torch.arange(length, device=device).expand(batch, -1)
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+def position_behind(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the position ``[B]`` at which text goes on behind prompts with positions ``[axes, B, L]``."""
+    highest = positions.amax(dim=0)
+    if mask is None:
+        return highest[:, -1] + 1
+    last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1, keepdim=True)
+    return highest.gather(1, last.to(highest.device))[:, 0] + 1
 
 
 def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.coverage import SALIENCY, with_coverage
 from foveate.encoder import EncoderReducer
-from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan
+from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan, position_behind
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.probes import Probe, Query
@@ -250,7 +250,11 @@ def apply(
 ) -> Reduced:
     """Compact all planes of the inputs together and hand the embeddings over."""
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
-    full = with_positions(inputs, inputs["input_ids"].shape, positions, family.positions(model, inputs))
+    own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
+    full = with_positions(inputs, inputs["input_ids"].shape, positions, own)
+    if family.keeps_positions and positions == "original":
+        full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
+        compaction = replace(compaction, behind=position_behind(full["position_ids"], inputs.get("attention_mask")))
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
@@ -279,6 +283,16 @@ def with_positions(
     elif positions == "compact":
         raise InputError("position_ids number the full prompt: leave them out, or use positions='original'")
     return full
+
+
+def rotary_axes(positions: Tensor, batch: int) -> Tensor:
+    """Return the temporal, vertical and horizontal positions ``[3, B, L]`` among M-RoPE position ids.
+
+    A row in front of them that counts the tokens is left out: with gaps in it, transformers would take one prompt for
+    several packed ones.
+    """
+    axes = positions[-3:] if positions.dim() == 3 else positions[None]
+    return axes.expand(3, batch, -1)
 
 
 def pad_id(model: Any) -> int:

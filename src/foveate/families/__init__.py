@@ -9,13 +9,19 @@ from foveate.families.aya_vision import AyaVision
 from foveate.families.base import Family
 from foveate.families.cohere2_vision import Cohere2Vision
 from foveate.families.fast_vlm import FastVlm
+from foveate.families.glm4v import Glm4v
 from foveate.families.idefics3 import Idefics3
 from foveate.families.internvl import InternVL
 from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
+from foveate.families.paddleocr_vl import PaddleOcrVl
 from foveate.families.perception_lm import PerceptionLM
+from foveate.families.qwen2_5_vl import Qwen2_5Vl
+from foveate.families.qwen2_vl import Qwen2Vl
+from foveate.families.qwen3_5 import Qwen3_5
+from foveate.families.qwen3_vl import Qwen3Vl
 from foveate.families.smolvlm import SmolVLM
 from foveate.families.video_llava import VideoLlava
 from foveate.families.vipllava import VipLlava
@@ -36,6 +42,12 @@ FAMILIES: dict[str, Family] = {
         Cohere2Vision(),
         FastVlm(),
         PerceptionLM(),
+        Qwen2Vl(),
+        Qwen2_5Vl(),
+        Qwen3Vl(),
+        Qwen3_5(),
+        Glm4v(),
+        PaddleOcrVl(),
     )
 }
 

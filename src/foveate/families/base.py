@@ -180,6 +180,13 @@ class Family(ABC):
         """Return the spans of pictures of a size ``(height, width)`` with the boxes that the inputs do not tell."""
         return tuple(spans)
 
+    def position_deltas(self, model: Any) -> Tensor | None:
+        """Return by how much positions run ahead of the number of tokens in the model's own last run, ``[B, 1]``.
+
+        `None` if the model counts positions along the prompt.
+        """
+        return None
+
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         """Wrap embeddings per span as the ``mm_encoder_outputs`` of the model."""

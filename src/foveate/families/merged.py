@@ -76,6 +76,10 @@ class MergedFamily(Family):
         """Return the id of the placeholder of a kind of span."""
         return int(getattr(model.config, f"{kind}_token_id"))
 
+    def placeholders(self, model: Any, ids: Tensor, kind: str) -> Tensor:
+        """Mark the placeholders of a kind of span among the ids ``[B, L]``."""
+        return ids == self.token_id(model, kind)
+
     def read_layer(self, model: Any) -> int:
         """Return the index of the encoder layer whose output the projector reads."""
         return len(self.layers(model)) - 1
@@ -101,7 +105,11 @@ class MergedFamily(Family):
         return self.side_inputs
 
     def rows(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
-        """Return what the LLM gets of each image, ``[N, D]``, from the output of `image_features`."""
+        """Return what the LLM gets of each image, from the output of `image_features`.
+
+        ``[N, D]``, or ``[N, 1 + planes, D]`` in a family with further planes (see `embeddings`), which are gathered and
+        merged along.
+        """
         pooled = output.pooler_output
         flat = torch.cat(list(pooled)) if not isinstance(pooled, Tensor) else pooled.flatten(0, -2)
         lengths = [layout.length for layout in layouts]
@@ -123,7 +131,7 @@ class MergedFamily(Family):
                 continue
             layouts = self.layouts(model, inputs, kind)
             lengths = [layout.length for layout in layouts]
-            placed = placeholder_columns(ids, self.token_id(model, kind), lengths, kind)
+            placed = placeholder_columns(self.placeholders(model, ids, kind), True, lengths, kind)
             for layout, (row, columns) in zip(layouts, placed, strict=True):
                 found.append((row, int(columns[0]), kind, columns, layout))
         spans: list[Span] = []
@@ -162,18 +170,18 @@ class MergedFamily(Family):
         own = [next(rows[span.kind]) for span in spans]
         planes: dict[Probe, list[Tensor]] = {Features(): []}
         for span, tokens in zip(spans, own, strict=True):
-            width = self.embedding_width(tokens)
+            embeddings = self.embeddings(tokens).detach()
             for crop in span.crops:
-                planes[Features()].append(tokens.detach()[:, :width].index_select(0, crop.index.to(tokens.device)))
+                planes[Features()].append(embeddings.index_select(0, crop.index.to(tokens.device)))
                 for probe, x in parts[span.kind].items():
                     planes.setdefault(probe, []).append(next(x))
         if Embeddings() in probes:
             planes[Embeddings()] = planes[Features()]
         return VisualTokens(tuple(spans), planes, own[0].device, own)
 
-    def embedding_width(self, rows: Tensor) -> int:
-        """Return how many of the columns of ``[N, D]`` rows are the input embedding, rather than further planes."""
-        return int(rows.shape[-1])
+    def embeddings(self, rows: Tensor) -> Tensor:
+        """Return the input embeddings ``[N, D]`` in what `rows` returns of an image, leaving further planes aside."""
+        return rows
 
     def _look(
         self, model: Any, inputs: Mapping[str, Any], kind: str, probes: Sequence[LayerProbe]
@@ -192,6 +200,8 @@ class MergedFamily(Family):
         planes: dict[Probe, Tensor] = {}
         for probe, read in numbers.items():
             found = [_joined(taps.values(attention_of(layers[i]), probe)) for i in read]
+            if len({x.shape[0] for x in found}) > 1:  # layers that attend within windows beside others
+                found = [x.flatten(0, 1)[None] for x in found]
             planes[probe] = torch.stack(found, dim=-1) if probe.stacked else found[0]
         return output, planes
 
