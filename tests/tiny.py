@@ -237,3 +237,13 @@ def _width(probe: Any) -> tuple[int, ...]:
     if isinstance(probe, FEATURES):
         return (WIDTH,)
     return (2,) if probe.stacked else ()
+
+
+def embedded_rows(reduced: Any) -> list[Tensor]:
+    """Return what the LLM gets of each span, ``[K, D]``."""
+    rows: dict[str, Any] = {}
+    for kind, output in reduced["mm_encoder_outputs"].items():
+        pooled = output.pooler_output
+        flat = pooled.flatten(0, -2) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+        rows[kind] = iter(flat.split([len(span) for span in reduced.selection if span.kind == kind]))
+    return [next(rows[span.kind]) for span in reduced.selection]

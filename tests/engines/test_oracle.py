@@ -20,6 +20,7 @@ from tiny import (
     Visual,
     cast,
     collate,
+    embedded_rows,
     in_depth,
     make,
     method_id,
@@ -122,16 +123,6 @@ def test_the_oracles_tell_selections_apart(family, positions):
         generate(net, inputs)
     logits = answer_logits(net, inputs, other.selections, answer_of(out, inputs), positions)
     assert (logits - torch.stack(out.logits, 1)).abs().max() > 0.1
-
-
-def embedded_rows(reduced):
-    """Return what the LLM gets of each span, ``[K, D]``."""
-    rows = {}
-    for kind, output in reduced["mm_encoder_outputs"].items():
-        pooled = output.pooler_output
-        flat = pooled.flatten(0, -2) if isinstance(pooled, torch.Tensor) else torch.cat(list(pooled))
-        rows[kind] = iter(flat.split([len(span) for span in reduced.selection if span.kind == kind]))
-    return [next(rows[span.kind]) for span in reduced.selection]
 
 
 @every_family_in_depth

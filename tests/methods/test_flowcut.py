@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from greedy_cases import wave, wave_saliency
-from tower_cases import embeddings_of, reference
+from tower_cases import reference
 
 import foveate
 from foveate import Budget
@@ -15,7 +15,7 @@ from foveate.errors import FoveateError
 from foveate.methods import FlowCut
 from foveate.methods.flowcut import Flow
 from foveate.probes import Heads
-from tiny import collate, model, samples
+from tiny import collate, embedded_rows, model, samples
 
 
 def heads_of(attention, value):
@@ -125,7 +125,7 @@ def test_the_tower_equals_plain_steps(family, keep):
     net, inputs = deeper(family), collate(samples(family))
     reduced = foveate.reduce(net, inputs, FlowCut(keep=keep, entropy=0.3))
     expected = reference(net, inputs, pruning(0.3), "mlp", keep)
-    for chosen, embeds, (kept, _, rows) in zip(reduced.selection, embeddings_of(reduced), expected, strict=True):
+    for chosen, embeds, (kept, _, rows) in zip(reduced.selection, embedded_rows(reduced), expected, strict=True):
         chosen.check()
         assert chosen.merge is None
         assert chosen.kept.tolist() == kept

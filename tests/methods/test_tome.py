@@ -5,7 +5,7 @@ import torch
 from greedy_cases import exact_features, wave
 from merge_cases import cosine, mean_keys
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tower_cases import embeddings_of, log_size, reference
+from tower_cases import log_size, reference
 
 import foveate
 from foveate import Budget, Chain
@@ -17,7 +17,7 @@ from foveate.methods import ToMe, Uniform
 from foveate.methods.tome import bipartite_matching
 from foveate.probes import Keys
 from foveate.run import Job, _lengths
-from tiny import VISUALS, collate, model, sample, samples
+from tiny import VISUALS, collate, embedded_rows, model, sample, samples
 
 FAMILIES = ["llava", "llava_next", "video_llava"]
 
@@ -163,7 +163,7 @@ def test_the_tower_equals_plain_steps(family, keep, proportional):
     net, inputs = model(family), collate(samples(family))
     reduced = foveate.reduce(net, inputs, ToMe(keep=keep, proportional=proportional))
     expected = reference(net, inputs, merging(proportional), "attention", keep)
-    for chosen, embeds, (kept, patches, rows) in zip(reduced.selection, embeddings_of(reduced), expected, strict=True):
+    for chosen, embeds, (kept, patches, rows) in zip(reduced.selection, embedded_rows(reduced), expected, strict=True):
         chosen.check()
         assert chosen.kept.tolist() == kept
         torch.testing.assert_close(embeds.double(), rows, atol=1e-4, rtol=1e-4)
@@ -179,7 +179,7 @@ def test_the_tower_equals_plain_steps(family, keep, proportional):
 
 def test_sizes_matter_to_attention():
     net, inputs = model("llava"), collate(samples("llava"))
-    one, other = (embeddings_of(foveate.reduce(net, inputs, ToMe(keep=20, proportional=p)))[0] for p in (True, False))
+    one, other = (embedded_rows(foveate.reduce(net, inputs, ToMe(keep=20, proportional=p)))[0] for p in (True, False))
     assert (one - other).abs().max() > 1e-3
 
 
@@ -189,7 +189,7 @@ def test_attention_implementations_agree(attention):
     net, plain = model("llava", attention), model("llava")
     one, other = (foveate.reduce(n, inputs, ToMe(keep=20)) for n in (net, plain))
     assert [s.kept.tolist() for s in one.selection] == [s.kept.tolist() for s in other.selection]
-    for a, b in zip(embeddings_of(one), embeddings_of(other), strict=True):
+    for a, b in zip(embedded_rows(one), embedded_rows(other), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert net.model.vision_tower.config._attn_implementation == attention
 
@@ -205,7 +205,7 @@ def test_a_whole_image_beside_a_reduced_one(family):
     whole = [i for i, s in enumerate(reduced.selection) if s.is_identity]
     assert len(whole) == 1
     assert [len(s) for s in reduced.selection] == [len(s) for s in plain.selection]
-    torch.testing.assert_close(embeddings_of(reduced)[whole[0]], embeddings_of(plain)[whole[0]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(embedded_rows(reduced)[whole[0]], embedded_rows(plain)[whole[0]], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("separators", ["keep", "nonempty"])
@@ -218,11 +218,11 @@ def test_separators(family, separators):
         kept = set(chosen.kept.tolist()) & set(span.separators().tolist())
         assert len(chosen) == 9 + len(kept)
         assert kept or family == "video_llava"
-    assert all(x.isfinite().all() for x in embeddings_of(reduced))
+    assert all(x.isfinite().all() for x in embedded_rows(reduced))
     if family == "llava_next":
         rows = torch.isin(chosen.kept, span.separators())
         newline = net.model.image_newline
-        torch.testing.assert_close(embeddings_of(reduced)[-1][rows], newline.expand(int(rows.sum()), -1))
+        torch.testing.assert_close(embedded_rows(reduced)[-1][rows], newline.expand(int(rows.sum()), -1))
 
 
 def test_later_layers_have_fewer_tokens():
@@ -250,7 +250,7 @@ def test_lengths_count_padding():
 def test_gradients_reach_the_tower():
     net, inputs = model("llava"), collate(samples("llava"))
     reduced = foveate.reduce(net, inputs, ToMe(keep=20))
-    sum(x.sum() for x in embeddings_of(reduced)).backward()
+    sum(x.sum() for x in embedded_rows(reduced)).backward()
     assert net.model.vision_tower.encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
 
 
@@ -270,7 +270,7 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     with pytest.raises(UnsupportedModelError, match="proportional=False"):
         foveate.reduce(net, inputs, ToMe(keep=9))
     monkeypatch.setattr(Llava, "reduces_inside", False)
-    with pytest.raises(UnsupportedModelError, match="such as 'visionzip'"):
+    with pytest.raises(UnsupportedModelError, match=r"tome needs a CLIP-like vision encoder, .*visionzip"):
         foveate.attach(net, ToMe(keep=9))
 
 

@@ -77,9 +77,3 @@ def towers(net, family, inputs):
 
 def log_size(token):
     return math.log(len(token["patches"]))
-
-
-def embeddings_of(reduced):
-    """Return the embeddings of each span of reduced inputs."""
-    parts = {kind: iter(output.pooler_output) for kind, output in reduced["mm_encoder_outputs"].items()}
-    return [next(parts[span.kind]) for span in reduced.selection]
