@@ -12,3 +12,20 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _applies(request):
+    """Skip what a family says does not apply to it, and methods that need what it does not give."""
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    if not isinstance(params.get("family"), str):
+        return
+    from foveate.families import FAMILIES
+    from tiny import TINIES, make
+
+    name = params["family"]
+    if reason := TINIES[name].skips.get(request.node.originalname):
+        pytest.skip(reason)
+    reducer = params.get("reducer") or (make(params["entry"], 1) if "entry" in params else None)
+    if reducer is not None and (lacking := FAMILIES[name].lacks(reducer)):
+        pytest.skip(f"{name} lacks {lacking}")

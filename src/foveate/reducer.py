@@ -47,6 +47,8 @@ class Reducer(ABC):
     stage: ClassVar[Stage] = "before_llm"
     needs: ClassVar[tuple[Probe, ...]] = ()
     """Probes that `select` reads."""
+    reads_grid: ClassVar[bool] = False
+    """Whether `select` needs the rows and columns of tokens."""
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     merges: ClassVar[Merging] = None

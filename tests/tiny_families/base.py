@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
 
 VOCABULARY, PAD, IMAGE, VIDEO = 128, 0, 120, 121
 """Ids above 110 are never text; those from 111 to 119 are free for a family's own markers."""
@@ -37,6 +38,12 @@ class Tiny(ABC):
     type_plane: str | None = None
     """Name of the input that tells text (0), image (1) and video (2) tokens apart, if the model has one."""
     positions = ("original", "compact")
+    masks = True
+    """Whether dropping a token equals masking it; otherwise the oracle for both kinds of positions drops it, too."""
+    answer_type = 0
+    """What the type plane says of answers."""
+    skips: Mapping[str, str] = {}
+    """Tests that do not apply to the family, and why."""
 
     @abstractmethod
     def build(self) -> Any:
@@ -53,6 +60,18 @@ class Tiny(ABC):
     def position_ids(self, net: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Return the position ids of the plain model's full prompt."""
         return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    def types(self, ids: Tensor) -> Tensor:
+        """Return the type plane of some ids."""
+        return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+
+    def cache(self, net: Any) -> Any:
+        """Return an empty cache for several turns."""
+        return DynamicCache()
+
+    def mask(self, net: Any, inputs: dict[str, Tensor], visible: Tensor) -> Any:
+        """Return what the model takes as an attention mask that hides all but the visible columns ``[B, L]``."""
+        return additive(self.allowed(inputs) & visible[:, None, :], net.dtype)
 
     def allowed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return which columns each column of a prompt may attend to, ``[B, L, L]`` bool, padding aside."""
@@ -73,6 +92,13 @@ class Tiny(ABC):
         return fresh
 
 
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn what each column may attend to ``[B, L, L]`` into a 4-D mask; every column sees itself."""
+    allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
+    mask = torch.zeros(len(allowed), 1, *allowed.shape[1:], dtype=dtype)
+    return mask.masked_fill_(~allowed[:, None], torch.finfo(dtype).min)
+
+
 def picture(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
@@ -80,6 +106,11 @@ def picture(generator: torch.Generator, *shape: int) -> Tensor:
 def clip_config(**changes: Any) -> CLIPVisionConfig:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     return CLIPVisionConfig(**{**shape, "image_size": 32, "patch_size": 4, "projection_dim": 32, **changes})
+
+
+def siglip_config(**changes: Any) -> SiglipVisionConfig:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return SiglipVisionConfig(**{**shape, "image_size": 32, "patch_size": 4, "vision_use_head": False, **changes})
 
 
 def text_shape(**changes: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from foveate.engines.compaction import Compaction, compact_planes, full_position
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.probes import Query
-from foveate.reducer import Positions, Reducer, identity, load_reducer
+from foveate.reducer import Positions, Reducer, get_method, identity, list_methods, load_reducer
 from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
 
@@ -70,6 +70,12 @@ class Settings:
         reducer = load_reducer(method, **config)
         if reducer.stage not in ("pixels", "before_llm"):
             raise UnsupportedModelError(f"{reducer.name} acts at the stage {reducer.stage!r}, which this engine lacks")
+        if family is not None and (lacking := family.lacks(reducer)):
+            others = [name for name in list_methods() if name != "chain" and not family.lacks(get_method(name))]
+            raise UnsupportedModelError(
+                f"{reducer.name} needs {lacking}, which the family {family.name!r} does not give; methods that run on "
+                f"it are: {', '.join(others)}"
+            )
         if positions not in (None, "original", "compact"):
             raise InputError(f"positions are 'original' or 'compact', not {positions!r}")
         if separators not in ("drop", "keep", "nonempty"):
@@ -232,6 +238,9 @@ def apply(
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
+    if out.get("position_ids") is not None and out.get("attention_mask") is None:
+        # Without a mask, transformers takes gaps between positions for the borders of packed prompts.
+        out["attention_mask"] = torch.ones_like(out["input_ids"])
     out["mm_encoder_outputs"] = family.encoder_outputs(spans, embeds)
     out.selection, out.compaction = selection, compaction
     return out

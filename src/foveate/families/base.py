@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.probes import Attention, ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.reducer import Reducer
 from foveate.selection import Merging, Selection
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -31,6 +32,35 @@ class Family(ABC):
     notes: ClassVar[str] = ""
     keeps_positions: ClassVar[bool] = False
     """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
+    has_cls: ClassVar[bool] = False
+    """Whether the vision encoder has a ``[CLS]`` token."""
+    has_attention: ClassVar[bool] = True
+    """Whether the attention layers of the vision encoder can be read."""
+    has_grid: ClassVar[bool] = True
+    """Whether the rows and columns of tokens are known."""
+    resizes: ClassVar[bool] = False
+    """Whether smaller pictures can be encoded, as methods of the stage ``"pixels"`` ask for."""
+
+    def matches(self, config: Any) -> bool:
+        """Return whether a model with this configuration belongs to the family."""
+        return getattr(config, "model_type", None) in self.model_types
+
+    def lacks(self, method: Reducer | type[Reducer]) -> str | None:
+        """Say what a method needs that the family does not give, or return `None` if the method runs on it.
+
+        Methods that read the grid count as running where it is known for some images only.
+        """
+        if method.stage == "pixels":
+            return None if self.resizes else "an encoder that takes smaller pictures"
+        probes = method.probes() if isinstance(method, Reducer) else method.needs
+        if not self.has_attention and isinstance(method, Reducer) and method.coverages():
+            return "the attention of the vision encoder, which its adaptive budget follows"
+        for probe in probes:
+            if isinstance(probe, LayerProbe) and not self.has_attention:
+                return "the attention layers of the vision encoder"
+            if isinstance(probe, Attention) and probe.of == "cls" and not self.has_cls:
+                return "a vision encoder with a [CLS] token"
+        return None
 
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -179,6 +209,8 @@ def run_tower(
     feature_layers: Sequence[int],
     has_cls: bool,
     probes: Sequence[Probe],
+    *,
+    final: nn.Module | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, dict[Probe, Tensor]]:
     """Run a CLIP-like vision tower up to the last layer that is read.
@@ -191,6 +223,8 @@ def run_tower(
         Indices into the tower's hidden states, as in ``config.vision_feature_layer``.
     has_cls
         Whether the first token is ``[CLS]``.
+    final
+        The norm behind the last layer, if the projector reads its output.
 
     Returns
     -------
@@ -207,7 +241,8 @@ def run_tower(
         for i in read:
             watched.setdefault(attention_of(layers[i]), []).append(probe)
     last = max([i for read in numbers.values() for i in read], default=-1)
-    running = [layers[i] for i in indices] + ([layers[last]] if last > max(indices) else [])
+    running = [layers[i] for i in indices] if final is None else [final]
+    running += [layers[last]] if last > max(indices) else []
     with tap(tower, watched, int(has_cls)) as taps:
         outputs = layer_outputs(tower, running, pixels, **kwargs)[: len(indices)]
     features = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -243,6 +278,8 @@ def resized_crops(
     grids: Sequence[Grid],
     patch: int,
     feature_layers: Sequence[int],
+    has_cls: bool = True,
+    final: nn.Module | None = None,
 ) -> list[Tensor]:
     """Encode crops from smaller pictures, so that each makes the given grid of tokens, ``[h * w, C]`` each."""
     results: list[Tensor] = []
@@ -255,8 +292,10 @@ def resized_crops(
         small = nn.functional.interpolate(
             picture[None].float(), size=(h * patch, w * patch), mode="bicubic", antialias=True, align_corners=False
         )
-        features, _ = run_tower(tower, small.to(pixels.dtype), feature_layers, True, (), interpolate_pos_encoding=True)
-        results.append(features[0, 1:])
+        features, _ = run_tower(
+            tower, small.to(pixels.dtype), feature_layers, has_cls, (), final=final, interpolate_pos_encoding=True
+        )
+        results.append(features[0, int(has_cls) :])
     return results
 
 

@@ -6,27 +6,63 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.errors import UnsupportedModelError
 from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes, with_cls
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
 
 class Llava(Family):
-    """LLaVA-1.5 and models that share its classes, such as BakLLaVA and the embedded `nano`."""
+    """LLaVA-1.5 and models that share its classes, such as BakLLaVA and the embedded `nano`.
+
+    The tower is CLIP's, or SigLIP's, which has no ``[CLS]`` token.
+    """
 
     name = "llava"
     model_types = ("llava",)
     inputs: ClassVar = {"pixel_values": "image"}
     side_inputs = ("image_sizes",)
+    has_cls = True
+    resizes = True
     notes = "one grid per image; pruned between the vision tower and the projector"
+
+    def matches(self, config: Any) -> bool:
+        return super().matches(config) and config.vision_config.model_type != "pixtral"
+
+    def cls(self, model: Any) -> bool:
+        """Return whether the tower puts a ``[CLS]`` token before the patches."""
+        tower = model.config.vision_config.model_type
+        if "clip" not in tower and "siglip" not in tower:
+            raise UnsupportedModelError(
+                f"{self.name} is supported with vision towers of CLIP, SigLIP and Pixtral, not with {tower!r}"
+            )
+        return "siglip" not in tower
+
+    def projects_cls(self, model: Any, inputs: Mapping[str, Any]) -> bool:
+        """Return whether the projector reads the ``[CLS]`` token too."""
+        cls, full = self.cls(model), strategy(model, inputs) == "full"
+        if not cls and not full:
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy='default' drops the first token, and this vision tower has no [CLS] "
+                "token there: use 'full'"
+            )
+        return cls and full
+
+    def layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the indices of the hidden states that the projector reads."""
+        return feature_layers(model, inputs)
+
+    def final(self, model: Any) -> nn.Module | None:
+        """Return the norm behind the tower's last layer, if the projector reads its output."""
+        return None
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         pixels, ids = inputs["pixel_values"], inputs["input_ids"].cpu()
         grid = patch_grid(model, pixels)
-        lead = int(strategy(model, inputs) == "full")
+        lead = int(self.projects_cls(model, inputs))
         lengths = [grid[0] * grid[1] + lead] * len(pixels)
         spans: list[Span] = []
         for image, (row, columns) in enumerate(placeholder_columns(ids, model.config.image_token_id, lengths, "image")):
@@ -39,21 +75,27 @@ class Llava(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
-        pixels = inputs["pixel_values"]
-        features, values = run_tower(model.model.vision_tower, pixels, feature_layers(model, inputs), True, probes)
-        grid = patch_grid(model, pixels)
-        planes = token_planes([c for s in spans for c in s.crops], grid, features[:, 1:], values)
-        hidden = features if strategy(model, inputs) == "full" else features[:, 1:]
+        pixels, cls = inputs["pixel_values"], self.cls(model)
+        features, values = run_tower(
+            model.model.vision_tower, pixels, self.layers(model, inputs), cls, probes, final=self.final(model)
+        )
+        patches = features[:, int(cls) :]
+        planes = token_planes([c for s in spans for c in s.crops], patch_grid(model, pixels), patches, values)
+        hidden = features if self.projects_cls(model, inputs) else patches
         tokens = VisualTokens(tuple(spans), planes, features.device, list(hidden))
-        return self.with_embeddings(model, with_cls(tokens, features[:, 0], probes), probes)
+        if cls:
+            tokens = with_cls(tokens, features[:, 0], probes)
+        return self.with_embeddings(model, tokens, probes)
 
     def encode_at(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
     ) -> list[list[Tensor]]:
         patch = model.config.vision_config.patch_size
-        layers, pixels = feature_layers(model, inputs), inputs["pixel_values"]
+        layers, cls, final = self.layers(model, inputs), self.cls(model), self.final(model)
         return [
-            resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers)
+            resized_crops(
+                model.model.vision_tower, inputs["pixel_values"], span.crops, sizes, patch, layers, cls, final
+            )
             for span, sizes in zip(spans, grids, strict=True)
         ]
 

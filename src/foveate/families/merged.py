@@ -71,6 +71,10 @@ class MergedFamily(Family):
             ``[M, ...]``: the tokens of all crops of all images of the kind, one after the other.
         """
 
+    def patches(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[int] | None:
+        """Return the patches of each picture, if the encoder packs pictures under a mask or pads them; else `None`."""
+        return None
+
     def token_id(self, model: Any, kind: str) -> int:
         """Return the id of the placeholder of a kind of span."""
         return int(getattr(model.config, f"{kind}_token_id"))
@@ -178,7 +182,7 @@ class MergedFamily(Family):
         for probe, read in numbers.items():
             for i in read:
                 watched.setdefault(attention_of(layers[i]), []).append(probe)
-        with tap(encoder, watched, self.lead) as taps:
+        with tap(encoder, watched, self.lead, self.patches(model, inputs, kind)) as taps:
             output = self.image_features(model, inputs, kind)
         planes: dict[Probe, Tensor] = {}
         for probe, read in numbers.items():

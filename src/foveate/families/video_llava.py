@@ -22,6 +22,8 @@ class VideoLlava(Family):
     name = "video_llava"
     model_types = ("video_llava",)
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
+    has_cls = True
+    resizes = True
     notes = "frames are crops; each frame's [CLS] token follows `separators`"
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:

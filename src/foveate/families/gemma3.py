@@ -1,0 +1,42 @@
+"""Gemma 3: a SigLIP tower whose patches are averaged over windows; tokens of an image attend in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.families.base import Grid
+from foveate.families.raster import RasterFamily
+from foveate.tokens import Span
+
+
+class Gemma3(RasterFamily):
+    """Gemma 3 with images.
+
+    A token is the average of a window of patches (4 x 4 of 64 x 64, so 256 tokens). Each crop of "pan and scan" is an
+    image of its own, as in the prompt. ``token_type_ids`` say which tokens attend in both directions; the plane is
+    compacted with the rest, so each image stays one block.
+    """
+
+    name = "gemma3"
+    model_types = ("gemma3",)
+    notes = "tokens are averages of patches; pan-and-scan crops are images; the sliding window counts kept tokens"
+
+    def grids(self, model: Any, inputs: Mapping[str, Any]) -> list[Grid]:
+        return [(_side(model),) * 2] * len(inputs["pixel_values"])
+
+    def block(self, model: Any) -> int:
+        return _side(model) // int(model.config.mm_tokens_per_image**0.5)
+
+    def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(list(embeds))[None])}
+
+
+def _side(model: Any) -> int:
+    """Return how many patches an image is high and wide."""
+    vision = model.config.vision_config
+    return int(vision.image_size // vision.patch_size)

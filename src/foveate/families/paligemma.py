@@ -1,0 +1,39 @@
+"""PaliGemma: a SigLIP tower, one crop per image; image and prompt attend to each other in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.families.llava import Llava
+from foveate.tokens import Span
+
+
+class PaliGemma(Llava):
+    """PaliGemma 1 and 2.
+
+    The prefix (images and prompt, ``token_type_ids`` 0) attends in both directions: the plane is compacted with the
+    rest, so the kept tokens do, too.
+    """
+
+    name = "paligemma"
+    model_types = ("paligemma",)
+    has_cls = False
+    side_inputs = ()
+    notes = "one grid per image; pruned between the vision tower and the projector; prefix attention stays"
+
+    def projects_cls(self, model: Any, inputs: Mapping[str, Any]) -> bool:
+        return False
+
+    def layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
+        return [-1]
+
+    def final(self, model: Any) -> nn.Module | None:
+        return next(m for name, m in model.model.vision_tower.named_modules() if name.endswith("post_layernorm"))
+
+    def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(list(embeds))[None])}
