@@ -95,6 +95,8 @@ def rebuilt(
         first = int(inputs["attention_mask"][i].argmax())
         at = torch.tensor(columns) - first if positions == "original" else torch.arange(len(columns))
         types = {k: x[i, columns][None] for k, x in inputs.items() if k == "token_type_ids"}
+        # Without a mask, gaps between positions would count as borders of packed prompts.
+        types["attention_mask"] = torch.ones(1, len(columns), dtype=torch.long)
         results.append(model(inputs_embeds=embeds[i, columns][None], position_ids=at[None], **types).logits[0])
     return results
 

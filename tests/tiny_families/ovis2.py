@@ -1,4 +1,4 @@
-"""Ovis 2: an overview and tiles of 3 x 3 tokens of 2 x 2 patches."""
+"""Ovis 2: an overview and tiles of 4 x 4 tokens of 2 x 2 patches."""
 
 from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Qwen2Config
 from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
@@ -6,7 +6,7 @@ from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
 from tiny_families.base import IMAGE, VOCABULARY, Tiny, picture, text_shape
 
 START, GRID, COLUMN, ROW, END = 111, 112, 113, 114, 115
-SIDE = 3
+SIDE = 4
 
 
 class TinyOvis2(Tiny):
@@ -15,7 +15,7 @@ class TinyOvis2(Tiny):
 
     def build(self):
         vision = Ovis2VisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=24,
+            hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32,
             patch_size=4, vocab_size=40, hidden_stride=2,
         )  # fmt: skip
         return Ovis2ForConditionalGeneration(
@@ -36,7 +36,7 @@ class TinyOvis2(Tiny):
                 for j in range(columns):
                     ids += one + [COLUMN] * (j < columns - 1)
                 ids += [ROW] * (i < rows - 1)
-        return {"ids": [*ids, END], "pixel_values": [picture(generator, pictures, 3, 24, 24)]}
+        return {"ids": [*ids, END], "pixel_values": [picture(generator, pictures, 3, 32, 32)]}
 
 
 TINY = TinyOvis2()

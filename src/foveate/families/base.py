@@ -195,6 +195,17 @@ def _mismatch(placeholders: int, lengths: Sequence[int], kind: str) -> InputErro
     )
 
 
+def one_row_per_token(embeds: Sequence[Tensor]) -> Tensor:
+    """Join embeddings ``[K, D]`` of images that keep different numbers of tokens to the one tensor that a model takes.
+
+    Returns
+    -------
+    Tensor
+        ``[sum of K, 1, D]``: as if each token were an image, so that beam search can repeat those of each prompt.
+    """
+    return torch.cat(list(embeds))[:, None]
+
+
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
     """Return the transformer layers of a vision encoder, wherever this version of transformers keeps them."""
     for name, module in encoder.named_modules():

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.families.base import Grid
+from foveate.families.base import Grid, one_row_per_token
 from foveate.families.raster import RasterFamily
 from foveate.tokens import Span
 
@@ -33,7 +32,7 @@ class Gemma3(RasterFamily):
         return _side(model) // int(model.config.mm_tokens_per_image**0.5)
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(list(embeds))[None])}
+        return {"image": BaseModelOutputWithPooling(pooler_output=one_row_per_token(embeds))}
 
 
 def _side(model: Any) -> int:

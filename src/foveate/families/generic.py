@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.errors import InputError, UnsupportedModelError
-from foveate.families.base import Family, Grid, placeholder_columns
+from foveate.errors import UnsupportedModelError
+from foveate.families.base import Family, Grid, one_row_per_token, placeholder_columns
 from foveate.probes import Embeddings, Features, Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -100,8 +100,8 @@ class Generic(Family):
         (dims,) = {span.dims for span in spans if isinstance(span, EncodedSpan)}
         if dims == 0:
             return {"image": BaseModelOutputWithPooling(pooler_output=list(embeds))}
-        rows = torch.cat(list(embeds))
-        return {"image": BaseModelOutputWithPooling(pooler_output=rows if dims == 2 else rows[None])}
+        rows = torch.cat(list(embeds)) if dims == 2 else one_row_per_token(embeds)
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
 
 
 def missing(model_class: type) -> str | None:

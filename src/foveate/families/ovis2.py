@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError
+from foveate.families.base import one_row_per_token
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
 from foveate.tokens import Crop, Span
 
@@ -99,7 +100,7 @@ class Ovis2(MergedFamily):
         from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures as Output
 
         (markers,) = {span.markers for span in spans if isinstance(span, MarkedSpan)}
-        return {"image": Output(pooler_output=torch.cat(list(embeds))[None], visual_indicator_features=markers)}
+        return {"image": Output(pooler_output=one_row_per_token(embeds), visual_indicator_features=markers)}
 
 
 def _patch_side(model: Any) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.families.base import one_row_per_token
 from foveate.families.llava import Llava
 from foveate.tokens import Span
 
@@ -23,7 +23,6 @@ class PaliGemma(Llava):
     name = "paligemma"
     model_types = ("paligemma",)
     has_cls = False
-    side_inputs = ()
     notes = "one grid per image; pruned between the vision tower and the projector; prefix attention stays"
 
     def projects_cls(self, model: Any, inputs: Mapping[str, Any]) -> bool:
@@ -33,7 +32,8 @@ class PaliGemma(Llava):
         return [-1]
 
     def final(self, model: Any) -> nn.Module | None:
-        return next(m for name, m in model.model.vision_tower.named_modules() if name.endswith("post_layernorm"))
+        tower: nn.Module = model.model.vision_tower
+        return next(m for name, m in tower.named_modules() if name.endswith("post_layernorm"))
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(list(embeds))[None])}
+        return {"image": BaseModelOutputWithPooling(pooler_output=one_row_per_token(embeds))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,7 +22,7 @@ class Mistral3(RasterFamily):
 
     name = "mistral3"
     model_types = ("mistral3",)
-    side_inputs = ("image_sizes", "vision_feature_layer")
+    side_inputs: ClassVar[tuple[str, ...]] = ("image_sizes", "vision_feature_layer")
     notes = "pictures of any size, tokens of 2 x 2 patches; [IMG_BREAK] and [IMG_END] are text and stay"
 
     def grids(self, model: Any, inputs: Mapping[str, Any]) -> list[Grid]:
