@@ -81,8 +81,11 @@ def run(
             data = job_module.report(job, unpruned, pruned, rest)
             status.update("drawing")
             folder = make_folder(out, f"{Path(image).stem}-{reducer.name}")
-            _draw(folder / "overlay.png", job, pruned, picture, question, data)
-        data = {**data, "model": model, "question": question, "overlay": str(folder / "overlay.png")}
+            drawn = all(crop.grid for span in job.spans for crop in span.crops)
+            if drawn:
+                _draw(folder / "overlay.png", job, pruned, picture, question, data)
+        overlay = str(folder / "overlay.png") if drawn else None
+        data = {**data, "model": model, "question": question, "overlay": overlay}
         write_json(folder / "result.json", data)
     if as_json:
         print_json(data)
@@ -175,7 +178,8 @@ def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
     console.print(table)
     if "compare" in data:
         console.print(_comparison(data["compare"], unpruned.answer))
-    console.print(f"\n[dim]{escape(data['method'])}[/dim]\noverlay  {escape(data['overlay'])}", soft_wrap=True)
+    overlay = data["overlay"] or "none: the grid of the tokens is not known"
+    console.print(f"\n[dim]{escape(data['method'])}[/dim]\noverlay  {escape(overlay)}", soft_wrap=True)
 
 
 def _comparison(rows: list[dict[str, Any]], reference: str) -> Table:

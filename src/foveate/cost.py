@@ -22,6 +22,10 @@ _GATED = (
 """Text models whose feed-forward network is three matrices (SwiGLU and its kin), and whose layers are all alike."""
 
 
+_PROJECTED = ("llava", "llava_next", "video_llava")
+"""Models with a tower like CLIP's and a two-layer projector that maps each token by itself."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """FLOPs of one prefill, by part.
@@ -91,6 +95,11 @@ def prefill_flops(
     -------
     Cost
 
+    Raises
+    ------
+    UnsupportedModelError
+        If the FLOPs of such a model are not known.
+
     Examples
     --------
     >>> from transformers import LlavaConfig
@@ -100,6 +109,7 @@ def prefill_flops(
     """
     if not 0 < kept <= visual_tokens:
         raise InputError(f"between 1 and all of the {visual_tokens} visual tokens can be kept, not {kept}")
+    check_known(config)
     vision = config.vision_config
     if rows is None:
         side = (vision.image_size // vision.patch_size) ** 2
@@ -113,6 +123,15 @@ def prefill_flops(
         prefill=_llm(text, text_tokens + kept, causal),
         lm_head=2 * text.hidden_size * text.vocab_size,
     )
+
+
+def check_known(config: Any) -> None:
+    """Raise `UnsupportedModelError` unless the tower and the projector are such as are counted here."""
+    if config.model_type not in _PROJECTED or "clip" not in config.vision_config.model_type:
+        raise UnsupportedModelError(
+            f"the FLOPs of a model of type {config.model_type!r} with a vision tower of type "
+            f"{config.vision_config.model_type!r} are not known; known are those of {', '.join(_PROJECTED)} with CLIP"
+        )
 
 
 def vision_layers(config: Any, early_exit: bool = True) -> int:
@@ -147,6 +166,8 @@ def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int]) -> in
 def kv_bytes(text_config: Any, tokens: int, bytes_per_value: int = 2) -> int:
     """Return the size of the KV cache of `tokens` tokens, in bytes.
 
+    Layers with a sliding window hold no more tokens than it has places; convolutions and other recurrent layers none.
+
     Examples
     --------
     >>> from transformers import LlamaConfig
@@ -154,7 +175,10 @@ def kv_bytes(text_config: Any, tokens: int, bytes_per_value: int = 2) -> int:
     288
     """
     _, key_width = _attention_widths(text_config)
-    return int(2 * text_config.num_hidden_layers * tokens * key_width * bytes_per_value)
+    kinds = getattr(text_config, "layer_types", None) or ["full_attention"] * text_config.num_hidden_layers
+    window = getattr(text_config, "sliding_window", None) or tokens
+    held = {"full_attention": tokens, "sliding_attention": min(tokens, window)}
+    return int(2 * sum(held.get(kind, 0) for kind in kinds) * key_width * bytes_per_value)
 
 
 def fastv(text_config: Any, tokens: int | Sequence[int]) -> int:

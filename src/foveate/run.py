@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.budget import Keep
-from foveate.cost import Cost, kv_bytes, prefill_flops, probe_flops
+from foveate.cost import Cost, check_known, kv_bytes, prefill_flops, probe_flops
 from foveate.engines.hf import Separators, Settings, apply, decide, look, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
@@ -240,16 +240,17 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
         ready = _encode_stock(job)
         watch.stop("vision")
     else:
+        spans = job.family.spans(job.model, job.inputs)  # part of the work: the generic family encodes to find them
         if settings.reducer.stage == "pixels":
-            selection, embeds = select(job.model, job.family, job.inputs, job.spans, settings)
+            selection, embeds = select(job.model, job.family, job.inputs, spans, settings)
         else:
-            tokens = look(job.model, job.family, job.inputs, job.spans, [settings.reducer])
+            tokens = look(job.model, job.family, job.inputs, spans, [settings.reducer])
             watch.stop("vision")
             selection, flops = _decide(tokens, settings, count)
             watch.stop("select")
             embeds = job.family.embed(job.model, tokens, selection, settings.reducer.merges)
         watch.stop("vision")
-        ready = apply(job.model, job.family, job.inputs, job.spans, selection, embeds, settings.positions)
+        ready = apply(job.model, job.family, job.inputs, spans, selection, embeds, settings.positions)
         watch.stop("select")
     prompt = ready["input_ids"].shape[1]
     out = job.model.generate(
@@ -291,8 +292,12 @@ def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dic
 
 
 def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
-    config, rows = job.model.config, _rows(job)
-    kept, projected, probes = sum(map(len, result.selection)), None, 0
+    config = job.model.config
+    try:
+        check_known(config)
+    except UnsupportedModelError:
+        return None
+    rows, kept, projected, probes = _rows(job), sum(map(len, result.selection)), None, 0
     if reducer is None or result.stock:
         projected = sum(rows)
     elif reducer.stage == "pixels":
