@@ -41,9 +41,11 @@ def family_of(model: Any) -> Family:
     """
     config = getattr(model, "config", None)
     family = family_of_class(type(model), config)
-    if isinstance(family, Generic) and (lacking := missing_parts(model)):
+    if not isinstance(family, Generic):
+        return family
+    if lacking := missing_parts(model):
         raise _unsupported(type(model), config, lacking)
-    return family
+    return family.of(model)
 
 
 def family_of_class(model_class: type, config: Any) -> Family:
@@ -64,7 +66,7 @@ def family_of_class(model_class: type, config: Any) -> Family:
             return family
     if lacking := missing(model_class):
         raise _unsupported(model_class, config, lacking)
-    return Generic(model_class)
+    return FAMILIES["generic"]
 
 
 def _unsupported(model_class: type, config: Any, lacking: str) -> UnsupportedModelError:

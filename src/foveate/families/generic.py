@@ -51,9 +51,12 @@ class Generic(Family):
     has_grid = False
     notes = "any other model that takes mm_encoder_outputs; no probes of the encoder; the grid if it is a square"
 
-    def __init__(self, model_class: type | None = None):
-        if model_class is not None:
-            self.side_inputs = _side_inputs(model_class)  # type: ignore[misc]
+    @classmethod
+    def of(cls, model: Any) -> Generic:
+        """Return the family for one model: it knows what the model's encoder reads beside the pixels."""
+        family = cls()
+        family.side_inputs = _side_inputs(model)  # type: ignore[misc]
+        return family
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         if inputs.get("pixel_values_videos") is not None:
@@ -121,10 +124,14 @@ def missing_parts(model: Any) -> str | None:
     return None if getattr(model.config, "image_token_id", None) is not None else "image_token_id in its configuration"
 
 
-def _side_inputs(model_class: type) -> tuple[str, ...]:
-    names = inspect.signature(model_class.get_image_features).parameters.values()  # type: ignore[attr-defined]
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return tuple(p.name for p in names if p.name not in ("self", "pixel_values") and p.kind not in kinds)
+def _side_inputs(model: Any) -> tuple[str, ...]:
+    """Return the names of what ``get_image_features`` takes beside the pixels, there and in the model inside."""
+    names: dict[str, None] = {}
+    for part in (model, getattr(model, "model", model)):
+        parameters = inspect.signature(type(part).get_image_features).parameters.values()
+        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        names.update((p.name, None) for p in parameters if p.kind not in kinds)
+    return tuple(name for name in names if name not in ("self", "pixel_values"))
 
 
 def _runs(places: Tensor) -> list[int]:

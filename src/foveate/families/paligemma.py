@@ -33,7 +33,7 @@ class PaliGemma(Llava):
 
     def final(self, model: Any) -> nn.Module | None:
         tower: nn.Module = model.model.vision_tower
-        return next(m for name, m in tower.named_modules() if name.endswith("post_layernorm"))
+        return next(module for name, module in tower.named_modules() if name.endswith("post_layernorm"))
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         return {"image": BaseModelOutputWithPooling(pooler_output=one_row_per_token(embeds))}
