@@ -74,7 +74,7 @@ def run(
             prompt_for(None, question, prompt_template)
         loaded, processor = _load(model, dtype, device_map, attn)
         job = job_module.prepare(loaded, processor, picture, question, prompt_template, max_new_tokens)
-        others = job_module.baselines(reducer) if compare else []
+        others = job_module.baselines(job, reducer, _errors.print) if compare else []
         with _errors.status("running") as status:
             arms = [None, reducer, *others]
             unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)
@@ -277,8 +277,20 @@ def families(as_json: Json = False) -> None:
         table.add_column(column)
     for row in rows:
         takes = ", ".join(dict.fromkeys(row["inputs"].values()))
-        table.add_row(row["name"], ", ".join(row["model_types"]), takes, escape(row["notes"]))
+        table.add_row(row["name"], ", ".join(row["model_types"]) or "any other", takes, escape(row["notes"]))
     Console(highlight=False).print(table)
+
+
+@app.command()
+@guarded
+def table(as_json: Json = False) -> None:
+    """Print which methods run on which families, as the markdown page docs/compatibility.md."""
+    from foveate import compatibility
+
+    if as_json:
+        print_json(compatibility.table())
+    else:
+        print(compatibility.page(), end="")
 
 
 @app.command()

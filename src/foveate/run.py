@@ -165,9 +165,20 @@ def measure(
     ]
 
 
-def baselines(reducer: Reducer) -> list[Reducer]:
-    """Return the methods that every comparison includes, at the budget of `reducer` and without itself."""
-    return [load_reducer(name, keep=reducer.keep) for name in BASELINES if name != reducer.name]
+def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Reducer]:
+    """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
+
+    Those that cannot run on the job are left out, and `say` gets a line about each.
+    """
+    others = []
+    grid = all(crop.grid for span in job.spans for crop in span.crops)
+    for other in (load_reducer(name, keep=reducer.keep) for name in BASELINES if name != reducer.name):
+        lacking = job.family.lacks(other) or (None if grid or not other.reads_grid else "the grid of the tokens")
+        if lacking is None:
+            others.append(other)
+        else:
+            say(f"{other.name} is left out: it needs {lacking}, which the family {job.family.name!r} does not give")
+    return others
 
 
 def parse_keep(text: str) -> Keep:

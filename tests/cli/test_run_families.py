@@ -21,14 +21,19 @@ def _job(name: str, *parts: tiny.Part) -> Job:
     return Job(model, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(model, inputs), 5)
 
 
-JOBS = {"llava": ["image"], "llava_next": [(24, 64)], "video_llava": ["image"]}
+COUNTED = ["llava", "llava_next", "video_llava"]
+"""Families whose FLOPs are known."""
 
 
-@pytest.mark.parametrize("name", JOBS)
+def _picture(name: str) -> tiny.Visual:
+    return next(visual for visual in tiny.VISUALS[name] if visual.what != "video")
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_every_family_answers_as_generate_does(name: str) -> None:
-    job = _job(name, *JOBS[name])
+    job = _job(name, _picture(name))
     reducer = foveate.VisPruner(keep=24)
-    methods = [reducer, *baselines(reducer)]
+    methods = [reducer, *baselines(job, reducer)]
     stock, *pruned = measure(job, [None, *methods], repeats=1)
     prompt = job.inputs["input_ids"].shape[1]
     plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)
@@ -45,10 +50,31 @@ def test_every_family_answers_as_generate_does(name: str) -> None:
     assert [len(x) for x in pruned[0].saliency] == [len(crop) for crop in job.spans[0].crops]
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name not in COUNTED])
+def test_what_is_not_known_of_a_family_is_left_open(name: str) -> None:
+    job = _job(name, _picture(name))
+    method = load_reducer("random", keep=12)
+    left_out: list[str] = []
+    others = baselines(job, method, left_out.append)
+    assert [o.name for o in others] == ["uniform", "pool", *(["downsample"] if job.family.resizes else [])]
+    assert len(others) + len(left_out) == 3
+    stock, pruned, *rest = measure(job, [None, method, *others], repeats=1)
+    plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)
+    assert stock.answer == " ".join(map(str, plain[0, job.inputs["input_ids"].shape[1] :].tolist()))
+    ready = foveate.reduce(job.model, job.inputs, method)
+    out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
+    assert pruned.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
+    assert stock.cost is None
+    data = report(job, stock, pruned, rest)
+    assert data["flops"] == {"before": None, "after": None}
+    assert data["kv_bytes"]["before"] > data["kv_bytes"]["after"] > 0
+    assert all(arm.seconds["vision"] > 0 for arm in (stock, pruned))
+
+
+@pytest.mark.parametrize("name", COUNTED)
 @pytest.mark.parametrize("method", ["unpruned", "vispruner", "pool", "downsample"])
 def test_flops_are_those_that_run(name: str, method: str) -> None:
-    job = _job(name, *JOBS[name])
+    job = _job(name, _picture(name))
     reducer = None if method == "unpruned" else load_reducer(method, keep=24)
     (arm,) = measure(job, [reducer], repeats=1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -2,8 +2,10 @@ import pytest
 import torch
 from by_hand import merged, received, saliency
 
+import foveate
 from foveate.families import family_of
-from tiny import collate, model, samples
+from foveate.methods import Downsample
+from tiny import Visual, collate, model, sample, samples
 
 
 def shapes(inputs):
@@ -42,3 +44,29 @@ def test_tokens_are_where_their_boxes_are():
             r, c = divmod(k, width)
             patches = [(2 * r + i) * 2 * width + 2 * c + j for i in (0, 1) for j in (0, 1)]
             assert touched == [[crop.encoder_row, p] for p in patches]
+
+
+def patches(picture, size):
+    """Cut a picture ``[3, H, W]`` into rows of pixels as SigLIP 2's processor does, one patch after the other."""
+    _, height, width = picture.shape
+    return torch.stack(
+        [
+            picture[:, y : y + size, x : x + size].movedim(0, -1).flatten()
+            for y in range(0, height, size)
+            for x in range(0, width, size)
+        ]
+    )
+
+
+def test_smaller_pictures():
+    net, picture = model("lfm2_vl"), torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(0))
+    inputs = collate([sample(2, Visual("lfm2_vl", (16, 12)), 3)])
+    inputs["pixel_values"] = patches(picture, 2)[None]
+    (embeds,) = foveate.reduce(net, inputs, Downsample(keep=12))["mm_encoder_outputs"]["image"].pooler_output
+    small = torch.nn.functional.interpolate(picture[None], size=(16, 12), mode="bicubic", antialias=True)[0]
+    with torch.no_grad():
+        (expected,) = net.get_image_features(
+            patches(small, 2)[None], spatial_shapes=torch.tensor([[8, 6]]),
+            pixel_attention_mask=torch.ones(1, 48, dtype=torch.long),
+        ).pooler_output  # fmt: skip
+    torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-5)

@@ -5,7 +5,7 @@ from by_hand import check_boxes, merged, received, saliency
 import foveate
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
-from foveate.methods import Random
+from foveate.methods import Downsample, Random
 from tiny import collate, model, samples
 
 BLOCK = {"mistral3": 2, "pixtral": 1}
@@ -52,6 +52,18 @@ def test_layers_count_back_from_the_one_that_is_read(name):
     assert family_of(net).read_layer(net) == 1
     net.config.vision_feature_layer = [1, 2]
     assert family_of(net).read_layer(net) == 1
+
+
+@each
+def test_smaller_pictures(name):
+    net, inputs = model(name), collate(samples(name)[:1])
+    (height, width), side = sizes(inputs)[0], 4 * BLOCK[name]
+    reduced = foveate.reduce(net, inputs, Downsample(keep=12))
+    pixels = inputs["pixel_values"][:, :, :height, :width]
+    small = torch.nn.functional.interpolate(pixels, size=(4 * side, 3 * side), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        (expected,) = net.get_image_features(small, image_sizes=torch.tensor([small.shape[-2:]])).pooler_output
+    torch.testing.assert_close(reduced["mm_encoder_outputs"]["image"].pooler_output[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_llava_with_this_tower_is_no_llava():

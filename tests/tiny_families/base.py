@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
 
+Grid = tuple[int, int]
 VOCABULARY, PAD, IMAGE, VIDEO = 128, 0, 120, 121
 """Ids above 110 are never text; those from 111 to 119 are free for a family's own markers."""
 
@@ -38,6 +39,8 @@ class Tiny(ABC):
     type_plane: str | None = None
     """Name of the input that tells text (0), image (1) and video (2) tokens apart, if the model has one."""
     positions = ("original", "compact")
+    whole_grid: Grid | None = (8, 8)
+    """The grid of a crop from which nothing was cut; `None` if nothing ever is."""
     masks = True
     """Whether dropping a token equals masking it; otherwise the oracle for both kinds of positions drops it, too."""
     answer_type = 0

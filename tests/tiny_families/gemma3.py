@@ -11,6 +11,7 @@ WINDOW = 24
 class TinyGemma3(Tiny):
     name = "gemma3"
     visuals = ("image", "image", "image")
+    whole_grid = None
     type_plane = "token_type_ids"
 
     def build(self):

@@ -9,6 +9,7 @@ from tiny_families.base import IMAGE, Tiny, picture, text_shape
 class TinyLfm2Vl(Tiny):
     name = "lfm2_vl"
     visuals = ((16, 12), (8, 16), (12, 12))
+    whole_grid = None
     masks = False
 
     def build(self):

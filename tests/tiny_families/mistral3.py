@@ -23,6 +23,7 @@ def place(size, token, generator):
 class TinyMistral3(Tiny):
     name = "mistral3"
     visuals = ((64, 48), (32, 64), (48, 48))
+    whole_grid = None
 
     def build(self):
         return Mistral3ForConditionalGeneration(

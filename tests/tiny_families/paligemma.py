@@ -9,6 +9,7 @@ from tiny_families.base import IMAGE, Tiny, picture, siglip_config, text_shape
 class TinyPaliGemma(Tiny):
     name = "paligemma"
     visuals = ("image", "image", "image")
+    whole_grid = None
     type_plane = "token_type_ids"
     answer_type = 1
 

@@ -9,6 +9,7 @@ from tiny_families.mistral3 import padded, pixtral_config, place
 class TinyPixtral(Tiny):
     name = "pixtral"
     visuals = ((32, 24), (16, 32), (24, 24))
+    whole_grid = None
 
     def build(self):
         return LlavaForConditionalGeneration(

@@ -62,6 +62,11 @@ class Family(ABC):
                 return "a vision encoder with a [CLS] token"
         return None
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of spans that the family reduces."""
+        return tuple(dict.fromkeys(self.inputs.values()))
+
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         """Locate the spans of a batch from ids and sizes alone, sample by sample, left to right."""
@@ -282,6 +287,14 @@ def crop_rows(x: Tensor, crop: Crop, grid: Grid) -> Tensor:
     return row.reshape(*grid, *row.shape[1:])[top : top + h, left : left + w].flatten(0, 1)
 
 
+def resized(picture: Tensor, size: Grid) -> Tensor:
+    """Resize a picture ``[3, height, width]`` to some height and width, ``[1, 3, ...]``."""
+    small = nn.functional.interpolate(
+        picture[None].float(), size=size, mode="bicubic", antialias=True, align_corners=False
+    )
+    return small.to(picture.dtype)
+
+
 def resized_crops(
     tower: nn.Module,
     pixels: Tensor,
@@ -300,12 +313,8 @@ def resized_crops(
         picture = pixels[
             crop.encoder_row, :, top * patch : (top + rows) * patch, left * patch : (left + columns) * patch
         ]
-        small = nn.functional.interpolate(
-            picture[None].float(), size=(h * patch, w * patch), mode="bicubic", antialias=True, align_corners=False
-        )
-        features, _ = run_tower(
-            tower, small.to(pixels.dtype), feature_layers, has_cls, (), final=final, interpolate_pos_encoding=True
-        )
+        small = resized(picture, (h * patch, w * patch))
+        features, _ = run_tower(tower, small, feature_layers, has_cls, (), final=final, interpolate_pos_encoding=True)
         results.append(features[0, int(has_cls) :])
     return results
 

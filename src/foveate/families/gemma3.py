@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.families.base import Grid, one_row_per_token
+from foveate.families.base import Grid, one_row_per_token, resized
+from foveate.families.merged import mean_of_blocks
 from foveate.families.raster import RasterFamily
 from foveate.tokens import Span
 
@@ -30,6 +31,16 @@ class Gemma3(RasterFamily):
 
     def block(self, model: Any) -> int:
         return _side(model) // int(model.config.mm_tokens_per_image**0.5)
+
+    def encode_smaller(self, model: Any, inputs: Mapping[str, Any], picture: int, grid: Grid) -> Tensor:
+        (h, w), block = grid, self.block(model)
+        side = block * model.config.vision_config.patch_size
+        small = resized(inputs["pixel_values"][picture], (h * side, w * side))
+        patches = model.model.vision_tower(pixel_values=small, interpolate_pos_encoding=True).last_hidden_state
+        # The projector takes whole pictures only; this is what it does behind the pooling.
+        projector = model.model.multi_modal_projector
+        tokens = projector.mm_soft_emb_norm(mean_of_blocks(patches, (h * block, w * block), block))
+        return tokens[0] @ projector.mm_input_projection_weight  # type: ignore[no-any-return]
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         return {"image": BaseModelOutputWithPooling(pooler_output=one_row_per_token(embeds))}

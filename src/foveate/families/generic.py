@@ -51,6 +51,10 @@ class Generic(Family):
     has_grid = False
     notes = "any other model that takes mm_encoder_outputs; no probes of the encoder; the grid if it is a square"
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("image",)
+
     @classmethod
     def of(cls, model: Any) -> Generic:
         """Return the family for one model: it knows what the model's encoder reads beside the pixels."""

@@ -32,8 +32,9 @@ class PaliGemma(Llava):
         return [-1]
 
     def final(self, model: Any) -> nn.Module | None:
-        tower: nn.Module = model.model.vision_tower
-        return next(module for name, module in tower.named_modules() if name.endswith("post_layernorm"))
+        modules = model.model.vision_tower.named_modules()
+        norm: nn.Module = next(module for name, module in modules if name.endswith("post_layernorm"))
+        return norm
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         return {"image": BaseModelOutputWithPooling(pooler_output=one_row_per_token(embeds))}

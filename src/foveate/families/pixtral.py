@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.families.base import Grid
+from foveate.families.base import Grid, resized
 from foveate.families.llava import feature_layers, strategy
 from foveate.families.raster import RasterFamily
 from foveate.tokens import Span
@@ -34,6 +35,15 @@ class Mistral3(RasterFamily):
 
     def block(self, model: Any) -> int:
         return int(model.config.spatial_merge_size)
+
+    def encode_smaller(self, model: Any, inputs: Mapping[str, Any], picture: int, grid: Grid) -> Tensor:
+        patch = model.config.vision_config.patch_size
+        (height, width), side = self.grids(model, inputs)[picture], patch * self.block(model)
+        whole = inputs["pixel_values"][picture, :, : height * patch, : width * patch]
+        small = resized(whole, (grid[0] * side, grid[1] * side))
+        sizes = torch.tensor([small.shape[-2:]], device=small.device)
+        output = self.image_features(model, {**inputs, "pixel_values": small, "image_sizes": sizes}, "image")
+        return torch.cat(list(output.pooler_output))
 
     def read_layer(self, model: Any) -> int:
         depth = len(self.layers(model))

@@ -20,6 +20,7 @@ class RasterFamily(MergedFamily):
     """One crop per picture. A subclass says how many patches each picture has, and how many make a token."""
 
     inputs: ClassVar = {"pixel_values": "image"}
+    resizes = True
 
     @abstractmethod
     def grids(self, model: Any, inputs: Mapping[str, Any]) -> list[Grid]:
@@ -28,6 +29,18 @@ class RasterFamily(MergedFamily):
     @abstractmethod
     def block(self, model: Any) -> int:
         """Return how many patches a token is high and wide."""
+
+    @abstractmethod
+    def encode_smaller(self, model: Any, inputs: Mapping[str, Any], picture: int, grid: Grid) -> Tensor:
+        """Encode one picture at a smaller grid of tokens ``(h, w)``, ``[h * w, D]``."""
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        return [
+            [self.encode_smaller(model, inputs, c.encoder_row, grid) for c, grid in zip(s.crops, sizes, strict=True)]
+            for s, sizes in zip(spans, grids, strict=True)
+        ]
 
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         block, layouts = self.block(model), []
