@@ -81,7 +81,7 @@ def run(
             data = job_module.report(job, unpruned, pruned, rest)
             status.update("drawing")
             folder = make_folder(out, f"{Path(image).stem}-{reducer.name}")
-            drawn = all(crop.grid for span in job.spans for crop in span.crops)
+            drawn = len(job.spans) == 1 and all(crop.grid for crop in job.spans[0].crops)
             if drawn:
                 _draw(folder / "overlay.png", job, pruned, picture, question, data)
         overlay = str(folder / "overlay.png") if drawn else None
@@ -178,7 +178,7 @@ def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
     console.print(table)
     if "compare" in data:
         console.print(_comparison(data["compare"], unpruned.answer))
-    overlay = data["overlay"] or "none: the grid of the tokens is not known"
+    overlay = data["overlay"] or "none: it is not known where in the image the tokens are"
     console.print(f"\n[dim]{escape(data['method'])}[/dim]\noverlay  {escape(overlay)}", soft_wrap=True)
 
 

@@ -1,6 +1,8 @@
 """Gemma 3: one picture of 8 x 8 tokens, each the average of 2 x 2 patches; a sliding window in the first layer."""
 
 import torch
+import transformers
+from packaging import version
 from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from tiny_families.base import IMAGE, Tiny, additive, picture, siglip_config, text_shape
@@ -13,6 +15,9 @@ class TinyGemma3(Tiny):
     visuals = ("image", "image", "image")
     whole_grid = None
     type_plane = "token_type_ids"
+    if version.parse(transformers.__version__) < version.parse("5.23"):
+        # Seen with 5.19: a second turn's token types are read as if they were those of the first.
+        skips = {"test_second_turn_on_the_same_cache": "needs a newer transformers"}
 
     def build(self):
         text = Gemma3TextConfig(
