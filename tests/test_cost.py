@@ -86,16 +86,39 @@ def test_agrees_with_the_counter_of_torch(layers) -> None:
     assert cost.total == pytest.approx(_counted(model, inputs), rel=0.01)
 
 
-@pytest.mark.parametrize("reducer", [VisPruner(keep=24, important_ratio=1.0), foveate.load_reducer("pool", keep=24)])
+@pytest.mark.parametrize(
+    "reducer",
+    [
+        VisPruner(keep=24, important_ratio=1.0),
+        foveate.load_reducer("pool", keep=24),
+        foveate.load_reducer("visionzip", keep=24, contextual_ratio=0.0),
+        foveate.load_reducer("prumerge", keep=24, neighbours=1),
+        foveate.load_reducer("vflowopt", keep=24),
+        foveate.load_reducer("vflowopt", keep=24, t=2.0),
+    ],
+    ids=repr,
+)
 def test_agrees_with_the_counter_of_torch_when_pruned(reducer) -> None:
     model, inputs = _tiny(), _inputs()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         reduced = foveate.reduce(model, inputs, reducer)
     probes = probe_flops(model.config, reducer.probes(), [144])
-    projected = 144 if reducer.merges else None
+    projected = 144 if reducer.merges == "embeddings" else None
     cost = prefill_flops(model.config, 144, 21, 24, selection=probes, projected=projected)
     assert cost.vision + cost.projector + cost.selection == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert cost.prefill + cost.lm_head == pytest.approx(_counted(model, reduced), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["tome", "flowcut"])
+def test_agrees_with_the_counter_of_torch_inside_the_encoder(name) -> None:
+    reducer, model, inputs = foveate.load_reducer(name, keep=24), _tiny(), _inputs()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        foveate.reduce(model, inputs, reducer)
+    rows = [reducer.lengths(144, 24, 3)]
+    cost = prefill_flops(model.config, 144, 21, 24, rows=rows)
+    # What the methods read and compare is left out.
+    assert cost.vision + cost.projector == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert cost.vision < 0.8 * prefill_flops(model.config, 144, 21, 24).vision
 
 
 def test_causal_attention_is_about_half_of_the_square() -> None:

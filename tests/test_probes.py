@@ -185,6 +185,16 @@ def test_a_layer_too_far_back_is_refused():
         run_tower(tower(), pictures(), [0], True, [])
 
 
+def test_layer_zero_is_the_one_behind_if_there_is_one():
+    behind, own = Attention(layers=(0,)), Attention()
+    with torch.no_grad():
+        _, values = run_tower(tower(), pictures(), [-2], True, [behind, own])
+        _, last = run_tower(tower(), pictures(), [-1], True, [behind, own])
+    assert torch.equal(values[behind], last[own])
+    assert torch.equal(last[behind], last[own])
+    assert (values[behind] - values[own]).abs().max() > 1e-4
+
+
 def test_attention_outside_the_interface_is_reported():
     encoder = tower()
     with (

@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -9,7 +10,7 @@ from foveate.errors import BudgetError, UnknownNameError
 from foveate.methods import Downsample, Pool, Random, Uniform
 from foveate.reducer import get_method, identity, reducer_from_dict
 from foveate.selection import Selection
-from tiny import METHODS, make, method_id
+from tiny import METHODS, VIDEO_METHODS, make, method_id
 
 KEEPS = [64, 0.25, Budget(8, per="joint"), [8, 0.5], (8, Budget(4, per="crop")), {"image": 8, "video": Budget(0.5)}]
 
@@ -19,11 +20,12 @@ def registry(monkeypatch):
     foveate.reducer._all()
     registry = dict(foveate.reducer._registry)
     monkeypatch.setattr(foveate.reducer, "_registry", registry)
+    monkeypatch.setattr(foveate.reducer, "_seen_plugins", set())
     return registry
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids=str)
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+@pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
 def test_save_and_load(entry, keep, tmp_path):
     reducer = make(entry, keep)
     reducer.save(tmp_path / "reducer.json")
@@ -47,7 +49,7 @@ def test_chain_saves_and_loads(tmp_path):
 
 
 def test_every_registered_method_is_in_the_table():
-    assert {name for name, _ in METHODS} | {"chain"} >= set(list_methods())
+    assert {name for name, _ in METHODS + VIDEO_METHODS} | {"chain"} >= set(list_methods())
 
 
 def test_configuration_is_the_parameters_and_nothing_else():
@@ -137,7 +139,7 @@ def test_entry_points_are_loaded(registry, monkeypatch):
             return Selection(())
 
     class Point:
-        name, loads = "foreign", 0
+        name, value, loads = "foreign", "foreign:Foreign", 0
 
         def load(self):
             Point.loads += 1
@@ -150,3 +152,16 @@ def test_entry_points_are_loaded(registry, monkeypatch):
     assert "foreign" in list_methods()
     assert load_reducer("foreign", keep=3) == Foreign(keep=3)
     assert Point.loads == 1
+
+
+def test_a_broken_or_clashing_plugin_is_named_and_left_out(registry, monkeypatch):
+    broken = EntryPoint("broken", "no_such_package:Method", "foveate.reducers")
+    clashing = EntryPoint("random", "foveate.methods:Pool", "foveate.reducers")
+    monkeypatch.setattr(foveate.reducer, "entry_points", lambda group: [broken, clashing])
+    before = set(registry)
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        assert "broken" not in list_methods()
+    messages = [str(warning.message) for warning in caught]
+    assert any("'broken' of 'no_such_package:Method' is left out" in m for m in messages)
+    assert any("'random' of 'foveate.methods:Pool' is left out" in m and "taken by Random" in m for m in messages)
+    assert set(list_methods()) == before

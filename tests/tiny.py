@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.probes import ClsToken, Embeddings, Features, Keys, Query
+from foveate.codebook import Codebook, projector_hash
+from foveate.encoder import EncoderReducer, Inside
+from foveate.families import family_of
+from foveate.probes import ClsToken, Embeddings, Features, Keys, Members, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
 from tiny_families import TINIES, Tiny, Visual
 from tiny_families.base import IMAGE, PAD, VIDEO  # noqa: F401  the tests' names of the placeholders
 
 FAMILIES = list(TINIES)
+WIDTH = 12
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("random", {"seed": 3}),
@@ -37,8 +43,32 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("agilepruner", {}),
     ("fsr", {}),
     ("fsr", {"focus": 0.3}),
+    ("divprune", {}),
+    ("cdpruner", {}),
+    ("cdpruner", {"theta": 0.5}),
+    ("scope", {}),
+    ("mmtok", {}),
+    ("tops", {}),
+    ("dart", {}),
+    ("gprune", {}),
+    ("codebook", {}),
+    ("codebook", {"score": "softmax"}),
+    ("visionzip", {}),
+    ("visionzip", {"contextual_ratio": 0.4, "merge": "mean"}),
+    ("visiondrop", {}),
+    ("prumerge", {}),
+    ("prumerge+", {"neighbours": 5, "layer": -1}),
+    ("vflowopt", {}),
+    ("vflowopt", {"t": 1.2, "a": 2.5}),
+    ("tome", {}),
+    ("tome", {"proportional": False}),
+    ("flowcut", {}),
+    ("flowcut", {"entropy": 0.2}),
 ]
-"""All methods, with the parameters beside `keep`."""
+"""All methods that reduce images, with the parameters beside `keep`."""
+
+VIDEO_METHODS: list[tuple[str, dict[str, Any]]] = [("evs", {})]
+"""Methods that leave images alone."""
 
 
 def method_id(entry: Any) -> str:
@@ -46,8 +76,28 @@ def method_id(entry: Any) -> str:
     return "-".join([name, *(f"{k}={v}" for k, v in config.items())])
 
 
-def make(entry: tuple[str, dict[str, Any]], keep: Any) -> Reducer:
-    return get_method(entry[0])(keep=keep, **entry[1])
+def make(entry: tuple[str, dict[str, Any]], keep: Any, family: str | None = None) -> Reducer:
+    """Make a method for a family's tiny model, or for the tokens of `visual_tokens`."""
+    name, config = entry
+    if name == "codebook":
+        config = {"codebook": codebook_file(family), **config}
+    return get_method(name)(keep=keep, **config)
+
+
+_files = tempfile.TemporaryDirectory(prefix="foveate-tests-")
+
+
+@functools.cache
+def codebook_file(family: str | None) -> str:
+    """Write a codebook of random prototypes."""
+    width, projector = WIDTH, "none"
+    if family is not None:
+        net = model(family)
+        width, projector = net.get_input_embeddings().weight.shape[-1], projector_hash(family_of(net).projector(net))
+    path = f"{_files.name}/{family}.safetensors"
+    prototypes = torch.randn(7, width, generator=torch.Generator().manual_seed(5))
+    Codebook(prototypes, str(family), projector).save(path)
+    return path
 
 
 def model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -120,6 +170,7 @@ def visual_tokens(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     only: int | None = None,
+    kind: str = "image",
 ) -> VisualTokens:
     """Make tokens for a method: per span the row of its prompt and the grids of its crops.
 
@@ -128,8 +179,9 @@ def visual_tokens(
     """
     spans: list[Span] = []
     queries: list[tuple[int, Tensor]] = []
+    members: list[Tensor] = []
     planes: dict[Any, list[Tensor]] = {
-        probe: [] for probe in (Features(), *reducer.probes()) if not isinstance(probe, Query | ClsToken)
+        probe: [] for probe in (Features(), *reducer.probes()) if not isinstance(probe, Query | ClsToken | Members)
     }
     for i, (row, grids) in enumerate(layout):
         if only not in (None, i):
@@ -144,13 +196,31 @@ def visual_tokens(
                 plane.append((values if isinstance(probe, FEATURES) else values.exp()).to(dtype))
         sample_row = 0 if only is not None else row
         ordinal = sum(s.sample == sample_row for s in spans)
+        spans.append(Span(kind, sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
         spans.append(Span("image", sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
+        if isinstance(reducer, EncoderReducer):
+            for j, (crop, count) in enumerate(zip(crops, spans[-1].budget(reducer.keep), strict=True)):
+                generator = torch.Generator().manual_seed(1000 * seed + 10 * i + j)
+                members.append(_members(reducer, len(crop), count, generator, dtype))
         # Prompts of different lengths, the same words for the same prompt.
         generator = torch.Generator().manual_seed(1000 * seed + row)
-        queries.append((sample_row, torch.randn(3 + row % 2, 12, generator=generator).to(dtype)))
+        queries.append((sample_row, torch.randn(3 + row % 2, WIDTH, generator=generator).to(dtype)))
     words = tuple(dict(queries).values()) if Query() in reducer.probes() else None
+    if members:
+        planes[Members()] = members
     cls = ClsToken() in reducer.probes()
     return VisualTokens(tuple(spans), planes, torch.device("cpu"), cls=cls, queries=words)
+
+
+def _members(reducer: EncoderReducer, size: int, count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Let a method act on three layers of an encoder of which it reads random values."""
+    inside, x = Inside.start(1, size, 1, torch.device("cpu")), torch.zeros(1, 1 + size, 1)
+    for left in reducer.schedule(size, count, 3) if 0 < count < size else ():
+        for probe in reducer.reads:
+            values = torch.randn(1, inside.sizes.shape[1], *_width(probe), generator=generator)
+            inside.planes[probe] = (values if isinstance(probe, FEATURES) else values.exp()).to(dtype)
+        inside, x = inside.step(reducer, x, left)
+    return inside.homes[0]
 
 
 FEATURES = (Features, Embeddings, Keys)
@@ -158,5 +228,5 @@ FEATURES = (Features, Embeddings, Keys)
 
 def _width(probe: Any) -> tuple[int, ...]:
     if isinstance(probe, FEATURES):
-        return (12,)
+        return (WIDTH,)
     return (2,) if probe.stacked else ()

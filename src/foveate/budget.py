@@ -16,7 +16,7 @@ class Budget:
     """How many visual tokens a reducer keeps.
 
     A budget depends on the token grid alone, never on the content of an image, so that a serving engine can
-    reserve places before anything is encoded.
+    reserve places before anything is encoded. The exception is `coverage`.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ class Coverage(Budget):
     Raises
     ------
     BudgetError
-        If the share is not in (0, 1] or the bounds are not ``1 <= least <= most``.
+        If the share is not in (0, 1], or the bounds are not whole numbers with ``1 <= least <= most``.
     """
 
     least: int = 1
@@ -122,6 +122,10 @@ class Coverage(Budget):
         super().__post_init__()
         if not isinstance(self.value, float):
             raise BudgetError(f"coverage is a share of the saliency such as 0.9, not {self.value!r}")
+        if any(x is not None and type(x) is not int for x in (self.least, self.most)):
+            raise BudgetError(
+                f"bounds count tokens, so least={self.least!r} and most={self.most!r} must be whole numbers"
+            )
         if self.least < 1 or (self.most is not None and self.most < self.least):
             raise BudgetError(f"bounds are 1 <= least <= most, not least={self.least}, most={self.most}")
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli_bench import bench_app
+from foveate.cli_codebook import codebook
 from foveate.cli_nano import nano_app
 from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
 from foveate.errors import FoveateError, InputError
@@ -31,6 +32,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(nano_app, name="nano")
 app.add_typer(bench_app, name="bench")
+app.command()(guarded(codebook))
 
 _errors = Console(stderr=True)
 
@@ -43,7 +45,8 @@ def run(
     model: Annotated[str, typer.Option(help="nano, a hub id, or a folder.")] = "nano",
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
-        str | None, typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  [default: 0.25]")
+        str | None,
+        typer.Option(help="32: tokens. 0.1: share. coverage:0.9: adaptive. 64,16: one per image.  [default: 0.25]"),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")

@@ -28,12 +28,16 @@ def selection(
 ) -> None:
     """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
     from foveate.bench import selection as bench
-    from foveate.reducer import list_methods, load_reducer
+    from foveate.reducer import list_methods, load_reducer, parameters_without_default
 
-    names = dict.fromkeys([bench.REFERENCE, *(methods or [name for name in list_methods() if name != "chain"])])
+    lacking = {name: more for name in list_methods() if (more := parameters_without_default(name))}
+    every = [name for name in list_methods() if name not in lacking]
+    names = dict.fromkeys([bench.REFERENCE, *(methods or every)])
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status:
         reducers = [load_reducer(name, keep=keep) for name in names]
         result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)
+    if not methods:
+        result["left_out"] |= {name: f"needs {', '.join(more)}" for name, more in lacking.items()}
     if out is not None:
         write_json(out, result)
     if as_json:

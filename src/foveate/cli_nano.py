@@ -132,6 +132,28 @@ def report(
         print(f"the table is in {page}")
 
 
+@nano_app.command()
+@guarded
+def card(
+    results: Annotated[list[Path], typer.Argument(help="What `eval --out` wrote: shipped weights first, other seeds.")],
+    page: Annotated[Path, typer.Option(help="Markdown page that has the tables' marker lines.")],
+    as_json: Json = False,
+) -> None:
+    """Put the tables of the model card into a page."""
+    from foveate.nano.card import write_card
+
+    try:
+        write_card(results, page)
+    except OSError as error:
+        raise InputError(f"cannot use {error.filename!r}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"not results of `foveate nano eval`: {error}") from error
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        print(f"the tables are in {page}")
+
+
 def _weights(model: Path | None) -> Path:
     from foveate.nano import WEIGHTS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.families import FAMILIES, Family
-from foveate.reducer import Reducer, get_method, list_methods
+from foveate.reducer import Reducer, by_default, list_methods
 
 YES, SOME, NO = "yes", "some", "no"
 MARKS = {YES: "✓", SOME: "(✓)", NO: "-"}
@@ -17,7 +17,7 @@ _PAGE = """\
 where it does not, `foveate.reduce` and `foveate.attach` say what is missing and which methods run.
 
 ✓: runs. (✓): runs on the images whose token grid is known, which for `generic` are those with a square number of
-tokens. -: the family lacks what the method needs.
+tokens. -: the family lacks what the method needs, with its default parameters.
 
 ## Methods and families
 
@@ -34,7 +34,7 @@ encoder.
 
 def runs(method: Reducer | type[Reducer], family: Family) -> str:
     """Return whether a method runs on a family: ``"yes"``, ``"no"``, or on ``"some"`` images."""
-    if family.lacks(method):
+    if family.lacks(method) or (method.video_only and "video" not in family.kinds):
         return NO
     return SOME if method.reads_grid and not family.has_grid else YES
 
@@ -57,7 +57,7 @@ def table() -> dict[str, Any]:
             for family in FAMILIES.values()
         ],
         "methods": [
-            {"name": name, "families": {f.name: runs(get_method(name), f) for f in FAMILIES.values()}} for name in names
+            {"name": name, "families": {f.name: runs(by_default(name), f) for f in FAMILIES.values()}} for name in names
         ],
     }
 

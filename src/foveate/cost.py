@@ -1,19 +1,23 @@
 """Costs: FLOPs of a prefill and bytes of the KV cache from a model's configuration, and the papers' formulas by name.
 
 What is counted: matrix products and convolutions, a multiply-accumulate as two FLOPs. Left out: biases, norms,
-activations, softmax, rotary embeddings. The LLM's attention counts as the full square by default, as
-`torch.utils.flop_counter` has it and as kernels without a causal short cut compute it; ``causal=True`` counts the
-``n * (n + 1) / 2`` pairs that a causal mask lets through. The LM head counts for the last token alone.
+activations, softmax, rotary embeddings, and what a method inside the encoder reads and compares. The LLM's attention
+counts as the full square by default, as `torch.utils.flop_counter` has it and as kernels without a causal short cut
+compute it; ``causal=True`` counts the ``n * (n + 1) / 2`` pairs that a causal mask lets through. The LM head counts for
+the last token alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import Attention, Probe
+from foveate.probes import LayerProbe, Probe
+
+Patches: TypeAlias = int | Sequence[tuple[int, int]]
+"""Patches of a picture, in all layers of the encoder alike or layer by layer."""
 
 _GATED = (
     "cohere", "gemma", "gemma2", "gemma3_text", "glm4", "internlm2", "llama", "mistral", "ministral", "phi3", "qwen2",
@@ -66,7 +70,7 @@ def prefill_flops(
     text_tokens: int,
     kept: int,
     *,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[Patches] | None = None,
     projected: int | None = None,
     early_exit: bool = True,
     selection: int = 0,
@@ -79,8 +83,9 @@ def prefill_flops(
     config
         Configuration of a LLaVA-like model: a vision tower, a two-layer projector and an LLM.
     rows
-        Patches of each picture that goes through the vision tower. By default as many whole pictures of
-        ``image_size`` as the visual tokens fill.
+        Patches of each picture that goes through the vision tower, or for each of the layers that run those that attend
+        and those that pass its second half. By default as many whole pictures of ``image_size`` as the visual tokens
+        fill.
     projected
         Tokens that go through the projector; by default the kept ones. Methods that merge project them all.
     early_exit
@@ -113,7 +118,7 @@ def prefill_flops(
     vision = config.vision_config
     if rows is None:
         side = (vision.image_size // vision.patch_size) ** 2
-        rows = [side] * -(-visual_tokens // side)
+        rows = [int(side)] * -(-visual_tokens // side)
     layers = vision_layers(config, early_exit)
     text = config.get_text_config()
     return Cost(
@@ -146,20 +151,20 @@ def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int]) -> in
     Parameters
     ----------
     probes
-        Attention of one query (``"cls"``, and ``"auto"`` where there is a ``[CLS]`` token) costs one row of products
-        per layer; attention received costs them all. Features are there anyway.
+        Attention of one query costs one row of products per layer, attention received all of them; features and keys
+        are there anyway. A probe behind the layer that the projector reads makes further layers run.
     rows
         Patches of each picture.
     """
     vision, flops = config.vision_config, 0
-    depth, read = vision.num_hidden_layers, vision_layers(config) - 1
-    for probe in probes:
-        if isinstance(probe, Attention):
-            for patches in rows:
-                length = patches + _lead(vision)
-                one_query = probe.of == "cls" or (probe.of == "auto" and _lead(vision))
-                queries = 1 if one_query else length
-                flops += 2 * queries * length * vision.hidden_size * len(probe.numbers(depth, read))
+    depth, read, lead = vision.num_hidden_layers, vision_layers(config) - 1, _lead(vision)
+    read_layers = [(p, p.numbers(depth, read)) for p in probes if isinstance(p, LayerProbe)]
+    behind = max([max(layers) - read for _, layers in read_layers], default=0)
+    for patches in rows:
+        length = patches + lead
+        for probe, layers in read_layers:
+            flops += 2 * probe.rows(length, lead) * length * vision.hidden_size * len(layers)
+        flops += max(0, behind) * _layer(vision, length, length)
     return flops
 
 
@@ -222,10 +227,16 @@ def _lead(vision: Any) -> int:
     return int("clip" in vision.model_type and "siglip" not in vision.model_type)
 
 
-def _tower(vision: Any, patches: int, layers: int) -> int:
-    n, d, m = patches + _lead(vision), vision.hidden_size, vision.intermediate_size
-    embedding = 2 * patches * d * vision.num_channels * vision.patch_size**2
-    return int(embedding + layers * (8 * n * d**2 + 4 * n**2 * d + 4 * n * d * m))
+def _tower(vision: Any, patches: Patches, layers: int) -> int:
+    lengths = [(patches, patches)] * layers if isinstance(patches, int) else patches
+    embedding = 2 * lengths[0][0] * vision.hidden_size * vision.num_channels * vision.patch_size**2
+    lead = _lead(vision)
+    return int(embedding + sum(_layer(vision, lead + attending, lead + passing) for attending, passing in lengths))
+
+
+def _layer(vision: Any, attending: int, passing: int) -> int:
+    d, m = vision.hidden_size, vision.intermediate_size
+    return int(8 * attending * d**2 + 4 * attending**2 * d + 4 * passing * d * m)
 
 
 def _projector(config: Any, tokens: int) -> int:

@@ -53,6 +53,15 @@ class Query:
 
 
 @dataclass(frozen=True)
+class Members:
+    """What became of each patch inside the encoder, ``[N]`` int64 per crop.
+
+    The first patch of the token that it is part of, or -1 if it was dropped. Only methods of the stage ``"encoder"``
+    read it.
+    """
+
+
+@dataclass(frozen=True)
 class LayerProbe(ABC):
     """A cue that is computed from the queries, keys and values of attention layers of the vision encoder.
 
@@ -60,9 +69,9 @@ class LayerProbe(ABC):
     ----------
     layers
         Encoder layers, each either counted back from the one whose output the projector reads, which is ``-1`` (0 is
-        the layer behind it), or a share of the depth: ``1 / 3`` is layer 8 of the 24 of CLIP-L. With several, the
-        values have a last dimension for them. A single float stands for all layers from that share of the depth up to
-        the one whose output the projector reads.
+        the layer behind it, if there is one, else the same), or a share of the depth: ``1 / 3`` is layer 8 of the 24
+        of CLIP-L. With several, the values have a last dimension for them. A single float stands for all layers from
+        that share of the depth up to the one whose output the projector reads.
     """
 
     layers: tuple[int | float, ...] | float = field(default=(-1,), kw_only=True)
@@ -70,6 +79,10 @@ class LayerProbe(ABC):
     @abstractmethod
     def read(self, heads: Heads) -> Tensor:
         """Return the values of all patches ``[B, N, ...]`` float32 from what one layer attends with."""
+
+    def rows(self, length: int, lead: int) -> int:
+        """Return how many attention rows are computed to read a layer of `length` tokens, of which `lead` in front."""
+        return 0
 
     def numbers(self, depth: int, read: int) -> list[int]:
         """Return the layers as indices from 0.
@@ -89,6 +102,7 @@ class LayerProbe(ABC):
         if isinstance(self.layers, float):
             return list(range(min(int(self.layers * depth), read), read + 1))
         found = [int(i * depth) if isinstance(i, float) else read + 1 + i for i in self.layers]
+        found = [read if i == 0 and layer == depth else layer for i, layer in zip(self.layers, found, strict=True)]
         for given, layer in zip(self.layers, found, strict=True):
             if not 0 <= layer < depth:
                 raise UnsupportedModelError(
@@ -122,6 +136,9 @@ class Attention(LayerProbe):
     of: Literal["auto", "cls", "received"] = "auto"
     joint: bool = False
 
+    def rows(self, length: int, lead: int) -> int:
+        return 1 if self.of == "cls" or (self.of == "auto" and lead) else length
+
     def read(self, heads: Heads) -> Tensor:
         if self.of == "cls" and not heads.lead:
             raise UnsupportedModelError("this vision encoder has no [CLS] token: read Attention(of='received') instead")
@@ -145,7 +162,7 @@ class Keys(LayerProbe):
         return key.transpose(1, 2).flatten(2) if self.joint else key.mean(dim=1)
 
 
-Probe: TypeAlias = Features | Embeddings | ClsToken | Query | LayerProbe
+Probe: TypeAlias = Features | Embeddings | ClsToken | Query | Members | LayerProbe
 
 
 @dataclass(frozen=True, eq=False)
@@ -378,17 +395,42 @@ def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, *
     Layers are skipped unless the encoder is managed by accelerate, whose own clean-up must run to the end.
     """
     outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, _: Any, output: Any) -> bool:
+        outputs[layer] = output[0] if isinstance(output, tuple) else output
+        return len(outputs) == len(set(layers))
+
+    stop = _stopping(encoder, keep)
+    _run_hooked(encoder, [layer.register_forward_hook(stop) for layer in dict.fromkeys(layers)], *args, **kwargs)
+    return [outputs[layer] for layer in layers]
+
+
+def layer_input(encoder: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Run an encoder up to a layer and return the hidden states that go into it; see `layer_outputs`."""
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        return True
+
+    hook = layer.register_forward_pre_hook(_stopping(encoder, keep), with_kwargs=True)
+    _run_hooked(encoder, [hook], *args, **kwargs)
+    return inputs[0]
+
+
+def _stopping(encoder: nn.Module, keep: Callable[..., bool]) -> Callable[..., None]:
+    """Return a hook that calls `keep` in this thread only, and ends the pass once that returns true."""
     thread = threading.get_ident()
     managed = any(hasattr(module, "_hf_hook") for module in encoder.modules())
 
-    def keep(layer: nn.Module, _: Any, output: Any) -> None:
-        if threading.get_ident() != thread:
-            return  # a pass of another thread through the same encoder
-        outputs[layer] = output[0] if isinstance(output, tuple) else output
-        if len(outputs) == len(set(layers)) and not managed:
+    def hook(*call: Any) -> None:
+        if threading.get_ident() == thread and keep(*call) and not managed:
             raise _ReachedLastLayer
 
-    hooks = [layer.register_forward_hook(keep) for layer in dict.fromkeys(layers)]
+    return hook
+
+
+def _run_hooked(encoder: nn.Module, hooks: Sequence[Any], *args: Any, **kwargs: Any) -> None:
     try:
         encoder(*args, **kwargs)
     except _ReachedLastLayer:
@@ -396,4 +438,3 @@ def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, *
     finally:
         for hook in hooks:
             hook.remove()
-    return [outputs[layer] for layer in layers]

@@ -86,6 +86,19 @@ def row_of(matrix: Tensor, token: Tensor) -> Tensor:
     return matrix.take_along_dim(token[:, :, None], dim=1).squeeze(1)
 
 
+def added_coverage(matrix: Tensor, covered: Tensor) -> Tensor:
+    """Return how much each token would add to what is covered, ``[B, N]``.
+
+    Parameters
+    ----------
+    matrix
+        ``[B, N, M]``: how well each token covers each of M elements.
+    covered
+        ``[B, M]``: how well each element is covered so far.
+    """
+    return (matrix - covered[:, None]).relu_().sum(dim=-1)
+
+
 def ranks(scores: Tensor) -> Tensor:
     """Return the place of each token ``[B, N]`` when scores are sorted as in `descending`, from 0."""
     return descending(scores).argsort(dim=-1)
@@ -100,3 +113,14 @@ def min_max(scores: Tensor) -> Tensor:
     spread = high - low
     scaled = (torch.where(unknown, low, scores) - low) / (spread + 1e-6)
     return torch.where(spread > RESOLUTION, scaled, 1.0)
+
+
+def make_room(anchors: Tensor, size: int, front: int = 0, back: int = 0) -> Tensor:
+    """Shift anchors ``[B, K]``, ascending and distinct among `size` places, as little as leaves the ends free.
+
+    Merged tokens without an anchor of their own then take the first `front` and the last `back` places. Needs
+    ``front + K + back <= size``; the order of the anchors stays.
+    """
+    count = anchors.shape[1]
+    rank = torch.arange(count, device=anchors.device)
+    return anchors.maximum(rank + front).minimum(rank + size - back - count)

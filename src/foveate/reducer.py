@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 
 from foveate import budget
 from foveate.budget import Budget, Coverage, Keep
+from foveate.coverage import with_coverage
 from foveate.errors import FoveateError, UnknownNameError
 from foveate.probes import Probe
 from foveate.selection import Merging, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
+
+if TYPE_CHECKING:
+    from foveate.families import Family
 
 Stage: TypeAlias = Literal["pixels", "encoder", "before_llm", "in_llm", "projector"]
 Positions: TypeAlias = Literal["original", "compact"]
@@ -56,6 +61,8 @@ class Reducer(ABC):
     paper: ClassVar[str] = ""
     complexity: ClassVar[str] = ""
     """Cost of `select` per crop of N tokens of width C, T of them kept, such as ``"O(N^2 C)"``."""
+    video_only: ClassVar[bool] = False
+    """Whether the method leaves images alone."""
     positions: ClassVar[Positions] = "compact"
     """Position ids that the paper gives the kept tokens."""
 
@@ -77,6 +84,9 @@ class Reducer(ABC):
         keeps = self.keep.values() if isinstance(self.keep, Mapping) else self.keep
         listed = keeps if isinstance(keeps, Iterable) else (keeps,)
         return tuple(budget for budget in listed if isinstance(budget, Coverage))
+
+    def check(self, model: Any, family: Family) -> None:  # noqa: B027
+        """Raise `FoveateError` if the method was made for another model. Called often: remember what is costly."""
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         """Return whether the budget covers every token of all spans, so that nothing needs to run."""
@@ -153,9 +163,21 @@ def _all() -> dict[str, type[Reducer]]:
     import foveate.methods  # noqa: F401  registers the built-in methods
 
     for point in entry_points(group=ENTRY_POINTS):
-        if point.name not in _registry:
-            register(point.name)(point.load())
+        if (point.name, point.value) not in _seen_plugins:
+            _seen_plugins.add((point.name, point.value))
+            _add_plugin(point)
     return _registry
+
+
+_seen_plugins: set[tuple[str, str]] = set()
+
+
+def _add_plugin(point: EntryPoint) -> None:
+    """Register a method of another package; one that cannot be used is left out with a warning that names it."""
+    try:
+        register(point.name)(point.load())
+    except Exception as error:
+        warnings.warn(f"the method {point.name!r} of {point.value!r} is left out: {error}", stacklevel=4)
 
 
 def list_methods(pattern: str = "*") -> list[str]:
@@ -175,6 +197,18 @@ def get_method(name: str) -> type[Reducer]:
     if name not in methods:
         raise UnknownNameError(f"no method is called {name!r}; there are: {', '.join(sorted(methods))}")
     return methods[name]
+
+
+def parameters_without_default(name: str) -> list[str]:
+    """Return what a registered method must be given beside its budget."""
+    fields = dataclasses.fields(get_method(name))
+    return [f.name for f in fields if f.default is dataclasses.MISSING and f.name != "keep"]
+
+
+def by_default(name: str) -> Reducer | type[Reducer]:
+    """Return a registered method with its defaults at some budget, or its class if it has parameters without any."""
+    method = get_method(name)
+    return method if method is Chain or parameters_without_default(name) else method(keep=1)
 
 
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:
@@ -257,14 +291,21 @@ class Chain(Reducer):
     def probes(self) -> tuple[Probe, ...]:
         return tuple(dict.fromkeys(p for r in self.reducers for p in r.probes()))
 
+    def check(self, model: Any, family: Family) -> None:
+        for reducer in self.reducers:
+            reducer.check(model, family)
+
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         return all(r.keeps_all(spans) for r in self.reducers)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        *head, last = self.reducers
-        for reducer in head:
-            tokens = tokens.after(reducer.select(tokens))
-        return last.select(tokens)
+        chosen = self.reducers[0].select(tokens)
+        for reducer in self.reducers[1:]:
+            tokens = tokens.after(chosen)
+            if budgets := reducer.coverages():
+                tokens = with_coverage(tokens, budgets)  # a share of what is left
+            chosen = reducer.select(tokens)
+        return chosen
 
 
 def identity(spans: Sequence[Span]) -> Selection:

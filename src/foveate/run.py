@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.budget import Keep
-from foveate.cost import Cost, check_known, kv_bytes, prefill_flops, probe_flops
-from foveate.engines.hf import Separators, Settings, apply, decide, look, select
+from foveate.budget import Budget, Keep
+from foveate.cost import Cost, Patches, check_known, kv_bytes, prefill_flops, probe_flops, vision_layers
+from foveate.encoder import EncoderReducer
+from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
+from foveate.grids import crop_budgets
 from foveate.loading import model_inputs, prompt_for
 from foveate.probes import Attention, Embeddings
-from foveate.reducer import Positions, Reducer, identity, load_reducer
+from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
 from foveate.tokens import Span, VisualTokens
 
@@ -168,11 +170,17 @@ def measure(
 def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Reducer]:
     """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
 
-    Those that cannot run on the job are left out, and `say` gets a line about each.
+    Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
+    that `reducer` keeps in this job. Those that cannot run on the job are left out, and `say` gets a line about each.
     """
+    keep = reducer.keep
+    if reducer.coverages() or isinstance(reducer, Chain):
+        with torch.no_grad():
+            tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
+            keep = [len(chosen) for chosen in reducer.select(tokens)]
     others = []
     grid = all(crop.grid for span in job.spans for crop in span.crops)
-    for other in (load_reducer(name, keep=reducer.keep) for name in BASELINES if name != reducer.name):
+    for other in (load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name):
         lacking = job.family.lacks(other) or (None if grid or not other.reads_grid else "the grid of the tokens")
         if lacking is None:
             others.append(other)
@@ -182,19 +190,33 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
 
 
 def parse_keep(text: str) -> Keep:
-    """Read a budget: ``"32"`` counts tokens, ``"0.1"`` and ``"1.0"`` are ratios, ``"64,16"`` is one per image."""
+    """Read a budget.
 
-    def number(part: str) -> int | float:
-        try:
-            return int(part)
-        except ValueError:
-            return float(part)
-
+    ``"32"`` counts tokens, ``"0.1"`` and ``"1.0"`` are ratios, ``"coverage:0.9"`` is a share of the saliency and
+    ``"coverage:0.9:16:144"`` bounds it, ``"64,16"`` is one budget per image.
+    """
     try:
-        values = [number(part) for part in text.split(",")]
+        values = [_parse_budget(part) for part in text.split(",")]
+    except BudgetError:
+        raise
     except ValueError as error:
-        raise BudgetError(f"a budget is a count such as 64, a ratio such as 0.25, or 64,16: not {text!r}") from error
+        raise BudgetError(
+            f"a budget is a count such as 64, a ratio such as 0.25, a share of the saliency such as coverage:0.9 or "
+            f"coverage:0.9:16:144 (at least, at most), or 64,16: not {text!r}"
+        ) from error
     return values if "," in text else values[0]
+
+
+def _parse_budget(text: str) -> int | float | Budget:
+    kind, *parts = text.strip().split(":")
+    if kind == "coverage" and 1 <= len(parts) <= 3:
+        least = int(parts[1]) if len(parts) > 1 else 1
+        most = int(parts[2]) if len(parts) > 2 else None
+        return Budget.coverage(float(parts[0]), least=least, most=most)
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,13 +330,17 @@ def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
         check_known(config)
     except UnsupportedModelError:
         return None
-    rows, kept, projected, probes = _rows(job), sum(map(len, result.selection)), None, 0
+    patches = _rows(job)
+    rows: Sequence[Patches] = patches
+    kept, projected, probes = sum(map(len, result.selection)), None, 0
     if reducer is None or result.stock:
-        projected = sum(rows)
+        projected = sum(patches)
     elif reducer.stage == "pixels":
         rows = [math.prod(grid) for span in job.spans for grid, _ in reducer.plan(span)]  # type: ignore[attr-defined]
+    elif isinstance(reducer, EncoderReducer):
+        rows = _lengths(job, reducer, patches[0])
     else:
-        probes = probe_flops(config, reducer.probes(), rows)
+        probes = probe_flops(config, probes_of([reducer]), patches)
         projected = job.visual_tokens if reducer.merges == "embeddings" or Embeddings() in reducer.probes() else None
     try:
         return prefill_flops(
@@ -330,6 +356,16 @@ def _rows(job: Job) -> list[int]:
     *batch, _, height, width = job.inputs["pixel_values"].shape
     patch = job.model.config.vision_config.patch_size
     return [(height // patch) * (width // patch)] * math.prod(batch)
+
+
+def _lengths(job: Job, reducer: EncoderReducer, patches: int) -> list[Patches]:
+    """Return the tokens of each picture in each layer of the vision tower."""
+    layers, rows = vision_layers(job.model.config), []
+    for span in job.spans:
+        for crop, _, count in crop_budgets(span, reducer.keep, reducer.name):
+            padding = patches - len(crop)
+            rows.append([(padding + a, padding + b) for a, b in reducer.lengths(len(crop), count, layers)])
+    return rows  # type: ignore[return-value]
 
 
 def _saliency(reducer: Reducer | None, tokens: VisualTokens | None) -> list[Tensor] | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from foveate.errors import InputError
 
-Merging: TypeAlias = Literal["features", "embeddings"] | None
-"""Where a method merges tokens: before the projector, behind it, or not at all."""
+Merging: TypeAlias = Literal["encoder", "features", "embeddings"] | None
+"""Where a method merges tokens: inside the encoder, before the projector, behind it, or not at all."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,12 +157,32 @@ class Groups:
         ``[B, M]`` int64: a token of the crop, or `CropBatch.cls`.
     weight
         ``[B, M]`` float32.
+    wanted
+        ``[B, T]`` bool: the merged tokens that a crop ends up with, if their number depends on the image; `None`
+        stands for all.
     """
 
     kept: Tensor
     target: Tensor
     source: Tensor
     weight: Tensor
+    wanted: Tensor | None = None
+
+    def per_crop(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Return what each crop is left with: places, targets, sources and weights.
+
+        Waits for the device once if there are unwanted tokens: the number of the others decides all later shapes.
+        """
+        rows = list(zip(self.kept, self.target, self.source, self.weight, strict=True))
+        if self.wanted is None:
+            return rows
+        rank = self.wanted.cumsum(dim=1) - 1
+        flags = torch.cat([self.wanted, self.wanted.gather(1, self.target)], dim=1).cpu()
+        masks = zip(*torch.split(flags, [self.kept.shape[1], self.target.shape[1]], dim=1), strict=True)
+        return [
+            (kept[stays], number[target[flows]], source[flows], weight[flows])
+            for (kept, target, source, weight), (stays, flows), number in zip(rows, masks, rank, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,11 +239,15 @@ class VisualTokens:
         for units, batch, count in self._batches(keep):
             for unit, row in zip(units, pick(batch, count), strict=True):
                 kept[unit.span].append(unit.index.index_select(0, row))
+        return self.selection(kept)
+
+    def selection(self, kept: Mapping[int, Sequence[Tensor]]) -> Selection:
+        """Return the plain selection of kept positions, which come per span, in parts and in any order."""
         return Selection(
             tuple(
                 SpanSelection(
                     len(s),
-                    _joined(kept[i], self.device).sort().values,
+                    _joined(kept.get(i, ()), self.device).sort().values,
                     sample=s.sample,
                     kind=s.kind,
                     extra=len(s.crops) if self.cls else 0,
@@ -249,13 +273,11 @@ class VisualTokens:
                 own = torch.arange(count, device=self.device)
                 parts[unit.span].append((index, own, index, torch.ones(count, device=self.device)))
         for units, batch, count in self._batches(keep):
-            groups = pick(batch, count)
-            for b, unit in enumerate(units):
+            for unit, (kept, target, source, weight) in zip(units, pick(batch, count).per_crop(), strict=True):
                 rows = unit.index
                 if batch.cls is not None:
                     rows = torch.cat([rows, rows.new_tensor([len(self.spans[unit.span]) + unit.first_of_span])])
-                place, source = rows.index_select(0, groups.kept[b]), rows.index_select(0, groups.source[b])
-                parts[unit.span].append((place, groups.target[b], source, groups.weight[b]))
+                parts[unit.span].append((rows.index_select(0, kept), target, rows.index_select(0, source), weight))
                 merged.add(unit.span)
         extra = [len(span.crops) if self.cls else 0 for span in self.spans]
         return Selection(
@@ -355,5 +377,5 @@ def _merge_parts(
     return SpanSelection(len(span), kept, merge, span.sample, span.kind)
 
 
-def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
+def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.long, device=device)

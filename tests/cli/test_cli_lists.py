@@ -35,15 +35,15 @@ def test_families(foveate: Any) -> None:
 def test_table(foveate: Any) -> None:
     from foveate.compatibility import MARKS
     from foveate.families import FAMILIES
-    from foveate.reducer import get_method
+    from foveate.reducer import by_default
 
     data = foveate("table", "--json").json
     assert [f["name"] for f in data["families"]] == library.list_families()
     assert [m["name"] for m in data["methods"]] == [n for n in library.list_methods() if n != "chain"]
     for row in data["methods"]:
-        method = get_method(row["name"])
+        method = by_default(row["name"])
         for name, family in FAMILIES.items():
-            refused = family.lacks(method) is not None
+            refused = family.lacks(method) is not None or (method.video_only and "video" not in family.kinds)
             assert (row["families"][name] == "no") == refused
             assert (row["families"][name] == "some") == (not refused and method.reads_grid and name == "generic")
     rows = {r.split("|")[1].strip(): r for r in foveate("table").out.splitlines() if r.startswith("| `")}

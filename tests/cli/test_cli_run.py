@@ -64,6 +64,22 @@ def test_a_budget_above_all_tokens_is_the_identity(foveate: Any, folder: Path, p
     assert data["kept"] == [list(range(64))]
 
 
+@pytest.mark.parametrize("method", ["tome", "flowcut", "visionzip", "prumerge+"])
+def test_methods_that_merge_or_act_inside_the_encoder(foveate: Any, folder: Path, photo: Path, method: str) -> None:
+    args = ("run", photo, "what is this ?", "--model", folder, "--keep", 8, "--method", method, "--json", *FAST)
+    data = foveate(*args).json
+    assert [len(kept) for kept in data["kept"]] == [8]
+    vision = {when: parts["vision"] for when, parts in data["flops_by_part"].items()}
+    two_of_three_layers = vision["after"] / vision["before"] - 2 / 3
+    assert (two_of_three_layers < -0.05) == (method in ("tome", "flowcut"))
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=Image.open(photo), text="<image>\nwhat is this ?", return_tensors="pt")
+    ready = library.reduce(model, inputs, method, keep=8)
+    out = model.generate(**ready, max_new_tokens=4, do_sample=False)
+    assert processor.decode(out[0, ready["input_ids"].shape[1] :], skip_special_tokens=True).strip() == data["answer"]
+
+
 def test_compare_lists_the_baselines(foveate: Any, folder: Path, photo: Path) -> None:
     args = ("run", photo, "what is this ?", "--model", folder, "--keep", "0.25", "--compare", *FAST)
     rows = foveate(*args, "--json").json["compare"]
@@ -256,7 +272,40 @@ def test_encoder_view_is_what_the_processor_cuts_out(folder: Path) -> None:
 def test_keep_is_read_as_written() -> None:
     assert [parse_keep(text) for text in ("32", "0.1", "1.0", "64,16", "0.5,8")] == [32, 0.1, 1.0, [64, 16], [0.5, 8]]
     assert isinstance(parse_keep("1.0"), float)
+    coverage = library.Budget.coverage
+    assert parse_keep("coverage:0.9") == coverage(0.9)
+    assert parse_keep("coverage:0.9:16") == coverage(0.9, least=16)
+    assert parse_keep("coverage:0.9:16:144") == coverage(0.9, least=16, most=144)
+    assert parse_keep("coverage:0.5,64") == [coverage(0.5), 64]
     assert load_reducer("random", keep=parse_keep("64,16")).keep == (64, 16)
+
+
+@pytest.mark.parametrize(
+    "text", ["coverage", "coverage:", "coverage:x", "coverage:2", "coverage:0.9:0", "coverage:0.9:8:4",
+             "coverage:0.9:1.5", "coverage:0.9:1:2:3", "cover:0.9", "0.5:3"],
+)  # fmt: skip
+def test_what_is_no_budget_is_one_line(foveate: Any, folder: Path, photo: Path, text: str) -> None:
+    result = foveate("run", photo, "what ?", "--model", folder, "--keep", text)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.count("\n") == 1
+
+
+def test_adaptive_budgets(foveate: Any, folder: Path, photo: Path) -> None:
+    args = ("run", photo, "what is this ?", "--model", folder, "--json", *FAST)
+    half, most = (foveate(*args, "--keep", f"coverage:{share}").json["tokens"]["after"] for share in (0.5, 0.9))
+    assert 0 < half < most < 64
+    assert foveate(*args, "--keep", "coverage:0.5:1:5").json["tokens"]["after"] == min(half, 5) == 5
+    data = foveate(*args, "--keep", "coverage:0.5", "--compare").json
+    rows = {row["method"].partition("(")[0].lower(): row["tokens"] for row in data["compare"]}
+    assert rows.pop("unpruned") == 64
+    assert rows.pop("downsample") <= half
+    assert set(rows.values()) == {half}
+
+
+def test_baselines_of_a_chain_get_what_it_keeps(foveate: Any, folder: Path, photo: Path) -> None:
+    library.Chain(library.VisPruner(keep=0.5), library.VisPruner(keep=0.25)).save("chain.json")
+    data = foveate("run", photo, "what ?", "--model", folder, "--method", "chain.json", "--compare", "--json", *FAST)
+    assert [row["tokens"] for row in data.json["compare"]][:4] == [64, 8, 8, 8]
 
 
 def test_questions_cannot_bring_placeholders(folder: Path) -> None:

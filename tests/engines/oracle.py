@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.families import family_of
+from foveate.families.merged import MergedFamily
 from foveate.selection import SpanSelection
 from tiny import IMAGE, VIDEO, tiny_of
 
@@ -73,23 +75,60 @@ def visual_features(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def unprojected(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Return, span by span, what the plain model's projector reads, and behind it the `[CLS]` tokens of the crops."""
+    inner, spans = model.model, family_of(model).spans(model, inputs)
+    towers = {"image": getattr(inner, "vision_tower", None) or getattr(inner, "image_tower", None)}
+    towers["video"] = getattr(inner, "video_tower", None)
+    leads: dict[str, Tensor] = {}
+    hooks = [
+        tower.register_forward_hook(
+            lambda _module, _args, out, kind=kind: leads.update({kind: out.hidden_states[-2][:, 0]})
+        )
+        for kind, tower in towers.items()
+        if tower is not None
+    ]
+    projector, inner.multi_modal_projector = inner.multi_modal_projector, torch.nn.Identity()
+    try:
+        features = visual_features(model, inputs)
+    finally:
+        inner.multi_modal_projector = projector
+        for hook in hooks:
+            hook.remove()
+    parts = {kind: iter(torch.split(x, [len(s) for s in spans if s.kind == kind])) for kind, x in features.items()}
+    return [torch.cat([next(parts[s.kind]), leads[s.kind][[c.encoder_row for c in s.crops]]]) for s in spans]
+
+
+@torch.no_grad()
 def rebuilt(
     model: Any,
     inputs: dict[str, Tensor],
     selections: list[list[SpanSelection]],
     positions: str = "compact",
+    merges: str | None = "embeddings",
+    given: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Return, per row, the logits of the plain LLM on the embeddings of the visible columns alone, without padding.
 
-    Merged tokens are put together from the plain model's embeddings.
+    Merged tokens are put together from the plain model's embeddings, or from its features and then projected, unless
+    the embeddings of all spans are given.
     """
     embeds, ids = embeddings(model, inputs), inputs["input_ids"]
-    results = []
+    if isinstance(family_of(model), MergedFamily):
+        merges = "embeddings"  # its methods see nothing else
+    results, features = [], iter(unprojected(model, inputs) if merges == "features" else ())
+    spans_given = iter(given or ())
     for i, columns in enumerate(visible_columns(inputs, selections)):
         visual, start = ((ids[i] == IMAGE) | (ids[i] == VIDEO)).nonzero().flatten(), 0
         for span in selections[i]:
             places = visual[start : start + span.length]
-            if span.merge is not None:
+            if given is not None:
+                embeds[i, places[span.kept]] = next(spans_given)
+            elif merges == "features":
+                embeds[i, places[span.kept]] = model.model.multi_modal_projector(
+                    span.apply(next(features)[: span.length + span.extra])
+                )
+            elif span.merge is not None:
                 embeds[i, places[span.kept]] = span.apply(embeds[i, places])
             start += span.length
         first = int(inputs["attention_mask"][i].argmax())

@@ -39,7 +39,7 @@ def test_detaching_restores_the_model(family, entry, attention):
     net, inputs = model(family, attention), collate(samples(family))
     plain = net(**inputs).logits
     before = state(net)
-    handle = foveate.attach(net, make(entry, 9))
+    handle = foveate.attach(net, make(entry, 9, family))
     net.generate(**inputs, **GREEDY)
     net(**inputs)
     assert "generate" in vars(net)
@@ -153,16 +153,17 @@ def test_reduce_equals_attach(family, entry, positions):
     net, inputs = model(family), collate(samples(family))
     length = inputs["input_ids"].shape[1]
     before, given = state(net), dict(inputs)
-    reduced = foveate.reduce(net, inputs, make(entry, 9), positions=positions)
+    reducer = make(entry, 9, family)
+    reduced = foveate.reduce(net, inputs, reducer, positions=positions)
     assert state(net) == before
     assert inputs == given
     assert not {"pixel_values", "pixel_values_videos", "image_sizes"} & set(reduced)
     width = reduced["input_ids"].shape[1]
     assert reduced["attention_mask"].shape[1] == width < length
-    assert ("position_ids" in reduced) == (positions == "original")
+    assert ("position_ids" in reduced) == ((positions or reducer.positions) == "original")
     pure = net.generate(**reduced, **GREEDY)
     logits = net(**reduced).logits
-    with foveate.attach(net, make(entry, 9), positions=positions) as handle:
+    with foveate.attach(net, reducer, positions=positions) as handle:
         out = net.generate(**inputs, **GREEDY)
         assert torch.equal(net(**inputs).logits, logits)
     assert torch.equal(out[:, length:], pure[:, width:])

@@ -7,12 +7,15 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Budget, Chain
+from foveate.engines.hf import Settings, decide, look
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
+from foveate.reducer import identity
 from tiny import (
     FAMILIES,
     IMAGE,
     METHODS,
     TINIES,
+    VIDEO_METHODS,
     VISUALS,
     Visual,
     cast,
@@ -128,10 +131,10 @@ def test_the_oracles_tell_selections_apart(family, positions):
 
 
 @every_family_in_depth
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+@pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
 def test_prefill_of_every_method_equals_the_oracle(entry, family):
     net, inputs = model(family), collate(samples(family))
-    reducer = make(entry, 13)
+    reducer = make(entry, 13, family)
     for positions in TINIES[family].positions:
         reduced = foveate.reduce(net, inputs, reducer, positions=positions)
         with torch.no_grad():
@@ -140,7 +143,36 @@ def test_prefill_of_every_method_equals_the_oracle(entry, family):
         if reducer.stage == "pixels":
             assert logits.isfinite().all()
             continue
-        close(logits, torch.stack([x[-1] for x in rebuilt(net, inputs, selections, positions)]))
+        given = None
+        if reducer.stage == "encoder":  # what the LLM makes of the reduced features
+            outputs = reduced["mm_encoder_outputs"]
+            parts = {kind: iter(output.pooler_output) for kind, output in outputs.items()}
+            given = [next(parts[span.kind]) for span in reduced.selection]
+        expected = rebuilt(net, inputs, selections, positions, reducer.merges, given)
+        close(logits, torch.stack([x[-1] for x in expected]))
+
+
+@every_family_in_depth
+def test_methods_that_share_a_pass_do_not_disturb_each_other(family):
+    """Some need the `[CLS]` tokens or all embeddings, and others, or none at all, do not."""
+    net, inputs = model(family), collate(samples(family))
+    family_of = foveate.families.family_of(net)
+    spans = family_of.spans(net, inputs)
+    reducers = [make(entry, 13) for entry in METHODS]
+    reducers = [r for r in reducers if r.stage == "before_llm"]
+    with torch.no_grad():
+        tokens = look(net, family_of, inputs, spans, reducers)
+        whole = family_of.embed(net, tokens, identity(spans), None)
+        alone = family_of.embed(net, look(net, family_of, inputs, spans, []), identity(spans), None)
+        for a, b in zip(whole, alone, strict=True):
+            torch.testing.assert_close(a, b)
+        for reducer in reducers:
+            together = decide(tokens, Settings(reducer, "compact"))
+            reduced = foveate.reduce(net, inputs, reducer)
+            assert [s.kept.tolist() for s in together] == [s.kept.tolist() for s in reduced.selection]
+            parts = {kind: iter(output.pooler_output) for kind, output in reduced["mm_encoder_outputs"].items()}
+            for span, x in zip(spans, family_of.embed(net, tokens, together, reducer.merges), strict=True):
+                close(x, next(parts[span.kind]))
 
 
 @both_positions
@@ -183,17 +215,17 @@ def test_downsample_through_every_tower(family):
 
 @every_family_in_depth
 @pytest.mark.parametrize("keep", [1.0, 10_000])
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+@pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
 def test_a_budget_for_everything_is_bit_identical(family, keep, entry):
     net, inputs = model(family), collate(samples(family))
     plain = generate(net, inputs, max_new_tokens=3)
-    with foveate.attach(net, make(entry, keep)) as handle:
+    with foveate.attach(net, make(entry, keep, family)) as handle:
         out = generate(net, inputs, max_new_tokens=3)
         assert torch.equal(net(**inputs).logits, model(family)(**inputs).logits)
     assert torch.equal(out.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(out.logits, plain.logits, strict=True))
     assert all(span.is_identity for row in handle.selections for span in row)
-    reduced = foveate.reduce(net, inputs, make(entry, keep))
+    reduced = foveate.reduce(net, inputs, make(entry, keep, family))
     assert dict(reduced) == inputs
     assert reduced.compaction is None
 

@@ -91,7 +91,7 @@ def _times(reducers: Sequence[Reducer], grid: tuple[int, int], batch: int, repea
 
 
 def _tokens(reducer: Reducer, grid: tuple[int, int], batch: int) -> VisualTokens:
-    if getattr(reducer, "video_only", False):
+    if reducer.video_only:
         return random_tokens(reducer.probes(), (grid[0] // FRAMES, grid[1]), batch, FRAMES)
     return random_tokens(reducer.probes(), grid, batch)
 

@@ -49,7 +49,9 @@ def attach(
     """
     model = base_model(model)
     family = family_of(model)
-    return Handle(model, family, Settings.make(method, positions, separators, config, family))
+    settings = Settings.make(method, positions, separators, config, family)
+    settings.reducer.check(model, family)
+    return Handle(model, family, settings)
 
 
 def attached(model: Any) -> Handle | None:

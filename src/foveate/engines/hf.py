@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from foveate.coverage import SALIENCY, with_coverage
+from foveate.encoder import EncoderReducer
 from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
-from foveate.probes import Query
-from foveate.reducer import Positions, Reducer, get_method, identity, list_methods, load_reducer
+from foveate.probes import Probe, Query
+from foveate.reducer import Positions, Reducer, by_default, identity, list_methods, load_reducer
 from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
 
@@ -68,10 +69,10 @@ class Settings:
         family: Family | None = None,
     ) -> Settings:
         reducer = load_reducer(method, **config)
-        if reducer.stage not in ("pixels", "before_llm"):
+        if reducer.stage not in ("pixels", "encoder", "before_llm"):
             raise UnsupportedModelError(f"{reducer.name} acts at the stage {reducer.stage!r}, which this engine lacks")
         if family is not None and (lacking := family.lacks(reducer)):
-            others = [name for name in list_methods() if name != "chain" and not family.lacks(get_method(name))]
+            others = [name for name in list_methods() if name != "chain" and not family.lacks(by_default(name))]
             raise UnsupportedModelError(
                 f"{reducer.name} needs {lacking}, which the family {family.name!r} does not give; methods that run on "
                 f"it are: {', '.join(others)}"
@@ -162,15 +163,30 @@ def select(
 def look(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
 ) -> VisualTokens:
-    """Encode the images of some inputs once, with everything that one of the reducers needs to decide."""
-    probes = tuple(dict.fromkeys(probe for reducer in reducers for probe in reducer.probes()))
+    """Encode the images of some inputs once, with everything that one of the reducers needs to decide.
+
+    A method of the stage ``"encoder"`` changes the pass itself, and so needs one of its own.
+    """
+    for reducer in reducers:
+        reducer.check(model, family)
+        if isinstance(reducer, EncoderReducer):
+            if len(reducers) > 1:
+                raise InputError(f"{reducer.name} acts inside the vision encoder: look for it alone")
+            return family.encode_inside(model, inputs, spans, reducer)
+    probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
-    if budgets and SALIENCY not in probes:
-        probes = (*probes, SALIENCY)
     tokens = family.encode(model, inputs, spans, probes)
     if Query() in probes:
         tokens = replace(tokens, queries=family.query(model, inputs, spans))
     return with_coverage(tokens, budgets) if budgets else tokens
+
+
+def probes_of(reducers: Sequence[Reducer]) -> tuple[Probe, ...]:
+    """Return the probes that some reducers and their budgets read."""
+    probes = dict.fromkeys(probe for reducer in reducers for probe in reducer.probes())
+    if any(reducer.coverages() for reducer in reducers):
+        probes[SALIENCY] = None
+    return tuple(probes)
 
 
 @torch.no_grad()

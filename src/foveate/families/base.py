@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.encoder import EncoderReducer
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.probes import Attention, ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
 from foveate.reducer import Reducer
@@ -40,6 +41,8 @@ class Family(ABC):
     """Whether the rows and columns of tokens are known."""
     resizes: ClassVar[bool] = False
     """Whether smaller pictures can be encoded, as methods of the stage ``"pixels"`` ask for."""
+    reduces_inside: ClassVar[bool] = False
+    """Whether methods can act inside the vision encoder, see `encode_inside`."""
 
     def matches(self, config: Any) -> bool:
         """Return whether a model with this configuration belongs to the family."""
@@ -52,6 +55,8 @@ class Family(ABC):
         """
         if method.stage == "pixels":
             return None if self.resizes else "an encoder that takes smaller pictures"
+        if method.stage == "encoder":
+            return None if self.reduces_inside else "a CLIP-like vision encoder that it can act inside of"
         probes = method.probes() if isinstance(method, Reducer) else method.needs
         if not self.has_attention and isinstance(method, Reducer) and method.coverages():
             return "the attention of the vision encoder, which its adaptive budget follows"
@@ -83,9 +88,30 @@ class Family(ABC):
     ) -> list[list[Tensor]]:
         """Encode each crop of each span at a smaller grid ``(h, w)``; one ``[h * w, C]`` per crop."""
 
+    def encode_inside(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
+    ) -> VisualTokens:
+        """Run the vision encoder with a method inside that reduces the tokens on their way.
+
+        Each token that is left has the place of its first patch.
+        """
+        raise UnsupportedModelError(
+            f"{reducer.name} acts inside the vision encoder, which takes a CLIP-like one, such as that of LLaVA; "
+            f"models of the family {self.name} are pruned behind it: use a method of the stage 'before_llm', such as "
+            "'visionzip'"
+        )
+
     @abstractmethod
     def project(self, model: Any, features: Tensor) -> Tensor:
         """Map encoder features ``[M, C]`` to LLM embeddings ``[M, D]``."""
+
+    def projector(self, model: Any) -> nn.Module:
+        """Return the module between the vision encoder and the LLM."""
+        module: nn.Module
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in ("multi_modal_projector", "merger", "connector", "aligner"):
+                return module
+        raise UnsupportedModelError(f"no projector found in {type(model).__name__}")
 
     def query(self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span]) -> tuple[Tensor, ...]:
         """Return, per prompt, the input embeddings ``[M, D]`` of its text behind its first span.
@@ -123,12 +149,16 @@ class Family(ABC):
         Only the kept tokens are projected, all spans at once, unless tokens are merged behind the projector or the
         method needed all of them.
         """
-        if merges == "embeddings":
-            chosen = selection.apply(tokens.embedded or self._project_all(model, tokens.hidden))
+        # [CLS] rows may be there for another method.
+        hidden = [x[: c.length + c.extra] for x, c in zip(tokens.hidden, selection, strict=True)]
+        if merges == "encoder":
+            chosen = self._project_all(model, [c.anchors(x) for x, c in zip(hidden, selection, strict=True)])
+        elif merges == "embeddings":
+            chosen = selection.apply(tokens.embedded or self._project_all(model, hidden))
         elif merges is None and tokens.embedded is not None:
             chosen = selection.apply(tokens.embedded)
         else:
-            chosen = self._project_all(model, selection.apply(tokens.hidden))
+            chosen = self._project_all(model, selection.apply(hidden))
         return [
             self.fill_separators(model, span, x, picked.kept)
             for span, x, picked in zip(tokens.spans, chosen, selection, strict=True)
@@ -248,9 +278,7 @@ def run_tower(
         Features ``[R, S, C]`` with the ``[CLS]`` row, and the values of the layer probes, each ``[R, N, ...]``.
     """
     layers = encoder_layers(tower)
-    indices = [(i if i >= 0 else len(layers) + 1 + i) - 1 for i in feature_layers]
-    if min(indices) < 0:
-        raise UnsupportedModelError("features straight from the patch embedding (hidden state 0) have no layer to read")
+    indices = feature_indices(layers, feature_layers)
     numbers = {p: p.numbers(len(layers), indices[-1]) for p in probes if isinstance(p, LayerProbe)}
     watched: dict[nn.Module, list[LayerProbe]] = {}
     for probe, read in numbers.items():
@@ -267,6 +295,14 @@ def run_tower(
         rows = [torch.cat(taps.values(attention_of(layers[i]), probe)) for i in read]
         values[probe] = torch.stack(rows, dim=-1) if probe.stacked else rows[0]
     return features, values
+
+
+def feature_indices(layers: nn.ModuleList, feature_layers: Sequence[int]) -> list[int]:
+    """Return which layers make the hidden states with the given indices."""
+    indices = [(i if i >= 0 else len(layers) + 1 + i) - 1 for i in feature_layers]
+    if min(indices) < 0:
+        raise UnsupportedModelError("features straight from the patch embedding (hidden state 0) have no layer to read")
+    return indices
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.encoder import EncoderReducer
 from foveate.errors import UnsupportedModelError
 from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes, with_cls
+from foveate.families.inside import run_tower_inside
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -28,6 +30,7 @@ class Llava(Family):
     has_cls = True
     resizes = True
     notes = "one grid per image; pruned between the vision tower and the projector"
+    reduces_inside = True
 
     def matches(self, config: Any) -> bool:
         return super().matches(config) and config.vision_config.model_type != "pixtral"
@@ -75,12 +78,37 @@ class Llava(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
-        pixels, cls = inputs["pixel_values"], self.cls(model)
-        features, values = run_tower(
-            model.model.vision_tower, pixels, self.layers(model, inputs), cls, probes, final=self.final(model)
-        )
+        pixels, layers = self.pixels(model, inputs), self.layers(model, inputs)
+        seen = run_tower(model.model.vision_tower, pixels, layers, self.cls(model), probes, final=self.final(model))
+        return self.tokens(model, inputs, spans, probes, *seen)
+
+    def encode_inside(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
+    ) -> VisualTokens:
+        pixels, layers, lead = self.pixels(model, inputs), self.layers(model, inputs), int(self.cls(model))
+        grid = patch_grid(model, pixels)
+        features, values = run_tower_inside(model.model.vision_tower, pixels, layers, lead, grid, spans, reducer)
+        if (final := self.final(model)) is not None:
+            features = final(features)
+        return self.tokens(model, inputs, spans, (), features, values)
+
+    def pixels(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Return what the vision tower sees, ``[R, 3, height, width]``."""
+        return inputs["pixel_values"]  # type: ignore[no-any-return]
+
+    def tokens(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        spans: Sequence[Span],
+        probes: Sequence[Probe],
+        features: Tensor,
+        values: Mapping[Probe, Tensor],
+    ) -> VisualTokens:
+        """Put features ``[R, S, C]`` and probe values of the vision tower's rows in the order of the spans."""
+        grid, cls = patch_grid(model, inputs["pixel_values"]), self.cls(model)
         patches = features[:, int(cls) :]
-        planes = token_planes([c for s in spans for c in s.crops], patch_grid(model, pixels), patches, values)
+        planes = token_planes([c for s in spans for c in s.crops], grid, patches, values)
         hidden = features if self.projects_cls(model, inputs) else patches
         tokens = VisualTokens(tuple(spans), planes, features.device, list(hidden))
         if cls:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import Grid, crop_rows, placeholder_columns, resized_crops, run_tower, token_planes, with_cls
+from foveate.families.base import Grid, crop_rows, placeholder_columns, resized_crops, token_planes, with_cls
 from foveate.families.llava import Llava, feature_layers, strategy
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
@@ -45,13 +45,27 @@ class LlavaNext(Llava):
             spans.append(Span("image", sample, ordinal, columns, (len(crops), side, side), crops, extents))
         return tuple(spans)
 
-    def encode(
-        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
+    def pixels(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the pixels of all crops of all images, without the batch's filler crops."""
+        pixels: Tensor = inputs["pixel_values"]
+        if pixels.dim() == 4:
+            return pixels
+        counts = []
+        for size in inputs["image_sizes"].tolist():
+            rows, columns = _tiles(model, size)
+            counts.append(1 + rows * columns)
+        return torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
+
+    def tokens(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        spans: Sequence[Span],
+        probes: Sequence[Probe],
+        features: Tensor,
+        values: Mapping[Probe, Tensor],
     ) -> VisualTokens:
-        vision = model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        pixels = _crop_pixels(model, inputs)
-        features, values = run_tower(model.model.vision_tower, pixels, feature_layers(model, inputs), True, probes)
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         patches = features[:, 1:]
         crops = [c for s in spans for c in s.crops]
         planes = token_planes(crops, (side, side), patches, values)
@@ -62,7 +76,7 @@ class LlavaNext(Llava):
     def encode_at(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
     ) -> list[list[Tensor]]:
-        pixels, layers = _crop_pixels(model, inputs), feature_layers(model, inputs)
+        pixels, layers = self.pixels(model, inputs), feature_layers(model, inputs)
         patch = model.config.vision_config.patch_size
         return [
             resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers)
@@ -117,18 +131,6 @@ def _unpadded(size: Sequence[int], height: int, width: int) -> tuple[Grid, Grid]
         return (margin, height - margin), (0, width)
     margin = (width - int(round(original_width * (height / original_height), 7))) // 2
     return (0, height), (margin, width - margin)
-
-
-def _crop_pixels(model: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the pixels of all crops of all images, ``[R, 3, side, side]``, without the batch's filler crops."""
-    pixels: Tensor = inputs["pixel_values"]
-    if pixels.dim() == 4:
-        return pixels
-    counts = []
-    for size in inputs["image_sizes"].tolist():
-        rows, columns = _tiles(model, size)
-        counts.append(1 + rows * columns)
-    return torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
 
 
 def _in_span_order(span: Span, patches: Tensor, side: int) -> Tensor:

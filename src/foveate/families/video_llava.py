@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.encoder import EncoderReducer
 from foveate.errors import InputError
 from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.families.inside import run_tower_inside
 from foveate.families.llava import feature_layers, patch_grid, strategy
 from foveate.probes import ClsToken, Probe
 from foveate.tokens import Crop, Span, VisualTokens
@@ -24,6 +26,7 @@ class VideoLlava(Family):
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
     has_cls = True
     resizes = True
+    reduces_inside = True
     notes = "frames are crops; each frame's [CLS] token follows `separators`"
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -54,14 +57,34 @@ class VideoLlava(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
-        planes: dict[Probe, list[Tensor]] = {}
-        features, values = {}, {}
+        layers = feature_layers(model, inputs)
+        seen = {
+            kind: run_tower(tower, pixels, layers, True, probes)
+            for kind, (tower, pixels) in self._towers(model, inputs).items()
+        }
+        return self._tokens(model, spans, probes, seen)
+
+    def encode_inside(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
+    ) -> VisualTokens:
+        layers, seen = feature_layers(model, inputs), {}
         for kind, (tower, pixels) in self._towers(model, inputs).items():
-            features[kind], values[kind] = run_tower(tower, pixels, feature_layers(model, inputs), True, probes)
+            own = [span for span in spans if span.kind == kind]
+            seen[kind] = run_tower_inside(tower, pixels, layers, 1, patch_grid(model, pixels), own, reducer)
+        return self._tokens(model, spans, (), seen)
+
+    def _tokens(
+        self,
+        model: Any,
+        spans: Sequence[Span],
+        probes: Sequence[Probe],
+        seen: Mapping[str, tuple[Tensor, Mapping[Probe, Tensor]]],
+    ) -> VisualTokens:
+        planes: dict[Probe, list[Tensor]] = {}
         hidden = []
         for span in spans:
-            x, grid = features[span.kind], span.grid[1:]
-            for probe, parts in token_planes(span.crops, grid, x[:, 1:], values[span.kind]).items():
+            x, values = seen[span.kind]
+            for probe, parts in token_planes(span.crops, span.grid[1:], x[:, 1:], values).items():
                 planes.setdefault(probe, []).extend(parts)
             rows = x[[crop.encoder_row for crop in span.crops]]
             hidden.append((rows if len(span.separators()) else rows[:, 1:]).flatten(0, 1))

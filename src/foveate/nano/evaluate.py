@@ -101,10 +101,11 @@ class Runner:
         self.model, self.processor, self.family = model, processor, family_of(model)
 
     def look(self, image: Any, reducers: Iterable[Reducer]) -> tuple[dict[str, Any], Any]:
-        """Encode an image once, with every probe that one of the reducers needs."""
+        """Encode an image once, with every probe that one of the reducers needs that do not change this pass."""
         inputs = dict(self.processor(images=image, text=PROMPT, return_tensors="pt").to(self.model.device))
         spans = self.family.spans(self.model, inputs)
-        return inputs, look(self.model, self.family, inputs, spans, list(reducers))
+        sharing = [reducer for reducer in reducers if reducer.stage != "encoder"]
+        return inputs, look(self.model, self.family, inputs, spans, sharing)
 
     def prefix(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, int]:
         """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
@@ -115,13 +116,13 @@ class Runner:
         return cache, full if condition.positions == "original" else int(reduced["input_ids"].shape[1])
 
     def _kept(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, list[Tensor]]:
-        """Selection and embeddings under a condition; only methods that change the pixels encode again."""
+        """Selection and embeddings under a condition; only methods that change pixels or encoder encode again."""
         reducer = condition.reducer
         if reducer is None:
             selection = identity(tokens.spans)
             return selection, self.family.embed(self.model, tokens, selection, None)
         settings = Settings(reducer, condition.positions)
-        if reducer.stage == "pixels":
+        if reducer.stage in ("pixels", "encoder"):
             return select(self.model, self.family, inputs, tokens.spans, settings)
         selection = decide(tokens, settings)
         return selection, self.family.embed(self.model, tokens, selection, reducer.merges)

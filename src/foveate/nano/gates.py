@@ -188,9 +188,15 @@ def measure(
         "differences": _differences(found),
         "gates": judge(found, prior, speed["median"]),
         "timing": speed,
-        "recipe": Recipe.load().to_dict(),
+        "recipe": _recipe(log).to_dict(),
         "curve": list(_curve(log)) if log else [],
     }
+
+
+def _recipe(log: Path | None) -> Recipe:
+    """Return the recipe of the run that wrote a log, which lies beside it, or the shipped one."""
+    own = log.with_name("recipe.json") if log else None
+    return Recipe.load(own) if own and own.exists() else Recipe.load()
 
 
 def _differences(found: dict[str, Tally]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,61 @@
+"""DivPrune: the tokens that lie furthest apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.probes import Embeddings
+from foveate.ranking import RESOLUTION, cosine_matrix, row_of, take_best
+from foveate.reducer import Reducer, register
+from foveate.selection import Selection
+from foveate.tokens import CropBatch, VisualTokens
+
+
+@register("divprune")
+@dataclass(frozen=True)
+class DivPrune(Reducer):
+    """DivPrune (arXiv 2503.02175, CVPR 2025): greedy max-min diversity of the projected tokens.
+
+    The distance of two tokens is one minus the cosine of their embeddings ``[N, D]``. The first token is the one whose
+    nearest neighbour is furthest away; each further one is the one furthest from its nearest among those picked.
+    Reads neither attention nor the question.
+
+    Parameters
+    ----------
+    keep
+        The budget T. The paper selects among all crops of an image, or frames of a clip, at once: that is
+        ``keep=Budget(T, per="joint")``, quadratic in their number of tokens.
+
+    Notes
+    -----
+    Cosines are computed once, ``O(N^2 D)``; each pick then costs ``O(N)``.
+
+    Deviations from the paper: newline vectors do not compete, and are left to the engine. Picked tokens are masked; the
+    official code may pick a duplicate of one, or itself, again. Distances below 1e-6 are zero, so that float32 noise
+    does not rank copies, and ties go to the lower index.
+    """
+
+    needs = (Embeddings(),)
+    paper = "arXiv:2503.02175"
+    complexity = "O(N^2 D)"
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop(self.keep, self._pick)
+
+    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+        similarity = cosine_matrix(crops.probe(Embeddings()))
+        # Products of matrices are not exactly symmetric, yet the two tokens of a closest pair have to tie.
+        similarity = torch.maximum(similarity, similarity.mT)
+        distance = (1 - similarity).masked_fill(similarity > 1 - RESOLUTION, 0.0)
+        itself = torch.eye(crops.size, dtype=torch.bool, device=distance.device)
+        nearest = distance.masked_fill(itself, torch.inf).amin(dim=-1)
+        taken = torch.zeros_like(nearest, dtype=torch.bool)
+        picks = [take_best(nearest, taken)]
+        nearest = row_of(distance, picks[0])
+        while len(picks) < count:
+            picks.append(take_best(nearest, taken))
+            nearest = torch.minimum(nearest, row_of(distance, picks[-1]))
+        return torch.cat(picks, dim=1)

@@ -1,0 +1,159 @@
+"""FlowCut: score, schedule, and the whole tower against plain steps in float64."""
+
+import copy
+import math
+
+import pytest
+import torch
+from greedy_cases import wave, wave_saliency
+from tower_cases import embeddings_of, reference
+
+import foveate
+from foveate import Budget
+from foveate.encoder import Inside
+from foveate.errors import FoveateError
+from foveate.methods import FlowCut
+from foveate.methods.flowcut import Flow
+from foveate.probes import Heads
+from tiny import collate, model, samples
+
+
+def heads_of(attention, value):
+    """One head, whose ``[CLS]`` row is a given attention to the patches; `value` has the row of ``[CLS]`` first."""
+    n = len(attention)
+    row = torch.tensor([1 - math.fsum(attention), *attention]).log()
+    query = torch.zeros(n + 1, n + 1).index_copy(0, torch.tensor([0]), row[None])
+    return Heads(query[None, None], torch.eye(n + 1)[None, None], torch.tensor(value)[None, None], 1.0, 1)
+
+
+VALUE = [wave(17, 6, 1.2, 0.5)[16], *wave(16, 6, 1.2, 0.5)]
+SCORE = [0.649616, 0.143572, 0.861745, 0.102777, 0.166124, 0.744433, 0.096110, 0.269785, 0.510331, 0.147206,
+         0.565795, 1.534446, 0.201655, 0.868233, 1.072509, 0.640461]  # fmt: skip
+
+
+def test_toy_of_the_score():
+    score = Flow().read(heads_of(wave_saliency(16), VALUE))
+    assert score[0].tolist() == pytest.approx(SCORE, abs=1e-5)
+    assert sorted(score[0].topk(5).indices.tolist()) == [2, 5, 11, 13, 14]
+    later = Flow().read(heads_of(wave_saliency(16)[::-1], VALUE))
+    inside = Inside.start(1, 16, 1, torch.device("cpu"))
+    for values, kept in ((score, [2, 5, 11, 13, 14]), (later, [2, 11, 13, 14, 15])):
+        inside.planes[Flow()] = values
+        into, memory = FlowCut(keep=5).step(inside, 5)
+        assert [i for i, k in enumerate(into[0].tolist()) if k >= 0] == kept
+        assert into[0][kept].tolist() == [0, 1, 2, 3, 4]
+        inside = Inside.start(1, 16, 1, torch.device("cpu"))
+        inside = Inside(inside.member, inside.sizes, {}, memory, 1)
+    torch.testing.assert_close(memory, (score + later) / 2)
+
+
+@pytest.mark.parametrize("lead", [0, 1, 3])
+def test_score_of_several_heads(lead):
+    query, key, value = (torch.randn(2, 3, 9 + lead, 4) for _ in range(3))
+    got = Flow().read(Heads(query, key, value, 0.5, lead))
+    for b in range(2):
+        norm = value[b, :, lead:].double().mean(dim=0).abs().sum(dim=-1)
+        if lead:
+            rows = []
+            for q, k, scale in ((query, key, 0.5), (value, value, 1.0)):
+                row = (q[b, :, 0].double()[:, None] @ k[b].double().mT * scale).softmax(-1)[:, 0].mean(dim=0)[lead:]
+                rows.append(row / row.sum())
+            expected = (rows[0] + rows[1]) * norm
+        else:
+            mean = query[b].double().mean(dim=1, keepdim=True)
+            expected = (mean @ key[b].double().mT * 0.5).softmax(-1)[:, 0].mean(dim=0) * norm
+        torch.testing.assert_close(got[b].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_toy_of_the_schedule():
+    attention = wave_saliency(64)
+    p = [a / math.fsum(attention) for a in attention]
+    entropy = -math.fsum(x * math.log(x) for x in p) / math.log(64)
+    assert entropy == pytest.approx(0.9044701505, abs=1e-9)
+    assert (64 - 16) / 20**0.5 * (1 - entropy**2) == pytest.approx(1.952718, abs=1e-5)
+    assert (64 - 16) / 2**0.5 * (1 - entropy**2) == pytest.approx(6.175035, abs=1e-5)
+    reducer = FlowCut(keep=16, entropy=entropy)
+    left = reducer.schedule(64, 16, 23)
+    assert left[:2] == [64, 62]  # layer 1 has 20 layers to the last cut
+    assert reducer.schedule(64, 16, 5) == [64, 58, 58, 16, 16]  # layer 1 has 2
+    assert all(left[i] == left[i - 1] for i in range(2, 23, 2))  # no pruning at even layers
+    assert left[21] == left[22] == 16
+
+
+@pytest.mark.parametrize("entropy", [0.0, 0.5, 0.9, 1.0])
+def test_schedule_hits_the_budget(entropy):
+    for size, count, layers in ((576, 64, 23), (576, 1, 23), (64, 63, 2), (64, 5, 1), (9, 4, 12)):
+        left = FlowCut(keep=1, entropy=entropy).schedule(size, count, layers)
+        assert len(left) == layers
+        assert left[-1] == count
+        assert [size, *left] == sorted([size, *left], reverse=True)
+    assert FlowCut(keep=1, entropy=1.0).schedule(576, 64, 23) == [576] * 21 + [64] * 2
+
+
+def pruning(entropy):
+    def act_for(lead, size, count):
+        def act(layer, tokens, query, key, value):
+            left = FlowCut(keep=count, entropy=entropy).schedule(size, count, 5)[layer]
+            rows = []
+            for q, k, scale in ((query, key, query.shape[-1] ** -0.5), (value, value, 1.0)):
+                row = (q[:, :1] @ k.mT * scale).softmax(-1)[:, 0].mean(dim=0)[lead:]
+                rows.append(row / row.sum())
+            score = ((rows[0] + rows[1]) * value[:, lead:].mean(dim=0).abs().sum(-1)).tolist()
+            noted = [{**t, "c": (t["c"] + s) / 2 if "c" in t else s} for t, s in zip(tokens, score, strict=True)]
+            best = sorted(range(len(noted)), key=lambda i: -noted[i]["c"])[:left]
+            return [noted[i] for i in sorted(best)]
+
+        return act
+
+    return act_for
+
+
+def deeper(family):
+    """A tiny model whose tower runs five of six layers, of which the second and the fourth prune."""
+    net = model(family)
+    for name, module in net.named_modules():
+        if name.endswith("encoder.layers"):
+            module.extend(copy.deepcopy(module))
+            for layer in module:
+                layer.self_attn.config = module[0].self_attn.config
+    return net
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "video_llava"])
+@pytest.mark.parametrize("keep", [Budget(40, per="crop"), Budget(9, per="crop"), 27], ids=str)
+def test_the_tower_equals_plain_steps(family, keep):
+    net, inputs = deeper(family), collate(samples(family))
+    reduced = foveate.reduce(net, inputs, FlowCut(keep=keep, entropy=0.3))
+    expected = reference(net, inputs, pruning(0.3), "mlp", keep)
+    for chosen, embeds, (kept, _, rows) in zip(reduced.selection, embeddings_of(reduced), expected, strict=True):
+        chosen.check()
+        assert chosen.merge is None
+        assert chosen.kept.tolist() == kept
+        torch.testing.assert_close(embeds.double(), rows, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_between_the_cuts_have_fewer_tokens():
+    net, inputs, seen = deeper("llava"), collate(samples("llava")), []
+    for layer in net.model.vision_tower.encoder.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
+        )
+    foveate.reduce(net, inputs, FlowCut(keep=20))
+    assert seen == [65, 65, 59, 59, 21]  # round(44 / sqrt(2) * 0.19) go first
+    assert FlowCut(keep=20).lengths(64, 20, 5) == [(64, 64), (64, 64), (58, 58), (58, 58), (20, 20)]
+
+
+@pytest.mark.parametrize("bad", ["nan", "zero"])
+def test_degenerate_scores_give_valid_tokens(bad):
+    inside = Inside.start(1, 21, 1, torch.device("cpu"))
+    inside.planes[Flow()] = torch.full((1, 21), {"nan": torch.nan, "zero": 0.0}[bad])
+    for count in (1, 5, 20):
+        into, _ = FlowCut(keep=count).step(inside, count)
+        assert into[0].tolist() == [*range(count)] + [-1] * (21 - count)
+    zeros = torch.zeros(1, 2, 5, 4)
+    assert Flow().read(Heads(zeros, zeros, zeros, 0.5, 1)).tolist() == [[0.0] * 4]
+
+
+def test_impossible_parameters_are_refused():
+    with pytest.raises(FoveateError, match=r"entropy is a share .* not 1.5"):
+        FlowCut(keep=8, entropy=1.5)
