@@ -245,3 +245,97 @@ def test_towers_that_share_a_configuration():
     for encoder in (first, second, first):
         run_tower(encoder, pictures(), [-2], True, [Attention()])
     assert first.config._attn_implementation == "sdpa"
+
+
+def padded(n, shown):
+    """Return queries and keys of two sequences padded to n, and which tokens are content."""
+    mask = torch.arange(n) < torch.tensor(shown)[:, None]
+    return torch.randn(2, 3, n, 4), torch.randn(2, 3, n, 4), mask
+
+
+@pytest.mark.parametrize("chunk", [2, 256])
+def test_padding_neither_gives_nor_gets_attention(monkeypatch, chunk):
+    monkeypatch.setattr(foveate.probes, "_QUERY_CHUNK", chunk)
+    query, key, mask = padded(7, (5, 7))
+    values, row = received(query, key, 0.5, 0, mask[:, None, None]), cls_row(query, key, 0.5, mask[:, None, None])
+    for i, n in enumerate((5, 7)):
+        alone = query[i : i + 1, :, :n], key[i : i + 1, :, :n]
+        torch.testing.assert_close(values[i, :n], received(*alone, 0.5)[0])
+        torch.testing.assert_close(row[i, : n - 1], cls_row(*alone, 0.5)[0])
+        assert not values[i, n:].any()
+        assert not row[i, n - 1 :].any()
+
+
+def test_sequences_told_apart_by_a_mask():
+    query, key, _ = padded(7, (7, 7))
+    blocks = torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)).bool().expand(2, 1, -1, -1)
+    values = received(query, key, 0.5, 0, blocks)
+    first, second = (received(query[:, :, part], key[:, :, part], 0.5) for part in (slice(3), slice(3, 7)))
+    torch.testing.assert_close(values, torch.cat([first * 3, second * 4], dim=1) / 7)
+
+
+@pytest.mark.parametrize("kind", ["2-D", "boolean", "additive"])
+def test_masks_of_every_implementation(kind):
+    query, key, mask = padded(6, (4, 6))
+    given = {
+        "2-D": mask.long(),
+        "boolean": mask[:, None, None].expand(-1, 1, 6, -1),
+        "additive": torch.zeros(2, 1, 6, 6).masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min),
+    }[kind]
+    module, probe = torch.nn.Identity(), Attention("received")
+    taps = foveate.probes.Taps({module: [probe]}, 0)
+    taps.read(module, query, key, key, 0.5, None, given)
+    (values,) = taps.values(module, probe)
+    torch.testing.assert_close(values, received(query, key, 0.5, 0, mask[:, None, None]))
+
+
+class Attending(torch.nn.Linear):
+    def forward(self, x):
+        heads = super().forward(x).reshape(len(x), -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+class Tower(torch.nn.Module):
+    """Like those of timm: attention layers that call the fused kernel by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.timm_model = torch.nn.Sequential(Attending(8, 24), Attending(8, 24))
+
+    def forward(self, x):
+        return self.timm_model(x)
+
+
+def test_calls_of_the_fused_kernel_are_read():
+    encoder, x, probe = Tower(), torch.randn(2, 5, 8), Attention("received")
+    marked = encoder.timm_model[1]
+    with torch.no_grad(), tap(encoder, {marked: [probe]}, 0) as taps:
+        out = encoder(x)
+    assert torch.equal(out, encoder(x))
+    (values,) = taps.values(marked, probe)
+    query, key, _ = torch.nn.functional.linear(encoder.timm_model[0](x), marked.weight, marked.bias).reshape(
+        2, 5, 3, 2, 4
+    ).permute(2, 0, 3, 1, 4)  # fmt: skip
+    torch.testing.assert_close(values, received(query, key, 0.5))
+    assert not marked._forward_hooks
+    assert not marked._forward_pre_hooks
+
+
+def test_passes_of_other_threads_are_not_read():
+    encoder, probe = Tower(), Attention("received")
+    marked, x = encoder.timm_model[1], torch.randn(2, 5, 8)
+    with torch.no_grad(), tap(encoder, {marked: [probe]}, 0) as taps:
+        other = threading.Thread(target=encoder, args=(torch.randn(3, 5, 8),))
+        other.start()
+        other.join()
+        encoder(x)
+    assert [len(v) for v in taps.values(marked, probe)] == [2]
+
+
+def test_an_unfused_tower_is_named():
+    encoder, probe = Tower(), Attention("received")
+    with (
+        pytest.raises(UnsupportedModelError, match=r"Tower did not call .* fused kernel"),
+        tap(encoder, {encoder.timm_model[1]: [probe]}, 0),
+    ):
+        pass

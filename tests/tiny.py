@@ -197,7 +197,6 @@ def visual_tokens(
         sample_row = 0 if only is not None else row
         ordinal = sum(s.sample == sample_row for s in spans)
         spans.append(Span(kind, sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
-        spans.append(Span("image", sample_row, ordinal, torch.arange(start), (len(grids), *grids[0]), tuple(crops)))
         if isinstance(reducer, EncoderReducer):
             for j, (crop, count) in enumerate(zip(crops, spans[-1].budget(reducer.keep), strict=True)):
                 generator = torch.Generator().manual_seed(1000 * seed + 10 * i + j)

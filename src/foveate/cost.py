@@ -26,7 +26,7 @@ _GATED = (
 """Text models whose feed-forward network is three matrices (SwiGLU and its kin), and whose layers are all alike."""
 
 
-_PROJECTED = ("llava", "llava_next", "video_llava")
+_PROJECTED = ("llava", "llava_next", "video_llava", "vipllava")
 """Models with a tower like CLIP's and a two-layer projector that maps each token by itself."""
 
 

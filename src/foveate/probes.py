@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -147,8 +148,8 @@ class Attention(LayerProbe):
             scaling *= query.shape[1] ** -0.5
             query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
         if self.of == "received" or not heads.lead:
-            return received(query, key, scaling, skip=heads.lead)
-        return cls_row(query, key, scaling)[:, heads.lead - 1 :]
+            return received(query, key, scaling, heads.lead, heads.mask)
+        return cls_row(query, key, scaling, heads.mask)[:, heads.lead - 1 :]
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ class Heads:
         Factor on the products of queries and keys.
     lead
         Tokens before the patches, of which the first is ``[CLS]``: usually 1 or 0.
+    mask
+        ``[B, 1, S, S]`` or ``[B, 1, 1, S]`` bool: which keys each query attends to; `None` if all.
     """
 
     query: Tensor
@@ -184,9 +187,10 @@ class Heads:
     value: Tensor
     scaling: float
     lead: int = 0
+    mask: Tensor | None = None
 
 
-def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def cls_row(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Attention of the first query to all other tokens.
 
     Parameters
@@ -195,6 +199,8 @@ def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
         ``[B, H, 1 + N, d]``, not yet scaled.
     scaling
         Factor on the products, usually ``d ** -0.5``.
+    mask
+        See `Heads`.
 
     Returns
     -------
@@ -202,10 +208,12 @@ def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
         ``[B, N]`` float32, mean over heads; the mass that falls on the first token itself is missing.
     """
     logits = torch.matmul(query[:, :, :1].float(), key.float().transpose(-1, -2)) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, :, :1], -torch.inf)
     return logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
 
-def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0) -> Tensor:
+def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0, mask: Tensor | None = None) -> Tensor:
     """Attention that each token gets, mean over all query rows and heads.
 
     Works through the rows in chunks, so that no ``N x N`` map is stored.
@@ -216,6 +224,8 @@ def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0) -> Tenso
         ``[B, H, S, d]``, not yet scaled.
     skip
         Leading tokens (such as ``[CLS]``) that are left out of the result, not out of the softmax.
+    mask
+        See `Heads`. Tokens that it hides from all queries get nothing, and do not count as queries.
 
     Returns
     -------
@@ -224,9 +234,16 @@ def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0) -> Tenso
     """
     transposed = key.float().transpose(-1, -2)
     total = query.new_zeros(query.shape[0], key.shape[2], dtype=torch.float32)
-    for rows in torch.split(query, _QUERY_CHUNK, dim=2):
-        total += (torch.matmul(rows.float(), transposed) * scaling).softmax(dim=-1).sum(dim=2).mean(dim=1)
-    return total[:, skip:] / query.shape[2]
+    shown = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
+    if mask is not None:
+        mask, shown = mask.expand(-1, -1, query.shape[2], -1), mask.any(dim=2)[:, 0]
+    for start in range(0, query.shape[2], _QUERY_CHUNK):
+        rows = slice(start, start + _QUERY_CHUNK)
+        logits = torch.matmul(query[:, :, rows].float(), transposed) * scaling
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, :, rows], torch.finfo(logits.dtype).min)
+        total += (logits.softmax(dim=-1) * shown[:, None, rows, None]).sum(dim=2).mean(dim=1)
+    return total[:, skip:] / shown.sum(dim=1, keepdim=True)
 
 
 class Taps:
@@ -237,13 +254,21 @@ class Taps:
         self._parts: dict[tuple[nn.Module, LayerProbe], list[Tensor]] = {}
 
     def read(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, bounds: Tensor | None
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        bounds: Tensor | None,
+        mask: Any = None,
     ) -> None:
         """Read one call of a module; `bounds` are where packed sequences begin and end, if several share the call."""
         for probe in self.probes.get(module, ()):
+            visible = None if self.lengths is not None else _visible(mask)  # cut apart, pictures need no mask
             with torch.no_grad():
                 for q, k, v in self._sequences(query.detach(), key.detach(), value.detach(), bounds):
-                    values = probe.read(Heads(q, k, v, scaling, self.lead))
+                    values = probe.read(Heads(q, k, v, scaling, self.lead, visible))
                     self._parts.setdefault((module, probe), []).append(values)
 
     def values(self, module: nn.Module, probe: LayerProbe) -> list[Tensor]:
@@ -271,6 +296,18 @@ class Taps:
             yield from zip(*(torch.split(x, list(lengths), dim=2) for x in heads), strict=True)
 
 
+def _visible(mask: Any) -> Tensor | None:
+    """Return which keys each query attends to, ``[B, 1, S or 1, S]`` bool, by the mask of any implementation.
+
+    That is ``[B, S]`` and true at content, or ``[B, 1, S, S]`` and either true or zero where a key is seen.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask.bool()[:, None, None]
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
 _active: ContextVar[Taps | None] = ContextVar("foveate_taps", default=None)
 _lock = threading.Lock()
 _tapped: dict[int, int] = {}  # how many passes use the twin on a configuration, by its identity
@@ -285,7 +322,8 @@ def tap(
     Parameters
     ----------
     encoder
-        A `transformers` model whose attention goes through the `AttentionInterface`.
+        A `transformers` model whose attention goes through the `AttentionInterface`, or one of timm's, which call the
+        fused kernel of torch themselves.
     probes
         For each attention module what to read there.
     lead
@@ -298,18 +336,64 @@ def tap(
     if not probes:
         yield taps
         return
+    with _fused(taps) if hasattr(encoder, "timm_model") else _twin(encoder, taps):
+        yield taps
+    if missing := taps.missing():
+        raise UnsupportedModelError(
+            f"{type(encoder).__name__} did not call its attention through the AttentionInterface of transformers or a "
+            f"fused kernel of torch, so {missing} cannot be read: use a method that needs only token features, such as "
+            "'uniform' or 'random'"
+        )
+
+
+@contextmanager
+def _twin(encoder: nn.Module, taps: Taps) -> Iterator[None]:
     _use_twin(encoder)
     token = _active.set(taps)
     try:
-        yield taps
+        yield
     finally:
         _active.reset(token)
         _drop_twin(encoder)
-    if missing := taps.missing():
-        raise UnsupportedModelError(
-            f"{type(encoder).__name__} did not call its attention through the AttentionInterface of transformers, "
-            f"so {missing} cannot be read: use a method that needs only token features, such as 'uniform' or 'random'"
-        )
+
+
+class _FusedCalls(TorchFunctionMode):
+    """Reads the calls of the fused attention kernel that marked modules make on this thread."""
+
+    def __init__(self, taps: Taps):
+        super().__init__()
+        self.taps = taps
+        self.module: nn.Module | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and self.module is not None:
+            query, key, value = args
+            scaling = kwargs.get("scale")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self.taps.read(self.module, query, key, value, scaling, None, kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _fused(taps: Taps) -> Iterator[None]:
+    calls, thread = _FusedCalls(taps), threading.get_ident()
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            calls.module = module
+
+    def leave(*_: Any) -> None:
+        if threading.get_ident() == thread:
+            calls.module = None
+
+    hooks = [hook for m in taps.probes for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with calls:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _use_twin(encoder: nn.Module) -> None:
@@ -346,7 +430,9 @@ def _register_twin(name: str) -> str:
         if taps is not None:
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            taps.read(module, query, key, value, scaling, kwargs.get("cu_seq_lens_q"))
+            bounds = kwargs.get("cu_seq_lens_q")
+            # Packed sequences are cut apart by their bounds; a mask then only tells them from each other.
+            taps.read(module, query, key, value, scaling, bounds, attention_mask if bounds is None else None)
         return out
 
     AttentionInterface.register(twin, attention)

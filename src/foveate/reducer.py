@@ -285,6 +285,10 @@ class Chain(Reducer):
     def merges(self) -> Merging:  # type: ignore[override]
         return self.reducers[-1].merges
 
+    @property
+    def reads_grid(self) -> bool:  # type: ignore[override]
+        return any(r.reads_grid for r in self.reducers)
+
     def coverages(self) -> tuple[Coverage, ...]:
         return tuple(dict.fromkeys(budget for r in self.reducers for budget in r.coverages()))
 

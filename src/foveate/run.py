@@ -128,7 +128,8 @@ def prepare(
     family = family_of(model)
     prompt = prompt_for(processor, question, template)
     inputs = dict(model_inputs(processor, image, prompt).to(model.device, model.dtype))
-    return Job(model, processor, family, inputs, family.spans(model, inputs), max_new_tokens)
+    spans = family.located(family.spans(model, inputs), (image.height, image.width))
+    return Job(model, processor, family, inputs, spans, max_new_tokens)
 
 
 def measure(
@@ -297,7 +298,8 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     """Run tower and projector as the stock model does, and hand the result over, so that it can be timed by itself."""
     inputs = dict(job.inputs)
     side = {key: inputs[key] for key in job.family.side_inputs if key in inputs}
-    outputs = job.model.get_image_features(inputs["pixel_values"], **side)
+    encode = getattr(job.model, "get_image_features", None) or job.model.model.get_image_features
+    outputs = encode(inputs["pixel_values"], **side, return_dict=True)
     for key in (*job.family.inputs, *job.family.side_inputs):
         inputs.pop(key, None)
     return {**inputs, "mm_encoder_outputs": {"image": outputs}}

@@ -28,7 +28,8 @@ class Crop:
         Rows and columns of its tokens, ``h * w == n``; `None` if unknown, or once an earlier method has thinned it
         out.
     box
-        Left, top, right, bottom of the crop in the image, as shares of its width and height.
+        Left, top, right, bottom of the crop in the image, as shares of its width and height; `None` for a tile where
+        the inputs do not tell how tiles are arranged (see `Family.located`).
     offset
         First row and column of `grid` in the encoder's own grid (not zero where padding was cut off).
     encoder_row
@@ -37,7 +38,7 @@ class Crop:
 
     index: Tensor
     grid: tuple[int, int] | None
-    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    box: tuple[float, float, float, float] | None = (0.0, 0.0, 1.0, 1.0)
     offset: tuple[int, int] = (0, 0)
     encoder_row: int = 0
 

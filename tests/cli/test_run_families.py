@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,18 +16,19 @@ from foveate.run import Job, baselines, measure, report
 
 def _job(name: str, *parts: tiny.Part) -> Job:
     model = tiny.model(name, "eager")  # the counter of FLOPs does not see the fused kernels of the CPU
-    inputs = tiny.collate([tiny.sample(3, *parts, 4)])
+    inputs = tiny.collate([tiny.sample(3, *(tiny.Visual(name, part) for part in parts), 4)])
     family = family_of(model)
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
     return Job(model, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(model, inputs), 5)
 
 
-COUNTED = ["llava", "llava_next", "video_llava"]
+COUNTED = ["llava", "llava_next", "video_llava", "vipllava"]
 """Families whose FLOPs are known."""
+OTHERS = [name for name in tiny.FAMILIES if name not in COUNTED]
 
 
-def _picture(name: str) -> tiny.Visual:
-    return next(visual for visual in tiny.VISUALS[name] if visual.what != "video")
+def _picture(name: str) -> Any:
+    return next(visual.what for visual in tiny.VISUALS[name] if "pixel_values" in tiny.sample(visual))
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -50,25 +52,39 @@ def test_every_family_answers_as_generate_does(name: str) -> None:
     assert [len(x) for x in pruned[0].saliency] == [len(crop) for crop in job.spans[0].crops]
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name not in COUNTED])
-def test_what_is_not_known_of_a_family_is_left_open(name: str) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_of_unknown_costs(name: str) -> None:
     job = _job(name, _picture(name))
-    method = load_reducer("random", keep=12)
-    left_out: list[str] = []
-    others = baselines(job, method, left_out.append)
-    assert [o.name for o in others] == ["uniform", "pool", *(["downsample"] if job.family.resizes else [])]
-    assert len(others) + len(left_out) == 3
-    stock, pruned, *rest = measure(job, [None, method, *others], repeats=1)
+    reducer, said = foveate.methods.Random(keep=7), []
+    methods = [reducer, *baselines(job, reducer, said.append)]
+    assert len(methods) + len(said) == 4
+    stock, *pruned = measure(job, [None, *methods], repeats=1)
+    prompt = job.inputs["input_ids"].shape[1]
     plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)
-    assert stock.answer == " ".join(map(str, plain[0, job.inputs["input_ids"].shape[1] :].tolist()))
-    ready = foveate.reduce(job.model, job.inputs, method)
-    out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
-    assert pruned.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
-    assert stock.cost is None
-    data = report(job, stock, pruned, rest)
+    assert stock.answer == " ".join(map(str, plain[0, prompt:].tolist()))
+    for method, arm in zip(methods, pruned, strict=True):
+        ready = foveate.reduce(job.model, job.inputs, method)
+        out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
+        assert arm.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
+        assert 0 < arm.kept <= 7
+        assert arm.cost is None
+        assert arm.kv_bytes < stock.kv_bytes
+        assert arm.seconds["vision"] > 0
+    data = report(job, stock, pruned[0], pruned[1:])
     assert data["flops"] == {"before": None, "after": None}
-    assert data["kv_bytes"]["before"] > data["kv_bytes"]["after"] > 0
-    assert all(arm.seconds["vision"] > 0 for arm in (stock, pruned))
+    assert data["kept"] == [span.kept.tolist() for span in pruned[0].selection]
+    located = job.family.located(job.spans, (30, 60))
+    assert all(crop.box is not None for span in located for crop in span.crops)
+
+
+def test_baselines_that_do_not_run_are_named() -> None:
+    job, said = _job("perception_lm", _picture("perception_lm")), []
+    names = [r.name for r in baselines(job, foveate.methods.Random(keep=7), said.append)]
+    assert names == ["uniform", "pool"]
+    assert said == [
+        "downsample is left out: it needs an encoder that takes smaller pictures, which the family 'perception_lm' "
+        "does not give"
+    ]
 
 
 @pytest.mark.parametrize("name", COUNTED)

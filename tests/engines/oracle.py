@@ -59,7 +59,7 @@ def embeddings(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     def keep(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         caught.append(kwargs["inputs_embeds"])
 
-    hook = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = model.get_decoder().register_forward_pre_hook(keep, with_kwargs=True)
     try:
         model(**{k: x for k, x in inputs.items() if k != "labels"})
     finally:

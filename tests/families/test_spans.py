@@ -7,8 +7,9 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from foveate import list_families
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
-from foveate.families.base import crop_rows, placeholder_columns
+from foveate.families.base import crop_rows, joined_outputs, placeholder_columns
 from foveate.methods import VisPruner
+from foveate.tokens import Span
 from tiny import IMAGE, VIDEO, Visual, collate, model, sample, samples
 from tiny_families.llava_next import PINPOINTS
 
@@ -131,15 +132,13 @@ def test_llava_next_with_cls_is_refused():
         family_of(net).spans(net, collate(samples("llava_next")))
 
 
-def test_video_llava_refuses_uneven_budgets():
-    import foveate
-
-    net = model("video_llava")
-    picture = Visual("video_llava", "image")
-    inputs = collate([sample(2, picture, 1, picture, 3)])
-    with pytest.raises(InputError, match="same number of tokens for every image"):
-        foveate.reduce(net, inputs, "random", keep=[4, 9])
-    assert foveate.reduce(net, inputs, "random", keep=[9, 9]).selection is not None
+def test_joined_outputs_have_one_row_per_token():
+    """`generate` repeats those of each prompt for several answers."""
+    spans = [Span(kind, 0, 0, torch.arange(0), (1, 1, 1), ()) for kind in ("image", "video", "image")]
+    embeds = [torch.randn(n, 3) for n in (6, 5, 9)]
+    outputs = joined_outputs(spans, embeds)
+    assert torch.equal(outputs["image"].pooler_output, torch.cat([embeds[0], embeds[2]])[:, None])
+    assert torch.equal(outputs["video"].pooler_output, embeds[1][:, None])
 
 
 def test_names():

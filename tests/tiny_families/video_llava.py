@@ -1,10 +1,14 @@
 """Video-LLaVA: pictures and videos of two frames."""
 
+import inspect
+
 from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 from tiny_families.base import IMAGE, VIDEO, Tiny, clip_config, llama_config, picture
 
 FRAMES = 2
+# What this version of transformers calls the pictures.
+PIXELS = next(p for p in inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters if "pixel" in p)
 
 
 class TinyVideoLlava(Tiny):
@@ -25,7 +29,7 @@ class TinyVideoLlava(Tiny):
                 "ids": [VIDEO] * FRAMES * 65,
                 "pixel_values_videos": [picture(generator, 1, FRAMES, 3, 32, 32)],
             }
-        return {"ids": [IMAGE] * 64, "pixel_values": [picture(generator, 1, 3, 32, 32)]}
+        return {"ids": [IMAGE] * 64, PIXELS: [picture(generator, 1, 3, 32, 32)]}
 
 
 TINY = TinyVideoLlava()

@@ -5,23 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.errors import UnsupportedModelError
+from foveate.families.aya_vision import AyaVision
 from foveate.families.base import Family
+from foveate.families.cohere2_vision import Cohere2Vision
+from foveate.families.fast_vlm import FastVlm
 from foveate.families.gemma3 import Gemma3
 from foveate.families.generic import Generic, missing, missing_parts
+from foveate.families.idefics3 import Idefics3
+from foveate.families.internvl import InternVL
 from foveate.families.lfm2_vl import Lfm2Vl
 from foveate.families.llava import Llava
 from foveate.families.llava_next import LlavaNext
+from foveate.families.llava_next_video import LlavaNextVideo
+from foveate.families.llava_onevision import LlavaOnevision
 from foveate.families.ovis2 import Ovis2
 from foveate.families.paligemma import PaliGemma
+from foveate.families.perception_lm import PerceptionLM
 from foveate.families.pixtral import Mistral3, Pixtral
+from foveate.families.smolvlm import SmolVLM
 from foveate.families.video_llava import VideoLlava
+from foveate.families.vipllava import VipLlava
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Llava(), LlavaNext(), VideoLlava(), Gemma3(), PaliGemma(), Mistral3(), Pixtral(), Lfm2Vl(), Ovis2(), Generic(),
+        Llava(),
+        LlavaNext(),
+        VideoLlava(),
+        VipLlava(),
+        LlavaNextVideo(),
+        LlavaOnevision(),
+        InternVL(),
+        Idefics3(),
+        SmolVLM(),
+        AyaVision(),
+        Cohere2Vision(),
+        FastVlm(),
+        PerceptionLM(),
+        Gemma3(),
+        PaliGemma(),
+        Mistral3(),
+        Pixtral(),
+        Lfm2Vl(),
+        Ovis2(),
+        Generic(),
     )
-}  # fmt: skip
+}
 
 
 def list_families() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.encoder import EncoderReducer
 from foveate.errors import InputError, UnsupportedModelError
@@ -56,7 +57,7 @@ class Family(ABC):
         if method.stage == "pixels":
             return None if self.resizes else "an encoder that takes smaller pictures"
         if method.stage == "encoder":
-            return None if self.reduces_inside else "a CLIP-like vision encoder that it can act inside of"
+            return None if self.reduces_inside else "a CLIP-like vision encoder, to act inside it"
         probes = method.probes() if isinstance(method, Reducer) else method.needs
         if not self.has_attention and isinstance(method, Reducer) and method.coverages():
             return "the attention of the vision encoder, which its adaptive budget follows"
@@ -95,11 +96,7 @@ class Family(ABC):
 
         Each token that is left has the place of its first patch.
         """
-        raise UnsupportedModelError(
-            f"{reducer.name} acts inside the vision encoder, which takes a CLIP-like one, such as that of LLaVA; "
-            f"models of the family {self.name} are pruned behind it: use a method of the stage 'before_llm', such as "
-            "'visionzip'"
-        )
+        raise UnsupportedModelError(f"methods cannot act inside the vision encoder of {self.name}")
 
     @abstractmethod
     def project(self, model: Any, features: Tensor) -> Tensor:
@@ -184,6 +181,10 @@ class Family(ABC):
         """
         return None
 
+    def located(self, spans: Sequence[Span], size: tuple[int, int]) -> tuple[Span, ...]:
+        """Return the spans of pictures of a size ``(height, width)`` with the boxes that the inputs do not tell."""
+        return tuple(spans)
+
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         """Wrap embeddings per span as the ``mm_encoder_outputs`` of the model."""
@@ -241,6 +242,15 @@ def one_row_per_token(embeds: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(embeds))[:, None]
 
 
+def joined_outputs(spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+    """Wrap embeddings ``[K, D]`` per span as ``mm_encoder_outputs`` of a model that takes one tensor per kind."""
+    outputs = {}
+    for kind in dict.fromkeys(span.kind for span in spans):
+        rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
+        outputs[kind] = BaseModelOutputWithPooling(pooler_output=one_row_per_token(rows))
+    return outputs
+
+
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
     """Return the transformer layers of a vision encoder, wherever this version of transformers keeps them."""
     for name, module in encoder.named_modules():
@@ -279,7 +289,7 @@ def run_tower(
     """
     layers = encoder_layers(tower)
     indices = feature_indices(layers, feature_layers)
-    numbers = {p: p.numbers(len(layers), indices[-1]) for p in probes if isinstance(p, LayerProbe)}
+    numbers = {p: p.numbers(len(layers), max(indices)) for p in probes if isinstance(p, LayerProbe)}
     watched: dict[nn.Module, list[LayerProbe]] = {}
     for probe, read in numbers.items():
         for i in read:
@@ -311,6 +321,34 @@ def attention_of(layer: nn.Module) -> nn.Module:
         if name in ("self_attn", "attn", "attention"):
             return module
     raise UnsupportedModelError(f"no attention module found in {type(layer).__name__}")
+
+
+def in_reading_order(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Sort spans of several kinds, prompt by prompt and left to right, and number those of each prompt."""
+    ordered: list[Span] = []
+    for span in sorted(spans, key=lambda s: (s.sample, int(s.columns[0]))):
+        ordered.append(replace(span, ordinal=sum(s.sample == span.sample for s in ordered)))
+    return tuple(ordered)
+
+
+def interleaved(spans: Sequence[Span], kinds: Mapping[str, VisualTokens]) -> VisualTokens:
+    """Put the tokens of several kinds of spans together, each kind in the order in which its spans appear."""
+    parts = list(kinds.values())
+    if len(parts) == 1:
+        return parts[0]
+    hidden = {kind: iter(tokens.hidden) for kind, tokens in kinds.items()}
+    embedded = {kind: iter(tokens.embedded or ()) for kind, tokens in kinds.items()}
+    planes: dict[Probe, list[Tensor]] = {}
+    for probe in parts[0].planes:
+        values = {kind: iter(tokens.planes[probe]) for kind, tokens in kinds.items()}
+        planes[probe] = [next(values[span.kind]) for span in spans for _ in span.crops]
+    return replace(
+        parts[0],
+        spans=tuple(spans),
+        planes=planes,
+        hidden=[next(hidden[span.kind]) for span in spans],
+        embedded=None if parts[0].embedded is None else [next(embedded[span.kind]) for span in spans],
+    )
 
 
 def crop_rows(x: Tensor, crop: Crop, grid: Grid) -> Tensor:

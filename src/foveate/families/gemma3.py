@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.families.base import Grid, one_row_per_token, resized
+from foveate.families.base import Grid, joined_outputs, resized
 from foveate.families.merged import mean_of_blocks
 from foveate.families.raster import RasterFamily
 from foveate.tokens import Span
@@ -43,7 +42,7 @@ class Gemma3(RasterFamily):
         return tokens[0] @ projector.mm_input_projection_weight  # type: ignore[no-any-return]
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=one_row_per_token(embeds))}
+        return joined_outputs(spans, embeds)
 
 
 def _side(model: Any) -> int:

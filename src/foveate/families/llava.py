@@ -142,11 +142,15 @@ def patch_grid(model: Any, pixels: Tensor) -> Grid:
 
 def strategy(model: Any, inputs: Mapping[str, Any]) -> str:
     """Return whether the projector reads the ``[CLS]`` token (``"full"``) or not (``"default"``)."""
-    return str(inputs.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy)
+    # VipLLaVA has no such option: it never reads [CLS].
+    configured = getattr(model.config, "vision_feature_select_strategy", "default")
+    return str(inputs.get("vision_feature_select_strategy") or configured)
 
 
 def feature_layers(model: Any, inputs: Mapping[str, Any]) -> list[int]:
     """Return the indices of the hidden states that the projector reads."""
-    layers = inputs.get("vision_feature_layer")
-    layers = model.config.vision_feature_layer if layers is None else layers
+    # VipLLaVA's option had an s at its end before transformers 5.23.
+    names = ("vision_feature_layer", "vision_feature_layers")
+    given = [*map(inputs.get, names), *(getattr(model.config, name, None) for name in names)]
+    layers: Any = next(x for x in given if x is not None)
     return [layers] if isinstance(layers, int) else list(layers)

@@ -33,8 +33,8 @@ class LlavaNext(Llava):
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         layouts, row = [], 0
         for size in inputs["image_sizes"].tolist():
-            tiles = _tiles(model, size)
-            layouts.append(_layout(side, tiles, size, row))
+            tiles = tiles_of(model, size)
+            layouts.append(mosaic(side, tiles, size, row))
             row += 1 + tiles[0] * tiles[1]
         lengths = [length for length, _, _ in layouts]
         ids = inputs["input_ids"].cpu()
@@ -50,11 +50,7 @@ class LlavaNext(Llava):
         pixels: Tensor = inputs["pixel_values"]
         if pixels.dim() == 4:
             return pixels
-        counts = []
-        for size in inputs["image_sizes"].tolist():
-            rows, columns = _tiles(model, size)
-            counts.append(1 + rows * columns)
-        return torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])
+        return without_fillers(pixels, [tiles_of(model, size) for size in inputs["image_sizes"].tolist()])
 
     def tokens(
         self,
@@ -89,13 +85,14 @@ class LlavaNext(Llava):
         return torch.where(torch.isin(kept, separators).to(embeds.device)[:, None], newline, embeds)
 
 
-def _tiles(model: Any, size: Sequence[int]) -> Grid:
+def tiles_of(model: Any, size: Sequence[int]) -> Grid:
+    """Return the rows and columns of tiles of a picture of a size ``(height, width)``."""
     height, width = select_best_resolution(list(size), model.config.image_grid_pinpoints)
     side = model.config.vision_config.image_size
     return height // side, width // side
 
 
-def _layout(
+def mosaic(
     side: int, tiles: Grid, size: Sequence[int], first_row: int
 ) -> tuple[int, tuple[Crop, ...], tuple[Grid, ...]]:
     """Return the length of an image's span, its crops (the first in row `first_row` of the encoder), and its rows."""
@@ -103,7 +100,7 @@ def _layout(
     if tiles == (0, 0) or tiles[0] * tiles[1] == 0:
         return side * side + 1, (overview,), ((0, side * side),)
     height, width = tiles[0] * side, tiles[1] * side
-    (top, bottom), (left, right) = _unpadded(size, height, width)
+    (top, bottom), (left, right) = unpadded(size, height, width)
     position = torch.full((height, width), -1, dtype=torch.long)
     rows, columns = bottom - top, right - left
     # Each row of the cut mosaic is followed by its newline vector.
@@ -123,7 +120,7 @@ def _layout(
     return starts[-1], tuple(c for c in crops if len(c)), tuple((start, start + columns) for start in starts[:-1])
 
 
-def _unpadded(size: Sequence[int], height: int, width: int) -> tuple[Grid, Grid]:
+def unpadded(size: Sequence[int], height: int, width: int) -> tuple[Grid, Grid]:
     """Return the rows and the columns of a mosaic that show the picture and not its padding."""
     original_height, original_width = size
     if original_width / original_height > width / height:
@@ -131,6 +128,11 @@ def _unpadded(size: Sequence[int], height: int, width: int) -> tuple[Grid, Grid]
         return (margin, height - margin), (0, width)
     margin = (width - int(round(original_width * (height / original_height), 7))) // 2
     return (0, height), (margin, width - margin)
+
+
+def without_fillers(pixels: Tensor, tiles: Sequence[Grid]) -> Tensor:
+    """Return the pixels ``[R, 3, side, side]`` of all crops of images of so many rows and columns of tiles."""
+    return torch.cat([image[: 1 + h * w] for image, (h, w) in zip(pixels, tiles, strict=True)])
 
 
 def _in_span_order(span: Span, patches: Tensor, side: int) -> Tensor:

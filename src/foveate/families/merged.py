@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.families.base import Family, Grid, attention_of, encoder_layers, placeholder_columns
-from foveate.probes import ClsToken, Embeddings, Features, LayerProbe, Probe, tap
+from foveate.probes import Embeddings, Features, LayerProbe, Probe, tap
 from foveate.tokens import Crop, Span, VisualTokens
 
 
@@ -27,7 +27,7 @@ class Layout:
     grid
         Frames or crops, rows, columns.
     crops
-        What methods select from; `Crop.encoder_row` counts the crops of all images of the kind.
+        What methods select from; `Crop.encoder_row` counts what the encoder sees of all images of the kind.
     extents
         See `Span.extents`.
     """
@@ -44,9 +44,6 @@ class MergedFamily(Family):
     A subclass says how the images are laid out (`layouts`), which module is the vision encoder (`encoder`), and how
     values of patches become values of tokens (`to_tokens`).
     """
-
-    lead = 0
-    """Tokens before the patches of a picture in the encoder, such as ``[CLS]``."""
 
     @abstractmethod
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
@@ -71,9 +68,13 @@ class MergedFamily(Family):
             ``[M, ...]``: the tokens of all crops of all images of the kind, one after the other.
         """
 
-    def patches(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[int] | None:
+    def patch_counts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[int] | None:
         """Return the patches of each picture, if the encoder packs pictures under a mask or pads them; else `None`."""
         return None
+
+    def lead(self, model: Any) -> int:
+        """Return how many tokens stand before the patches of a picture in the encoder, such as ``[CLS]``."""
+        return 0
 
     def token_id(self, model: Any, kind: str) -> int:
         """Return the id of the placeholder of a kind of span."""
@@ -107,11 +108,20 @@ class MergedFamily(Family):
         """Return what the LLM gets of each image, ``[N, D]``, from the output of `image_features`."""
         pooled = output.pooler_output
         flat = torch.cat(list(pooled)) if not isinstance(pooled, Tensor) else pooled.flatten(0, -2)
-        return list(torch.split(flat, [layout.length for layout in layouts]))
+        lengths = [layout.length for layout in layouts]
+        if sum(lengths) != len(flat):
+            raise InputError(
+                f"the prompts hold {sum(lengths)} placeholder tokens, but the pictures passed make {len(flat)}: pass "
+                "the pictures of these prompts, and let the model's processor expand the placeholders"
+            )
+        return list(torch.split(flat, lengths))
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         found: list[tuple[int, int, str, Tensor, Layout]] = []
         ids = inputs["input_ids"].cpu()
+        for option in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
+            if inputs.get(option) is not None:
+                raise InputError(f"{self.name} takes {option} from the model's configuration, not from the inputs")
         for key, kind in self.inputs.items():
             if inputs.get(key) is None:
                 continue
@@ -130,8 +140,6 @@ class MergedFamily(Family):
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
         read = [p for p in probes if isinstance(p, LayerProbe)]
-        if ClsToken() in probes and self.lead == 0:
-            probes = [p for p in probes if p != ClsToken()]
         hidden: dict[str, list[Tensor]] = {}
         values: dict[str, dict[Probe, list[Tensor]]] = {}
         kinds = list(dict.fromkeys(span.kind for span in spans))
@@ -154,14 +162,15 @@ class MergedFamily(Family):
     ) -> VisualTokens:
         # Spans come prompt by prompt, images and videos mixed; the encoder's output comes kind by kind.
         rows = {kind: iter(x) for kind, x in hidden.items()}
+        parts = {kind: {probe: iter(x) for probe, x in found.items()} for kind, found in values.items()}
         own = [next(rows[span.kind]) for span in spans]
         planes: dict[Probe, list[Tensor]] = {Features(): []}
-        for span, x in zip(spans, own, strict=True):
-            width = self.embedding_width(x)
+        for span, tokens in zip(spans, own, strict=True):
+            width = self.embedding_width(tokens)
             for crop in span.crops:
-                planes[Features()].append(x.detach()[:, :width].index_select(0, crop.index.to(x.device)))
-                for probe, parts in values[span.kind].items():
-                    planes.setdefault(probe, []).append(parts[crop.encoder_row])
+                planes[Features()].append(tokens.detach()[:, :width].index_select(0, crop.index.to(tokens.device)))
+                for probe, x in parts[span.kind].items():
+                    planes.setdefault(probe, []).append(next(x))
         if Embeddings() in probes:
             planes[Embeddings()] = planes[Features()]
         return VisualTokens(tuple(spans), planes, own[0].device, own)
@@ -182,7 +191,7 @@ class MergedFamily(Family):
         for probe, read in numbers.items():
             for i in read:
                 watched.setdefault(attention_of(layers[i]), []).append(probe)
-        with tap(encoder, watched, self.lead, self.patches(model, inputs, kind)) as taps:
+        with tap(encoder, watched, self.lead(model), self.patch_counts(model, inputs, kind)) as taps:
             output = self.image_features(model, inputs, kind)
         planes: dict[Probe, Tensor] = {}
         for probe, read in numbers.items():

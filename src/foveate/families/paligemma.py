@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.families.base import one_row_per_token
+from foveate.families.base import joined_outputs
 from foveate.families.llava import Llava
 from foveate.tokens import Span
 
@@ -37,4 +36,4 @@ class PaliGemma(Llava):
         return norm
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=one_row_per_token(embeds))}
+        return joined_outputs(spans, embeds)

@@ -52,7 +52,7 @@ class RasterFamily(MergedFamily):
     def encoder(self, model: Any) -> nn.Module:
         return model.model.vision_tower  # type: ignore[no-any-return]
 
-    def patches(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[int]:
+    def patch_counts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[int]:
         return list(map(math.prod, self.grids(model, inputs)))
 
     def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:

@@ -7,11 +7,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.encoder import EncoderReducer
-from foveate.errors import InputError
-from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes
+from foveate.families.base import (
+    Family,
+    Grid,
+    joined_outputs,
+    placeholder_columns,
+    resized_crops,
+    run_tower,
+    token_planes,
+)
 from foveate.families.inside import run_tower_inside
 from foveate.families.llava import feature_layers, patch_grid, strategy
 from foveate.probes import ClsToken, Probe
@@ -23,7 +29,8 @@ class VideoLlava(Family):
 
     name = "video_llava"
     model_types = ("video_llava",)
-    inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
+    # Older versions of transformers call the images of this model pixel_values_images.
+    inputs: ClassVar = {"pixel_values": "image", "pixel_values_images": "image", "pixel_values_videos": "video"}
     has_cls = True
     resizes = True
     reduces_inside = True
@@ -107,19 +114,12 @@ class VideoLlava(Family):
         return model.model.multi_modal_projector(features)  # type: ignore[no-any-return]
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-        outputs = {}
-        for kind in dict.fromkeys(span.kind for span in spans):
-            rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
-            if len({len(x) for x in rows}) > 1:
-                raise InputError(f"Video-LLaVA takes the same number of tokens for every {kind} of a batch: "
-                                 "pass one budget for all, or run the prompts one by one")  # fmt: skip
-            outputs[kind] = BaseModelOutputWithPooling(pooler_output=torch.stack(rows))
-        return outputs
+        return joined_outputs(spans, embeds)
 
     def _towers(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, tuple[Any, Tensor]]:
         towers = {}
-        if inputs.get("pixel_values") is not None:
-            towers["image"] = (model.model.image_tower, inputs["pixel_values"])
-        if inputs.get("pixel_values_videos") is not None:
-            towers["video"] = (model.model.video_tower, inputs["pixel_values_videos"].flatten(0, 1))
+        for key, kind in self.inputs.items():
+            if inputs.get(key) is not None:
+                pixels = inputs[key].flatten(0, 1) if kind == "video" else inputs[key]
+                towers[kind] = (getattr(model.model, f"{kind}_tower"), pixels)
         return towers

@@ -59,6 +59,7 @@ class PruMerge(Reducer):
     adaptive: bool = False
     layer: int = 0
 
+    needs = (Attention(joint=True, layers=(0,)), Keys(joint=True, layers=(0,)))
     merges = "features"
     paper = "arXiv:2403.15388"
     complexity = "O(N T (C + log N))"

@@ -100,9 +100,9 @@ class VFlowOpt(Reducer):
     a: float | None = None
     exact: bool = True
 
+    needs = (Judged(),)
     merges = "features"
     paper = "arXiv:2508.05211"
-    reads_grid = True
     complexity = "O(N log N)"
 
     def __post_init__(self) -> None:
@@ -115,6 +115,10 @@ class VFlowOpt(Reducer):
             raise FoveateError(
                 f"a is the side of a block in patches such as 12, or None to recycle nothing: not {self.a}"
             )
+
+    @property
+    def reads_grid(self) -> bool:  # type: ignore[override]
+        return self.a is not None
 
     def probes(self) -> tuple[Probe, ...]:
         return (Judged(self.t),)

@@ -181,6 +181,8 @@ def _grid(crop: Crop) -> tuple[int, int]:
 
 def _edges(crop: Crop, shape: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the pixel rows and columns at which the patches of a crop begin, and the ends of the last ones."""
+    if crop.box is None:
+        raise InputError("the inputs do not tell where the tiles lie: draw the spans that `Family.located` returns")
     left, top, right, bottom = crop.box
     rows, columns = _grid(crop)
     y = np.linspace(top * shape[0], bottom * shape[0], rows + 1).round().astype(np.int64)

@@ -1,0 +1,198 @@
+"""LLaVA-OneVision: SigLIP at any resolution, the mosaic of tiles scaled down if it is large, and pooled videos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.errors import UnsupportedModelError
+from foveate.families.base import Grid, joined_outputs, resized_crops
+from foveate.families.llava import feature_layers
+from foveate.families.llava_next import mosaic, tiles_of, unpadded, without_fillers
+from foveate.families.merged import Layout, MergedFamily
+from foveate.families.tiled import vision_layer
+from foveate.tokens import Crop, Span
+
+
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """Rows and columns of tiles, of the patches that show the picture, of their tokens; `plain` are unscaled crops."""
+
+    tiles: Grid
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    shape: Grid
+    plain: tuple[Crop, ...]
+    layout: Layout
+
+
+class LlavaOnevision(MergedFamily):
+    """LLaVA-OneVision. Overview, tiles and frames are crops; newlines after rows and after a video are separators.
+
+    A token of a mosaic that was scaled down belongs to the tile in which its middle lies.
+    """
+
+    name = "llava_onevision"
+    model_types = ("llava_onevision",)
+    inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
+    side_inputs = ("image_sizes", "batch_num_images", "image_sizes_videos")
+    resizes = True
+    notes = "overview, tiles and frames are crops; padding is never a candidate; newline vectors follow `separators`"
+
+    def side_inputs_of(self, kind: str) -> tuple[str, ...]:
+        return ("image_sizes", "batch_num_images") if kind == "image" else ()
+
+    def encoder(self, model: Any) -> nn.Module:
+        return model.model.vision_tower  # type: ignore[no-any-return]
+
+    def read_layer(self, model: Any) -> int:
+        return vision_layer(model)
+
+    def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
+        if model.config.vision_feature_select_strategy != "full":
+            raise UnsupportedModelError("LLaVA-OneVision is supported with vision_feature_select_strategy='full'")
+        if kind == "image":
+            return [picture.layout for picture in _pictures(model, inputs)]
+        videos, frames = inputs["pixel_values_videos"].shape[:2]
+        side = math.ceil(_side(model) / 2)
+        size = side * side
+        starts = [f * size for f in range(frames + 1)]
+        crops = [Crop(torch.arange(start, start + size), (side, side)) for start in starts[:-1]]
+        return [
+            Layout(
+                starts[-1] + 1,
+                (frames, side, side),
+                tuple(replace(crop, encoder_row=i * frames + f) for f, crop in enumerate(crops)),
+                ((0, starts[-1]),),
+            )
+            for i in range(videos)
+        ]
+
+    def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
+        side = _side(model)
+        maps = values.float().reshape(len(values), side, side, -1).movedim(-1, 1)  # [R, channels, side, side]
+        if kind == "video":
+            half = math.ceil(side / 2)
+            tokens = _scaled(maps, (half, half)).flatten(2).transpose(1, 2).flatten(0, 1)
+        else:
+            tokens = torch.cat(list(_image_tokens(_pictures(model, inputs), maps)))
+        return tokens.reshape(len(tokens), *values.shape[2:])
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        pixels: dict[str, Tensor] = {}
+        plain: dict[int, Crop] = {}
+        if inputs.get("pixel_values") is not None:
+            pictures = _pictures(model, inputs)
+            given = inputs["pixel_values"]
+            pixels["image"] = given if given.dim() == 4 else without_fillers(given, [p.tiles for p in pictures])
+            plain = {crop.encoder_row: crop for picture in pictures for crop in picture.plain}
+        if inputs.get("pixel_values_videos") is not None:
+            pixels["video"] = inputs["pixel_values_videos"].flatten(0, 1)
+        patch, results = model.config.vision_config.patch_size, []
+        for span, sizes in zip(spans, grids, strict=True):
+            video = span.kind == "video"
+            crops = span.crops if video else [plain[crop.encoder_row] for crop in span.crops]
+            features = resized_crops(
+                model.model.vision_tower, pixels[span.kind], crops, sizes, patch * (1 + video),
+                feature_layers(model, inputs), has_cls=False,
+            )  # fmt: skip
+            embeds = [model.model.multi_modal_projector(x) for x in features]
+            results.append([_halved(x, grid) if video else x for x, grid in zip(embeds, sizes, strict=True)])
+        return results
+
+    def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        outputs = joined_outputs(spans, embeds)
+        images = [x for x, span in zip(embeds, spans, strict=True) if span.kind == "image"]
+        return {**outputs, **({"image": BaseModelOutputWithPooling(pooler_output=images)} if images else {})}
+
+
+def _side(model: Any) -> int:
+    vision = model.config.vision_config
+    return int(vision.image_size // vision.patch_size)
+
+
+def _scaled(maps: Tensor, shape: Grid) -> Tensor:
+    """Scale maps ``[R, channels, h, w]`` as the models scale features."""
+    if maps.shape[-2:] == shape:
+        return maps
+    return nn.functional.interpolate(maps, size=list(shape), mode="bilinear")
+
+
+def _halved(tokens: Tensor, grid: Grid) -> Tensor:
+    """Pool the tokens of a frame, two rows and columns for each of the grid, as the model does."""
+    maps = tokens.T.reshape(1, -1, 2 * grid[0], 2 * grid[1])
+    return _scaled(maps, grid)[0].flatten(1).T
+
+
+def _image_tokens(pictures: Sequence[_Picture], maps: Tensor) -> Iterator[Tensor]:
+    """Yield the values ``[n, channels]`` of the tokens of each crop, from those of patches of all tiles."""
+    row = 0
+    for picture in pictures:
+        height, width = picture.tiles
+        yield maps[row].flatten(1).T
+        row += 1
+        if not height * width:
+            continue
+        whole = maps[row : row + height * width].reshape(height, width, *maps.shape[1:])
+        whole = whole.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)  # [channels, rows, columns]
+        shown = whole[:, slice(*picture.rows), slice(*picture.columns)]
+        tokens = _scaled(shown[None], picture.shape)[0].flatten(1).T
+        start, stride = maps.shape[-1] ** 2, picture.shape[1] + 1
+        for crop in picture.layout.crops[1:]:
+            place = crop.index.to(tokens.device) - start
+            yield tokens[place // stride * picture.shape[1] + place % stride]
+        row += height * width
+
+
+def _pictures(model: Any, inputs: Mapping[str, Any]) -> list[_Picture]:
+    counts = inputs.get("batch_num_images")
+    sizes = inputs["image_sizes"].tolist()
+    # Several images in a prompt are not tiled, where the processor says how many there are.
+    tiled = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
+    side, row, pictures = _side(model), 0, []
+    limit = int(model.config.vision_aspect_ratio.rpartition("_")[2])
+    for size, cut in zip(sizes, tiled, strict=True):
+        tiles = tiles_of(model, size) if cut else (0, 0)
+        pictures.append(_picture(side, tiles, size, row, limit))
+        row += 1 + tiles[0] * tiles[1]
+    return pictures
+
+
+def _picture(side: int, tiles: Grid, size: Sequence[int], first_row: int, limit: int) -> _Picture:
+    length, crops, extents = mosaic(side, tiles, size, first_row)
+    if not tiles[0] * tiles[1]:
+        return _Picture((0, 0), (0, 0), (0, 0), (0, 0), crops, Layout(length, (1, side, side), crops, extents))
+    rows, columns = unpadded(size, tiles[0] * side, tiles[1] * side)
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    ratio = math.sqrt(height * width / (limit * side**2))
+    if ratio <= 1.1:
+        layout = Layout(length, (len(crops), side, side), crops, extents)
+        return _Picture(tiles, rows, columns, (height, width), crops, layout)
+    shape = (int(height // ratio), int(width // ratio))
+    position = side * side + torch.arange(shape[0])[:, None] * (shape[1] + 1) + torch.arange(shape[1])
+    scaled = [crops[0]]
+    for crop in crops[1:]:
+        assert crop.box is not None
+        left, top, right, bottom = crop.box
+        (c0, c1), (r0, r1) = _inside(left, right, shape[1]), _inside(top, bottom, shape[0])
+        if r0 < r1 and c0 < c1:
+            box = (c0 / shape[1], r0 / shape[0], c1 / shape[1], r1 / shape[0])
+            index = position[r0:r1, c0:c1].flatten()
+            scaled.append(replace(crop, index=index, grid=(r1 - r0, c1 - c0), box=box, offset=(0, 0)))
+    starts = [side * side + r * (shape[1] + 1) for r in range(shape[0] + 1)]
+    extents = tuple((start, start + shape[1]) for start in starts[:-1])
+    layout = Layout(starts[-1], (len(scaled), side, side), tuple(scaled), extents)
+    return _Picture(tiles, rows, columns, shape, crops, layout)
+
+
+def _inside(start: float, stop: float, count: int) -> Grid:
+    """Return the first and the last + 1 of so many equal parts of 1 whose middle lies between two shares."""
+    return math.ceil(start * count - 0.5), math.ceil(stop * count - 0.5)

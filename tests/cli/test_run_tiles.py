@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_families import TINIES
+from tiny_processors import IMAGE_TOKENS, PROCESSORS
+
+
+@pytest.fixture(params=list(PROCESSORS))
+def tiled_folder(request: Any, tmp_path: Path) -> Path:
+    """A model of a family of tiles with its processor, saved as a folder."""
+    processor, model = PROCESSORS[request.param](), TINIES[request.param].build()
+    model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[request.param])
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_run_on_tiles(foveate: Any, tiled_folder: Path, photo: Path) -> None:
+    args = ["--method", "vispruner", "--keep", "9", "--model", tiled_folder, "--repeats", "1", "--compare"]
+    result = foveate("run", photo, "what is this", *args, "--max-new-tokens", "3", "--json", "--out", "shown")
+    assert result.code == 0, result.err
+    (span,) = result.json["tokens"]["spans"]
+    tiles = span["grid"][0]
+    assert tiles > 2
+    assert span["before"] == 16 * tiles
+    assert span["after"] == 9
+    assert result.json["flops"] == {"before": None, "after": None}
+    assert Path("shown/overlay.png").stat().st_size > 10_000
+    assert len(result.json["compare"]) == 6
