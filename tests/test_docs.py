@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from foveate import compatibility
 from foveate.nano.comparison import END, START, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,11 @@ def test_the_readme_shows_the_table_of_the_results():
     result = json.loads((ROOT / "results/nano-comparison.json").read_text(encoding="utf-8"))
     shown = (ROOT / "README.md").read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
     assert shown.strip() == table(result)
+
+
+def test_the_table_of_methods_and_families_is_current():
+    shown = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
+    assert shown == compatibility.page(), "run: foveate table > docs/compatibility.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -84,8 +84,11 @@ def run(
             data = job_module.report(job, unpruned, pruned, rest)
             status.update("drawing")
             folder = make_folder(out, f"{Path(image).stem}-{reducer.name}")
-            _draw(folder / "overlay.png", job, pruned, picture, question, data)
-        data = {**data, "model": model, "question": question, "overlay": str(folder / "overlay.png")}
+            drawn = len(job.spans) == 1 and all(crop.grid for crop in job.spans[0].crops)
+            if drawn:
+                _draw(folder / "overlay.png", job, pruned, picture, question, data)
+        overlay = str(folder / "overlay.png") if drawn else None
+        data = {**data, "model": model, "question": question, "overlay": overlay}
         write_json(folder / "result.json", data)
     if as_json:
         print_json(data)
@@ -178,7 +181,8 @@ def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
     console.print(table)
     if "compare" in data:
         console.print(_comparison(data["compare"], unpruned.answer))
-    console.print(f"\n[dim]{escape(data['method'])}[/dim]\noverlay  {escape(data['overlay'])}", soft_wrap=True)
+    overlay = data["overlay"] or "none: it is not known where in the image the tokens are"
+    console.print(f"\n[dim]{escape(data['method'])}[/dim]\noverlay  {escape(overlay)}", soft_wrap=True)
 
 
 def _comparison(rows: list[dict[str, Any]], reference: str) -> Table:
@@ -276,8 +280,20 @@ def families(as_json: Json = False) -> None:
         table.add_column(column)
     for row in rows:
         takes = ", ".join(dict.fromkeys(row["inputs"].values()))
-        table.add_row(row["name"], ", ".join(row["model_types"]), takes, escape(row["notes"]))
+        table.add_row(row["name"], ", ".join(row["model_types"]) or "any other", takes, escape(row["notes"]))
     Console(highlight=False).print(table)
+
+
+@app.command()
+@guarded
+def table(as_json: Json = False) -> None:
+    """Print which methods run on which families, as the markdown page docs/compatibility.md."""
+    from foveate import compatibility
+
+    if as_json:
+        print_json(compatibility.table())
+    else:
+        print(compatibility.page(), end="")
 
 
 @app.command()

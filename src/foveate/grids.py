@@ -71,13 +71,15 @@ def crop_budgets(span: Span, keep: Keep, method: str) -> Sequence[tuple[Crop, tu
     Raises
     ------
     InputError
-        If the budget is joint, or an earlier method has thinned out the grid.
+        If the budget is joint, an earlier method has thinned out the grid, or the family does not know it.
     """
     if resolve(keep, span.kind, span.ordinal).per == "joint":
         raise InputError(f"{method} works on the grid of each crop: use a budget per 'image' or per 'crop'")
     result = []
     for crop, count in zip(span.crops, span.budget(keep), strict=True):
         if crop.grid is None:
-            raise InputError(f"{method} needs the whole token grid: put it first in the chain")
+            raise InputError(
+                f"{method} needs the whole token grid: put it first in the chain, and use a model whose family knows it"
+            )
         result.append((crop, crop.grid, count))
     return result

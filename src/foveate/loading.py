@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from foveate.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
-from foveate.families import FAMILIES
+from foveate.families import FAMILIES, family_of, family_of_class
 
 IMAGE, QUESTION = "<image>", "{question}"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -24,7 +24,7 @@ _LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, LookupError, 
 def load_model(
     name: str, dtype: str = "auto", device_map: str | None = None, attn: str | None = None
 ) -> tuple[Any, Any]:
-    """Load a model of a supported family, and its processor.
+    """Load a model that a family supports, be it the generic one, and its processor.
 
     Parameters
     ----------
@@ -59,11 +59,13 @@ def load_model(
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except _LOADING_ERRORS as error:
         raise UnknownNameError(f"no usable model at {name!r}: {_first_line(error)}") from error
-    known = [model_type for family in FAMILIES.values() for model_type in family.model_types]
-    if config.model_type not in known:
+    model_class = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    if model_class is None:
         raise UnsupportedModelError(
-            f"{name!r} is a model of type {config.model_type!r}; supported are: {', '.join(known)}"
+            f"{name!r} is a model of type {config.model_type!r}, which does not answer questions about images: "
+            f"pass one of a supported family, {', '.join(FAMILIES)}"
         )
+    family_of_class(model_class, config)
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -75,6 +77,7 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise FoveateError(f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    family_of(model)
     return model.eval(), processor
 
 

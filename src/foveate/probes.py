@@ -249,8 +249,8 @@ def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0, mask: Te
 class Taps:
     """Probes on attention modules, and what they read in the last pass."""
 
-    def __init__(self, probes: dict[nn.Module, list[LayerProbe]], lead: int):
-        self.probes, self.lead = probes, lead
+    def __init__(self, probes: dict[nn.Module, list[LayerProbe]], lead: int, lengths: Sequence[int] | None = None):
+        self.probes, self.lead, self.lengths = probes, lead, lengths
         self._parts: dict[tuple[nn.Module, LayerProbe], list[Tensor]] = {}
 
     def read(
@@ -265,9 +265,9 @@ class Taps:
     ) -> None:
         """Read one call of a module; `bounds` are where packed sequences begin and end, if several share the call."""
         for probe in self.probes.get(module, ()):
-            visible = _visible(mask)
+            visible = None if self.lengths is not None else _visible(mask)  # cut apart, pictures need no mask
             with torch.no_grad():
-                for q, k, v in _sequences(query.detach(), key.detach(), value.detach(), bounds):
+                for q, k, v in self._sequences(query.detach(), key.detach(), value.detach(), bounds):
                     values = probe.read(Heads(q, k, v, scaling, self.lead, visible))
                     self._parts.setdefault((module, probe), []).append(values)
 
@@ -278,6 +278,22 @@ class Taps:
     def missing(self) -> list[LayerProbe]:
         """Return the probes that a module was given but never asked."""
         return [p for module, probes in self.probes.items() for p in probes if (module, p) not in self._parts]
+
+    def _sequences(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Tell the pictures of one call apart: packed one behind the other, or padded to the longest."""
+        heads = (query, key, value)
+        lengths = self.lengths
+        if lengths is None and bounds is not None and len(bounds) > 2:
+            lengths = bounds.diff().tolist()
+        if lengths is None or all(n == query.shape[2] for n in lengths):
+            yield heads
+        elif len(lengths) == len(query):
+            for row, n in enumerate(lengths):
+                yield tuple(x[row : row + 1, :, :n] for x in heads)
+        else:
+            yield from zip(*(torch.split(x, list(lengths), dim=2) for x in heads), strict=True)
 
 
 def _visible(mask: Any) -> Tensor | None:
@@ -292,21 +308,15 @@ def _visible(mask: Any) -> Tensor | None:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def _sequences(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-    if bounds is None or len(bounds) == 2:
-        yield query, key, value
-        return
-    lengths = bounds.diff().tolist()
-    yield from zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
-
-
 _active: ContextVar[Taps | None] = ContextVar("foveate_taps", default=None)
 _lock = threading.Lock()
 _tapped: dict[int, int] = {}  # how many passes use the twin on a configuration, by its identity
 
 
 @contextmanager
-def tap(encoder: nn.Module, probes: dict[nn.Module, list[LayerProbe]], lead: int) -> Iterator[Taps]:
+def tap(
+    encoder: nn.Module, probes: dict[nn.Module, list[LayerProbe]], lead: int, lengths: Sequence[int] | None = None
+) -> Iterator[Taps]:
     """Run an encoder with probes on some of its attention modules.
 
     Parameters
@@ -318,8 +328,11 @@ def tap(encoder: nn.Module, probes: dict[nn.Module, list[LayerProbe]], lead: int
         For each attention module what to read there.
     lead
         Tokens before the patches, such as ``[CLS]``.
+    lengths
+        Patches of each picture of a call, where the encoder packs pictures into one sequence under a mask, or pads
+        them to the longest.
     """
-    taps = Taps(probes, lead)
+    taps = Taps(probes, lead, lengths)
     if not probes:
         yield taps
         return

@@ -52,6 +52,8 @@ class Reducer(ABC):
     stage: ClassVar[Stage] = "before_llm"
     needs: ClassVar[tuple[Probe, ...]] = ()
     """Probes that `select` reads."""
+    reads_grid: ClassVar[bool] = False
+    """Whether `select` needs the rows and columns of tokens."""
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     merges: ClassVar[Merging] = None
@@ -203,6 +205,12 @@ def parameters_without_default(name: str) -> list[str]:
     return [f.name for f in fields if f.default is dataclasses.MISSING and f.name != "keep"]
 
 
+def by_default(name: str) -> Reducer | type[Reducer]:
+    """Return a registered method with its defaults at some budget, or its class if it has parameters without any."""
+    method = get_method(name)
+    return method if method is Chain or parameters_without_default(name) else method(keep=1)
+
+
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:
     """Build a reducer from the data of `Reducer.to_dict`."""
     if not isinstance(data, dict) or "method" not in data:
@@ -276,6 +284,10 @@ class Chain(Reducer):
     @property
     def merges(self) -> Merging:  # type: ignore[override]
         return self.reducers[-1].merges
+
+    @property
+    def reads_grid(self) -> bool:  # type: ignore[override]
+        return any(r.reads_grid for r in self.reducers)
 
     def coverages(self) -> tuple[Coverage, ...]:
         return tuple(dict.fromkeys(budget for r in self.reducers for budget in r.coverages()))

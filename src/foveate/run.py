@@ -172,8 +172,7 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
     """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
 
     Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
-    that `reducer` keeps in this job. Those that do not run on the job's family are left out, and `say` gets a line
-    about each.
+    that `reducer` keeps in this job. Those that cannot run on the job are left out, and `say` gets a line about each.
     """
     keep = reducer.keep
     if reducer.coverages() or isinstance(reducer, Chain):
@@ -181,11 +180,13 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
             tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
             keep = [len(chosen) for chosen in reducer.select(tokens)]
     others = []
+    grid = all(crop.grid for span in job.spans for crop in span.crops)
     for other in (load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name):
-        if lacking := job.family.lacks(other):
-            say(f"{other.name} is left out: it needs {lacking}, which the family {job.family.name!r} does not give")
-        else:
+        lacking = job.family.lacks(other) or (None if grid or not other.reads_grid else "the grid of the tokens")
+        if lacking is None:
             others.append(other)
+        else:
+            say(f"{other.name} is left out: it needs {lacking}, which the family {job.family.name!r} does not give")
     return others
 
 
@@ -273,16 +274,17 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
         ready = _encode_stock(job)
         watch.stop("vision")
     else:
+        spans = job.family.spans(job.model, job.inputs)  # part of the work: the generic family encodes to find them
         if settings.reducer.stage == "pixels":
-            selection, embeds = select(job.model, job.family, job.inputs, job.spans, settings)
+            selection, embeds = select(job.model, job.family, job.inputs, spans, settings)
         else:
-            tokens = look(job.model, job.family, job.inputs, job.spans, [settings.reducer])
+            tokens = look(job.model, job.family, job.inputs, spans, [settings.reducer])
             watch.stop("vision")
             selection, flops = _decide(tokens, settings, count)
             watch.stop("select")
             embeds = job.family.embed(job.model, tokens, selection, settings.reducer.merges)
         watch.stop("vision")
-        ready = apply(job.model, job.family, job.inputs, job.spans, selection, embeds, settings.positions)
+        ready = apply(job.model, job.family, job.inputs, spans, selection, embeds, settings.positions)
         watch.stop("select")
     prompt = ready["input_ids"].shape[1]
     out = job.model.generate(

@@ -25,7 +25,8 @@ class Crop:
     index
         ``[n]`` int64 on the CPU: where the crop's tokens lie in the span, ascending.
     grid
-        Rows and columns of its tokens, ``h * w == n``; `None` once an earlier method has thinned it out.
+        Rows and columns of its tokens, ``h * w == n``; `None` if unknown, or once an earlier method has thinned it
+        out.
     box
         Left, top, right, bottom of the crop in the image, as shares of its width and height; `None` for a tile where
         the inputs do not tell how tiles are arranged (see `Family.located`).
@@ -137,8 +138,8 @@ class CropBatch:
         """Return the grid, or raise if the tokens form none: thinned out before, or of several crops at once."""
         if self.grid is None:
             raise InputError(
-                f"{method} needs the whole token grid of a crop: put it first in the chain, and use a budget "
-                "per 'image' or per 'crop'"
+                f"{method} needs the whole token grid of a crop: put it first in the chain, use a budget per 'image' "
+                "or per 'crop', and a model whose family knows the grid"
             )
         return self.grid
 

@@ -32,6 +32,25 @@ def test_families(foveate: Any) -> None:
     assert "llava_next" in foveate("families").out
 
 
+def test_table(foveate: Any) -> None:
+    from foveate.compatibility import MARKS
+    from foveate.families import FAMILIES
+    from foveate.reducer import by_default
+
+    data = foveate("table", "--json").json
+    assert [f["name"] for f in data["families"]] == library.list_families()
+    assert [m["name"] for m in data["methods"]] == [n for n in library.list_methods() if n != "chain"]
+    for row in data["methods"]:
+        method = by_default(row["name"])
+        for name, family in FAMILIES.items():
+            refused = family.lacks(method) is not None or (method.video_only and "video" not in family.kinds)
+            assert (row["families"][name] == "no") == refused
+            assert (row["families"][name] == "some") == (not refused and method.reads_grid and name == "generic")
+    rows = {r.split("|")[1].strip(): r for r in foveate("table").out.splitlines() if r.startswith("| `")}
+    assert rows["`fastervlm`"].rstrip(" |").endswith(MARKS["no"])
+    assert rows["`uniform`"].rstrip(" |").endswith(MARKS["some"])
+
+
 def test_scenes(foveate: Any, tmp_path: Path) -> None:
     data = foveate("scenes", "--out", "drawn", "--n", 3, "--json").json
     assert len(data["scenes"]) == 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,16 +22,18 @@ def _job(name: str, *parts: tiny.Part) -> Job:
     return Job(model, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(model, inputs), 5)
 
 
-JOBS = {"llava": ["image"], "llava_next": [(24, 64)], "video_llava": ["image"], "vipllava": ["image"]}
-OTHERS = {
-    "llava_next_video": (24, 64), "llava_onevision": (64, 64), "internvl": 3, "aya_vision": 3, "cohere2_vision": 3,
-    "idefics3": (1, 2), "smolvlm": "padded", "perception_lm": "image", "fast_vlm": "image",
-}  # fmt: skip
+COUNTED = ["llava", "llava_next", "video_llava", "vipllava"]
+"""Families whose FLOPs are known."""
+OTHERS = [name for name in tiny.FAMILIES if name not in COUNTED]
 
 
-@pytest.mark.parametrize("name", JOBS)
+def _picture(name: str) -> Any:
+    return next(visual.what for visual in tiny.VISUALS[name] if "pixel_values" in tiny.sample(visual))
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_every_family_answers_as_generate_does(name: str) -> None:
-    job = _job(name, *JOBS[name])
+    job = _job(name, _picture(name))
     reducer = foveate.VisPruner(keep=24)
     methods = [reducer, *baselines(job, reducer)]
     stock, *pruned = measure(job, [None, *methods], repeats=1)
@@ -51,7 +54,7 @@ def test_every_family_answers_as_generate_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_families_of_unknown_costs(name: str) -> None:
-    job = _job(name, OTHERS[name])
+    job = _job(name, _picture(name))
     reducer, said = foveate.methods.Random(keep=7), []
     methods = [reducer, *baselines(job, reducer, said.append)]
     assert len(methods) + len(said) == 4
@@ -66,6 +69,7 @@ def test_families_of_unknown_costs(name: str) -> None:
         assert 0 < arm.kept <= 7
         assert arm.cost is None
         assert arm.kv_bytes < stock.kv_bytes
+        assert arm.seconds["vision"] > 0
     data = report(job, stock, pruned[0], pruned[1:])
     assert data["flops"] == {"before": None, "after": None}
     assert data["kept"] == [span.kept.tolist() for span in pruned[0].selection]
@@ -74,7 +78,7 @@ def test_families_of_unknown_costs(name: str) -> None:
 
 
 def test_baselines_that_do_not_run_are_named() -> None:
-    job, said = _job("perception_lm", "image"), []
+    job, said = _job("perception_lm", _picture("perception_lm")), []
     names = [r.name for r in baselines(job, foveate.methods.Random(keep=7), said.append)]
     assert names == ["uniform", "pool"]
     assert said == [
@@ -83,10 +87,10 @@ def test_baselines_that_do_not_run_are_named() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", COUNTED)
 @pytest.mark.parametrize("method", ["unpruned", "vispruner", "pool", "downsample"])
 def test_flops_are_those_that_run(name: str, method: str) -> None:
-    job = _job(name, *JOBS[name])
+    job = _job(name, _picture(name))
     reducer = None if method == "unpruned" else load_reducer(method, keep=24)
     (arm,) = measure(job, [reducer], repeats=1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

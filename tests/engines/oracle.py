@@ -31,10 +31,10 @@ def visible_columns(inputs: dict[str, Tensor], selections: list[list[SpanSelecti
     return rows
 
 
-def extended(inputs: dict[str, Tensor], answer: Tensor) -> dict[str, Tensor]:
-    ids = torch.cat([inputs["input_ids"], answer], dim=1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(answer)], dim=1)
-    return {**inputs, "input_ids": ids, "attention_mask": mask}
+def extended(inputs: dict[str, Tensor], answer: Tensor, answer_type: int = 0) -> dict[str, Tensor]:
+    further = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    further["token_type_ids"] = torch.full_like(answer, answer_type)
+    return {k: torch.cat([x, further[k]], dim=1) if k in further else x for k, x in inputs.items()}
 
 
 @torch.no_grad()
@@ -50,9 +50,7 @@ def hidden(model: Any, inputs: dict[str, Tensor], selections: list[list[SpanSele
     for i, columns in enumerate(visible_columns(inputs, selections)):
         visible[i, columns] = True
     tiny = tiny_of(model)
-    allowed = (tiny.allowed(inputs) & visible[:, None, :]) | torch.eye(length, dtype=torch.bool)
-    mask = torch.zeros(batch, 1, length, length, dtype=model.dtype)
-    mask.masked_fill_(~allowed[:, None], torch.finfo(model.dtype).min)
+    mask = tiny.mask(model, inputs, visible)
     positions = tiny.position_ids(model, inputs)
     inputs = {k: x for k, x in inputs.items() if k != "labels"}
     return model(**{**inputs, "attention_mask": mask, "position_ids": positions}).logits
@@ -150,7 +148,10 @@ def rebuilt(
                 embeds[i, places[span.kept]] = span.apply(embeds[i, places])
             start += span.length
         at = torch.arange(len(columns))[None] if full is None else full[..., i : i + 1, columns]
-        results.append(tiny.logits(model, embeds[i, columns][None], at)[0])
+        # Without a mask, gaps between positions would count as borders of packed prompts.
+        planes = {"attention_mask": torch.ones(1, len(columns), dtype=torch.long)}
+        planes |= {k: x[i, columns][None] for k, x in inputs.items() if k == "token_type_ids"}
+        results.append(tiny.logits(model, embeds[i, columns][None], at, **planes)[0])
     return results
 
 
@@ -162,7 +163,8 @@ def answer_logits(
     positions: str,
 ) -> Tensor:
     """Return the logits ``[B, T, V]`` from which the oracle draws each token of an answer ``[B, T]``."""
-    whole, t = extended(inputs, answer), answer.shape[1]
-    if positions == "original":
+    tiny, t = tiny_of(model), answer.shape[1]
+    whole = extended(inputs, answer, tiny.answer_type)
+    if positions == "original" and tiny.masks:
         return hidden(model, whole, selections)[:, -t - 1 : -1]
-    return torch.stack([x[-t - 1 : -1] for x in rebuilt(model, whole, selections)])
+    return torch.stack([x[-t - 1 : -1] for x in rebuilt(model, whole, selections, positions)])

@@ -1,5 +1,7 @@
 """What every method owes its callers, over one table of methods."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -122,6 +124,19 @@ def test_joint_budget_lets_crops_compete(entry):
     (whole,) = reducer.select(flat)
     candidates = torch.cat([crop.index for crop in tokens.spans[0].crops])
     assert chosen.kept.tolist() == candidates[whole.kept].tolist()
+
+
+@every_method
+def test_methods_say_whether_they_read_the_grid(entry):
+    reducer = make(entry, 13)
+    tokens = visual_tokens(reducer, [(0, [(8, 8)])])
+    (span,) = tokens.spans
+    tokens = replace(tokens, spans=(replace(span, crops=(replace(span.crops[0], grid=None),)),))
+    if reducer.reads_grid:
+        with pytest.raises(InputError, match="a model whose family knows"):
+            reducer.select(tokens)
+    else:
+        assert len(reducer.select(tokens)[0]) == 13
 
 
 @pytest.mark.parametrize("reducer", [Uniform(keep=Budget(8, per="joint")), Pool(keep=Budget(8, per="joint"))], ids=str)

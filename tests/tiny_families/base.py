@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, SiglipVisionConfig
 
+Grid = tuple[int, int]
 VOCABULARY, PAD, IMAGE, VIDEO = 128, 0, 120, 121
 """Ids above 110 are never text; those from 111 to 119 are free for a family's own markers."""
 
@@ -38,12 +39,14 @@ class Tiny(ABC):
     type_plane: str | None = None
     """Name of the input that tells text (0), image (1) and video (2) tokens apart, if the model has one."""
     positions = ("original", "compact")
-    skips: Mapping[str, str] = {}
-    """Tests that do not apply to the family, and why."""
-    whole_grid = (8, 8)
-    """The grid of a crop from which nothing was cut."""
+    whole_grid: Grid | None = (8, 8)
+    """The grid of a crop from which nothing was cut; `None` if nothing ever is."""
     masks = True
     """Whether dropping a token equals masking it; otherwise the oracle for both kinds of positions drops it, too."""
+    answer_type = 0
+    """What the type plane says of answers."""
+    skips: Mapping[str, str] = {}
+    """Tests that do not apply to the family, and why."""
 
     @abstractmethod
     def build(self) -> Any:
@@ -60,6 +63,18 @@ class Tiny(ABC):
     def position_ids(self, net: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Return the position ids of the plain model's full prompt."""
         return (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    def types(self, ids: Tensor) -> Tensor:
+        """Return the type plane of some ids."""
+        return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+
+    def cache(self, net: Any) -> Any:
+        """Return an empty cache for several turns."""
+        return DynamicCache()
+
+    def mask(self, net: Any, inputs: dict[str, Tensor], visible: Tensor) -> Any:
+        """Return what the model takes as an attention mask that hides all but the visible columns ``[B, L]``."""
+        return additive(self.allowed(inputs) & visible[:, None, :], net.dtype)
 
     def allowed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return which columns each column of a prompt may attend to, ``[B, L, L]`` bool, padding aside."""
@@ -78,9 +93,9 @@ class Tiny(ABC):
         """Return what the language model gets of each token, ``[B, L, ...]``, from the keywords of its call."""
         return call["inputs_embeds"]
 
-    def logits(self, net: Any, received: Tensor, position_ids: Tensor) -> Tensor:
-        """Run the language model on tokens as `received` returns them."""
-        return net(inputs_embeds=received, position_ids=position_ids).logits
+    def logits(self, net: Any, received: Tensor, position_ids: Tensor, **planes: Tensor) -> Tensor:
+        """Run the language model on tokens as `received` returns them, with what else runs along the prompt."""
+        return net(inputs_embeds=received, position_ids=position_ids, **planes).logits
 
     @functools.cached_property
     def original(self) -> Any:
@@ -94,6 +109,13 @@ class Tiny(ABC):
         fresh = copy.deepcopy(self.original).to(dtype)
         fresh.set_attn_implementation(attention)
         return fresh
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn what each column may attend to ``[B, L, L]`` into a 4-D mask; every column sees itself."""
+    allowed = allowed | torch.eye(allowed.shape[-1], dtype=torch.bool)
+    mask = torch.zeros(len(allowed), 1, *allowed.shape[1:], dtype=dtype)
+    return mask.masked_fill_(~allowed[:, None], torch.finfo(dtype).min)
 
 
 def picture(generator: torch.Generator, *shape: int) -> Tensor:

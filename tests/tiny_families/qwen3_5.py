@@ -34,7 +34,7 @@ class TinyQwen35(TinyQwen3Vl):
     def received(self, call):
         return call["inputs_embeds"]
 
-    def logits(self, net, received, position_ids):
+    def logits(self, net, received, position_ids, **planes):
         return net(inputs_embeds=received, position_ids=position_ids).logits
 
 

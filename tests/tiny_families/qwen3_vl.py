@@ -36,7 +36,7 @@ class TinyQwen3Vl(TinyMRope):
             plane[call["visual_pos_masks"]] = values
         return torch.stack([embeds, *planes], dim=2)
 
-    def logits(self, net, received, position_ids):
+    def logits(self, net, received, position_ids, **planes):
         embeds, *planes = received.unbind(dim=2)
         # Adding nothing at text tokens, DeepStack may as well run on all of them.
         everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool)

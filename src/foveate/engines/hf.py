@@ -16,7 +16,7 @@ from foveate.engines.compaction import Compaction, compact_planes, full_position
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.probes import Probe, Query
-from foveate.reducer import Positions, Reducer, get_method, identity, list_methods, load_reducer
+from foveate.reducer import Positions, Reducer, by_default, identity, list_methods, load_reducer
 from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
 
@@ -72,7 +72,7 @@ class Settings:
         if reducer.stage not in ("pixels", "encoder", "before_llm"):
             raise UnsupportedModelError(f"{reducer.name} acts at the stage {reducer.stage!r}, which this engine lacks")
         if family is not None and (lacking := family.lacks(reducer)):
-            others = [name for name in list_methods() if name != "chain" and not family.lacks(get_method(name))]
+            others = [name for name in list_methods() if name != "chain" and not family.lacks(by_default(name))]
             raise UnsupportedModelError(
                 f"{reducer.name} needs {lacking}, which the family {family.name!r} does not give; methods that run on "
                 f"it are: {', '.join(others)}"

@@ -34,8 +34,6 @@ class Family(ABC):
     notes: ClassVar[str] = ""
     keeps_positions: ClassVar[bool] = False
     """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
-    reduces_inside: ClassVar[bool] = False
-    """Whether methods can act inside the vision encoder, see `encode_inside`."""
     has_cls: ClassVar[bool] = False
     """Whether the vision encoder has a ``[CLS]`` token."""
     has_attention: ClassVar[bool] = True
@@ -44,6 +42,8 @@ class Family(ABC):
     """Whether the rows and columns of tokens are known."""
     resizes: ClassVar[bool] = False
     """Whether smaller pictures can be encoded, as methods of the stage ``"pixels"`` ask for."""
+    reduces_inside: ClassVar[bool] = False
+    """Whether methods can act inside the vision encoder, see `encode_inside`."""
 
     def matches(self, config: Any) -> bool:
         """Return whether a model with this configuration belongs to the family."""
@@ -67,6 +67,11 @@ class Family(ABC):
             if isinstance(probe, Attention) and probe.of == "cls" and not self.has_cls:
                 return "a vision encoder with a [CLS] token"
         return None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of spans that the family reduces."""
+        return tuple(dict.fromkeys(self.inputs.values()))
 
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -267,6 +272,8 @@ def run_tower(
     feature_layers: Sequence[int],
     has_cls: bool,
     probes: Sequence[Probe],
+    *,
+    final: nn.Module | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, dict[Probe, Tensor]]:
     """Run a CLIP-like vision tower up to the last layer that is read.
@@ -279,6 +286,8 @@ def run_tower(
         Indices into the tower's hidden states, as in ``config.vision_feature_layer``.
     has_cls
         Whether the first token is ``[CLS]``.
+    final
+        The norm behind the last layer, if the projector reads its output.
 
     Returns
     -------
@@ -293,7 +302,8 @@ def run_tower(
         for i in read:
             watched.setdefault(attention_of(layers[i]), []).append(probe)
     last = max([i for read in numbers.values() for i in read], default=-1)
-    running = [layers[i] for i in indices] + ([layers[last]] if last > max(indices) else [])
+    running = [layers[i] for i in indices] if final is None else [final]
+    running += [layers[last]] if last > max(indices) else []
     with tap(tower, watched, int(has_cls)) as taps:
         outputs = layer_outputs(tower, running, pixels, **kwargs)[: len(indices)]
     features = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -358,6 +368,14 @@ def crop_rows(x: Tensor, crop: Crop, grid: Grid) -> Tensor:
     return row.reshape(*grid, *row.shape[1:])[top : top + h, left : left + w].flatten(0, 1)
 
 
+def resized(picture: Tensor, size: Grid) -> Tensor:
+    """Resize a picture ``[3, height, width]`` to some height and width, ``[1, 3, ...]``."""
+    small = nn.functional.interpolate(
+        picture[None].float(), size=size, mode="bicubic", antialias=True, align_corners=False
+    )
+    return small.to(picture.dtype)
+
+
 def resized_crops(
     tower: nn.Module,
     pixels: Tensor,
@@ -366,6 +384,7 @@ def resized_crops(
     patch: int,
     feature_layers: Sequence[int],
     has_cls: bool = True,
+    final: nn.Module | None = None,
 ) -> list[Tensor]:
     """Encode crops from smaller pictures, so that each makes the given grid of tokens, ``[h * w, C]`` each."""
     results: list[Tensor] = []
@@ -375,11 +394,8 @@ def resized_crops(
         picture = pixels[
             crop.encoder_row, :, top * patch : (top + rows) * patch, left * patch : (left + columns) * patch
         ]
-        small = nn.functional.interpolate(
-            picture[None].float(), size=(h * patch, w * patch), mode="bicubic", antialias=True, align_corners=False
-        )
-        small = small.to(pixels.dtype)
-        features, _ = run_tower(tower, small, feature_layers, has_cls, (), interpolate_pos_encoding=True)
+        small = resized(picture, (h * patch, w * patch))
+        features, _ = run_tower(tower, small, feature_layers, has_cls, (), final=final, interpolate_pos_encoding=True)
         results.append(features[0, int(has_cls) :])
     return results
 

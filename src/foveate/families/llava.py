@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.encoder import EncoderReducer
+from foveate.errors import UnsupportedModelError
 from foveate.families.base import Family, Grid, placeholder_columns, resized_crops, run_tower, token_planes, with_cls
 from foveate.families.inside import run_tower_inside
 from foveate.probes import Probe
@@ -17,7 +18,10 @@ from foveate.tokens import Crop, Span, VisualTokens
 
 
 class Llava(Family):
-    """LLaVA-1.5 and models that share its classes, such as BakLLaVA and the embedded `nano`."""
+    """LLaVA-1.5 and models that share its classes, such as BakLLaVA and the embedded `nano`.
+
+    The tower is CLIP's, or SigLIP's, which has no ``[CLS]`` token.
+    """
 
     name = "llava"
     model_types = ("llava",)
@@ -28,10 +32,40 @@ class Llava(Family):
     notes = "one grid per image; pruned between the vision tower and the projector"
     reduces_inside = True
 
+    def matches(self, config: Any) -> bool:
+        return super().matches(config) and config.vision_config.model_type != "pixtral"
+
+    def cls(self, model: Any) -> bool:
+        """Return whether the tower puts a ``[CLS]`` token before the patches."""
+        tower = model.config.vision_config.model_type
+        if "clip" not in tower and "siglip" not in tower:
+            raise UnsupportedModelError(
+                f"{self.name} is supported with vision towers of CLIP, SigLIP and Pixtral, not with {tower!r}"
+            )
+        return "siglip" not in tower
+
+    def projects_cls(self, model: Any, inputs: Mapping[str, Any]) -> bool:
+        """Return whether the projector reads the ``[CLS]`` token too."""
+        cls, full = self.cls(model), strategy(model, inputs) == "full"
+        if not cls and not full:
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy='default' drops the first token, and this vision tower has no [CLS] "
+                "token there: use 'full'"
+            )
+        return cls and full
+
+    def layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
+        """Return the indices of the hidden states that the projector reads."""
+        return feature_layers(model, inputs)
+
+    def final(self, model: Any) -> nn.Module | None:
+        """Return the norm behind the tower's last layer, if the projector reads its output."""
+        return None
+
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         pixels, ids = inputs["pixel_values"], inputs["input_ids"].cpu()
         grid = patch_grid(model, pixels)
-        lead = int(strategy(model, inputs) == "full")
+        lead = int(self.projects_cls(model, inputs))
         lengths = [grid[0] * grid[1] + lead] * len(pixels)
         spans: list[Span] = []
         for image, (row, columns) in enumerate(placeholder_columns(ids, model.config.image_token_id, lengths, "image")):
@@ -44,17 +78,19 @@ class Llava(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
-        pixels, layers = self.pixels(model, inputs), feature_layers(model, inputs)
-        seen = run_tower(model.model.vision_tower, pixels, layers, True, probes)
+        pixels, layers = self.pixels(model, inputs), self.layers(model, inputs)
+        seen = run_tower(model.model.vision_tower, pixels, layers, self.cls(model), probes, final=self.final(model))
         return self.tokens(model, inputs, spans, probes, *seen)
 
     def encode_inside(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
     ) -> VisualTokens:
-        pixels, layers = self.pixels(model, inputs), feature_layers(model, inputs)
+        pixels, layers, lead = self.pixels(model, inputs), self.layers(model, inputs), int(self.cls(model))
         grid = patch_grid(model, pixels)
-        seen = run_tower_inside(model.model.vision_tower, pixels, layers, 1, grid, spans, reducer)
-        return self.tokens(model, inputs, spans, (), *seen)
+        features, values = run_tower_inside(model.model.vision_tower, pixels, layers, lead, grid, spans, reducer)
+        if (final := self.final(model)) is not None:
+            features = final(features)
+        return self.tokens(model, inputs, spans, (), features, values)
 
     def pixels(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return what the vision tower sees, ``[R, 3, height, width]``."""
@@ -69,20 +105,25 @@ class Llava(Family):
         features: Tensor,
         values: Mapping[Probe, Tensor],
     ) -> VisualTokens:
-        """Put features ``[R, 1 + N, C]`` and probe values of the vision tower's rows in the order of the spans."""
-        grid = patch_grid(model, inputs["pixel_values"])
-        planes = token_planes([c for s in spans for c in s.crops], grid, features[:, 1:], values)
-        hidden = features if strategy(model, inputs) == "full" else features[:, 1:]
+        """Put features ``[R, S, C]`` and probe values of the vision tower's rows in the order of the spans."""
+        grid, cls = patch_grid(model, inputs["pixel_values"]), self.cls(model)
+        patches = features[:, int(cls) :]
+        planes = token_planes([c for s in spans for c in s.crops], grid, patches, values)
+        hidden = features if self.projects_cls(model, inputs) else patches
         tokens = VisualTokens(tuple(spans), planes, features.device, list(hidden))
-        return self.with_embeddings(model, with_cls(tokens, features[:, 0], probes), probes)
+        if cls:
+            tokens = with_cls(tokens, features[:, 0], probes)
+        return self.with_embeddings(model, tokens, probes)
 
     def encode_at(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
     ) -> list[list[Tensor]]:
         patch = model.config.vision_config.patch_size
-        layers, pixels = feature_layers(model, inputs), inputs["pixel_values"]
+        layers, cls, final = self.layers(model, inputs), self.cls(model), self.final(model)
         return [
-            resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers)
+            resized_crops(
+                model.model.vision_tower, inputs["pixel_values"], span.crops, sizes, patch, layers, cls, final
+            )
             for span, sizes in zip(spans, grids, strict=True)
         ]
 

@@ -68,6 +68,10 @@ class MergedFamily(Family):
             ``[M, ...]``: the tokens of all crops of all images of the kind, one after the other.
         """
 
+    def patch_counts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[int] | None:
+        """Return the patches of each picture, if the encoder packs pictures under a mask or pads them; else `None`."""
+        return None
+
     def lead(self, model: Any) -> int:
         """Return how many tokens stand before the patches of a picture in the encoder, such as ``[CLS]``."""
         return 0
@@ -195,7 +199,7 @@ class MergedFamily(Family):
         for probe, read in numbers.items():
             for i in read:
                 watched.setdefault(attention_of(layers[i]), []).append(probe)
-        with tap(encoder, watched, self.lead(model)) as taps:
+        with tap(encoder, watched, self.lead(model), self.patch_counts(model, inputs, kind)) as taps:
             output = self.image_features(model, inputs, kind)
         planes: dict[Probe, Tensor] = {}
         for probe, read in numbers.items():

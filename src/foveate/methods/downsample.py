@@ -30,6 +30,7 @@ class Downsample(Reducer):
 
     stage: ClassVar[Stage] = "pixels"
     complexity = "O(T)"
+    reads_grid = True
 
     def plan(self, span: Span) -> list[tuple[tuple[int, int], Tensor]]:
         """Return, for each crop, the smaller grid and the positions in the span that its tokens stand for."""

@@ -51,6 +51,7 @@ class HiPrune(Reducer):
     needs = (Attention(of="received", layers=(1 / 3,)), Attention(of="received"))
     paper = "arXiv:2508.00553"
     complexity = "O(N log N)"
+    reads_grid = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

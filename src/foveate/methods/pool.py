@@ -27,6 +27,7 @@ class Pool(Reducer):
 
     merges = "embeddings"
     complexity = "O(N)"
+    reads_grid = True
 
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop_merge(self.keep, self._pool)

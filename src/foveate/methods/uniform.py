@@ -25,6 +25,7 @@ class Uniform(Reducer):
     """
 
     complexity = "O(T)"
+    reads_grid = True
 
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop(self.keep, self._pick)

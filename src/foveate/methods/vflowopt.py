@@ -116,6 +116,10 @@ class VFlowOpt(Reducer):
                 f"a is the side of a block in patches such as 12, or None to recycle nothing: not {self.a}"
             )
 
+    @property
+    def reads_grid(self) -> bool:  # type: ignore[override]
+        return self.a is not None
+
     def probes(self) -> tuple[Probe, ...]:
         return (Judged(self.t),)
 

@@ -1,0 +1,87 @@
+"""Which methods run on which families: one table, worked out from what both declare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foveate.families import FAMILIES, Family
+from foveate.reducer import Reducer, by_default, list_methods
+
+YES, SOME, NO = "yes", "some", "no"
+MARKS = {YES: "✓", SOME: "(✓)", NO: "-"}
+
+_PAGE = """\
+# Compatibility
+
+`foveate table` writes this page. A method runs on a family if the family gives everything that the method reads;
+where it does not, `foveate.reduce` and `foveate.attach` say what is missing and which methods run.
+
+✓: runs. (✓): runs on the images whose token grid is known, which for `generic` are those with a square number of
+tokens. -: the family lacks what the method needs, with its default parameters.
+
+## Methods and families
+
+{methods}
+
+`chain` runs wherever all of its methods do. Adaptive budgets (`Budget.coverage`) need the attention of the vision
+encoder.
+
+## What families give
+
+{families}
+"""
+
+
+def runs(method: Reducer | type[Reducer], family: Family) -> str:
+    """Return whether a method runs on a family: ``"yes"``, ``"no"``, or on ``"some"`` images."""
+    if family.lacks(method) or (method.video_only and "video" not in family.kinds):
+        return NO
+    return SOME if method.reads_grid and not family.has_grid else YES
+
+
+def table() -> dict[str, Any]:
+    """Return the table as JSON-compatible data."""
+    names = [name for name in list_methods() if name != "chain"]
+    return {
+        "families": [
+            {
+                "name": family.name,
+                "model_types": list(family.model_types),
+                "inputs": list(family.kinds),
+                "cls": family.has_cls,
+                "attention": family.has_attention,
+                "grid": family.has_grid,
+                "resizes": family.resizes,
+                "positions": ["original"] if family.keeps_positions else ["original", "compact"],
+            }
+            for family in FAMILIES.values()
+        ],
+        "methods": [
+            {"name": name, "families": {f.name: runs(by_default(name), f) for f in FAMILIES.values()}} for name in names
+        ],
+    }
+
+
+def page() -> str:
+    """Return the table as a page of markdown."""
+    data = table()
+    families = [f["name"] for f in data["families"]]
+    methods = [[f"`{row['name']}`", *(MARKS[row["families"][f]] for f in families)] for row in data["methods"]]
+    columns = ("model types", "takes", "`[CLS]`", "attention", "grid", "smaller pictures", "positions")
+    given = [
+        [
+            f"`{f['name']}`", ", ".join(f["model_types"]) or "any other", ", ".join(f["inputs"]),
+            *(MARKS[YES if f[key] else NO] for key in ("cls", "attention")),
+            MARKS[YES if f["grid"] else SOME], MARKS[YES if f["resizes"] else NO], ", ".join(f["positions"]),
+        ]
+        for f in data["families"]
+    ]  # fmt: skip
+    return _PAGE.format(
+        methods=_markdown(["method", *(f"`{f}`" for f in families)], methods),
+        families=_markdown(["family", *columns], given),
+    )
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,147 @@
+"""Any other model that takes encoded images: tokens as its encoder returns them, and nothing read on the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.errors import UnsupportedModelError
+from foveate.families.base import Family, Grid, one_row_per_token, placeholder_columns
+from foveate.probes import Embeddings, Features, Probe
+from foveate.tokens import Crop, Span, VisualTokens
+
+_PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSpan(Span):
+    """A span that was found by encoding its image.
+
+    Attributes
+    ----------
+    rows
+        ``[N, D]``: what the LLM gets.
+    dims
+        Dimensions of the encoder's output: 2 or 3 of one tensor, 0 for a list with one tensor per image.
+    """
+
+    rows: Tensor | None = None
+    dims: int = 0
+
+
+class Generic(Family):
+    """Models of no family of their own.
+
+    The number of tokens of an image is known once it is encoded, so `spans` encodes, and `encode` hands out what it
+    found. Each entry of the encoder's output counts as an image; in a single ``[M, D]`` tensor, each run of
+    placeholders does.
+    """
+
+    name = "generic"
+    model_types = ()
+    inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
+    has_attention = False
+    has_grid = False
+    notes = "any other model that takes mm_encoder_outputs; no probes of the encoder; the grid if it is a square"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("image",)
+
+    @classmethod
+    def of(cls, model: Any) -> Generic:
+        """Return the family for one model: it knows what the model's encoder reads beside the pixels."""
+        family = cls()
+        family.side_inputs = _side_inputs(model)  # type: ignore[misc]
+        return family
+
+    def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+        if inputs.get("pixel_values_videos") is not None:
+            raise UnsupportedModelError(f"{type(model).__name__} has no family of its own, and so no videos here")
+        side = {key: inputs[key] for key in self.side_inputs if inputs.get(key) is not None}
+        output = model.get_image_features(inputs["pixel_values"], **side, return_dict=True)
+        if further := [key for key in output if key not in _PLAIN]:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} needs a family of its own: its images have {', '.join(further)} beside tokens"
+            )
+        rows, ids, token = output.pooler_output, inputs["input_ids"].cpu(), model.config.image_token_id
+        dims = rows.dim() if isinstance(rows, Tensor) else 0
+        parts = list(torch.split(rows, _runs(ids == token))) if dims == 2 and len(rows) else list(rows)
+        spans: list[Span] = []
+        lengths = [len(x) for x in parts]
+        for x, (row, columns) in zip(parts, placeholder_columns(ids, token, lengths, "image"), strict=True):
+            side_length = isqrt(len(x))
+            grid = (side_length, side_length) if side_length**2 == len(x) else None
+            crop = Crop(torch.arange(len(x)), grid)
+            ordinal = sum(s.sample == row for s in spans)
+            spans.append(
+                EncodedSpan("image", row, ordinal, columns, (1, *(grid or (1, len(x)))), (crop,), rows=x, dims=dims)
+            )
+        return tuple(spans)
+
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
+    ) -> VisualTokens:
+        rows = [span.rows for span in spans if isinstance(span, EncodedSpan) and span.rows is not None]
+        planes: dict[Probe, list[Tensor]] = {Features(): [x.detach() for x in rows]}
+        if Embeddings() in probes:
+            planes[Embeddings()] = planes[Features()]
+        return VisualTokens(tuple(spans), planes, rows[0].device, rows)
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        raise UnsupportedModelError(f"{type(model).__name__} has no family that can encode smaller pictures")
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        return features
+
+    def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        (dims,) = {span.dims for span in spans if isinstance(span, EncodedSpan)}
+        if dims == 0:
+            return {"image": BaseModelOutputWithPooling(pooler_output=list(embeds))}
+        rows = torch.cat(list(embeds)) if dims == 2 else one_row_per_token(embeds)
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+
+
+def missing(model_class: type) -> str | None:
+    """Say what a class of models lacks for the generic family, or return `None` if it lacks nothing."""
+    if not hasattr(model_class, "generate"):
+        return "a language-model head"
+    if not hasattr(model_class, "get_image_features"):
+        return "a method get_image_features"
+    forward = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
+    return None if "mm_encoder_outputs" in forward.parameters else "mm_encoder_outputs among the arguments of forward"
+
+
+def missing_parts(model: Any) -> str | None:
+    """Say what a model lacks for the generic family beside what its class does."""
+    if hasattr(getattr(model, "model", model), "get_rope_index"):
+        return "positions along one axis"
+    return None if getattr(model.config, "image_token_id", None) is not None else "image_token_id in its configuration"
+
+
+def _side_inputs(model: Any) -> tuple[str, ...]:
+    """Return the names of what ``get_image_features`` takes beside the pixels, there and in the model inside."""
+    names: dict[str, None] = {}
+    for part in (model, getattr(model, "model", model)):
+        parameters = inspect.signature(type(part).get_image_features).parameters.values()
+        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        names.update((p.name, None) for p in parameters if p.kind not in kinds)
+    return tuple(name for name in names if name not in ("self", "pixel_values"))
+
+
+def _runs(places: Tensor) -> list[int]:
+    """Return the lengths of the runs of `True` in the rows of a mask."""
+    lengths = []
+    for row in places:
+        edges = torch.diff(row.int(), prepend=row.new_zeros(1).int(), append=row.new_zeros(1).int()).nonzero().flatten()
+        lengths += (edges[1::2] - edges[::2]).tolist()
+    return lengths

@@ -1,0 +1,65 @@
+"""Families whose encoder sees whole pictures, each a raster of patches of which a token merges a square block."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.families.base import Grid
+from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
+from foveate.tokens import Crop, Span
+
+
+class RasterFamily(MergedFamily):
+    """One crop per picture. A subclass says how many patches each picture has, and how many make a token."""
+
+    inputs: ClassVar = {"pixel_values": "image"}
+    resizes = True
+
+    @abstractmethod
+    def grids(self, model: Any, inputs: Mapping[str, Any]) -> list[Grid]:
+        """Return the rows and columns of patches of each picture."""
+
+    @abstractmethod
+    def block(self, model: Any) -> int:
+        """Return how many patches a token is high and wide."""
+
+    @abstractmethod
+    def encode_smaller(self, model: Any, inputs: Mapping[str, Any], picture: int, grid: Grid) -> Tensor:
+        """Encode one picture at a smaller grid of tokens ``(h, w)``, ``[h * w, D]``."""
+
+    def encode_at(
+        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
+    ) -> list[list[Tensor]]:
+        return [
+            [self.encode_smaller(model, inputs, c.encoder_row, grid) for c, grid in zip(s.crops, sizes, strict=True)]
+            for s, sizes in zip(spans, grids, strict=True)
+        ]
+
+    def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
+        block, layouts = self.block(model), []
+        for i, (height, width) in enumerate(self.grids(model, inputs)):
+            h, w = height // block, width // block
+            layouts.append(Layout(h * w, (1, h, w), (Crop(torch.arange(h * w), (h, w), encoder_row=i),)))
+        return layouts
+
+    def encoder(self, model: Any) -> nn.Module:
+        return model.model.vision_tower  # type: ignore[no-any-return]
+
+    def patch_counts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[int]:
+        return list(map(math.prod, self.grids(model, inputs)))
+
+    def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
+        grids = self.grids(model, inputs)
+        pictures = torch.split(values.flatten(0, 1), list(map(math.prod, grids)))
+        merged = [mean_of_blocks(x[None], grid, self.block(model)) for x, grid in zip(pictures, grids, strict=True)]
+        return torch.cat(merged, dim=1)[0]
+
+    def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(embeds))}
