@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foveate.families import family_of
 from foveate.families.merged import MergedFamily
+from foveate.probes import ClsToken
 from foveate.selection import SpanSelection
 from tiny import IMAGE, VIDEO, tiny_of
 
@@ -92,6 +93,9 @@ def visual_features(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def unprojected(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Return, span by span, what the plain model's projector reads, and behind it the `[CLS]` tokens of the crops."""
+    if not tiny_of(model).packs_features:
+        family = family_of(model)
+        return family.encode(model, inputs, family.spans(model, inputs), (ClsToken(),)).hidden
     inner, spans = model.model, family_of(model).spans(model, inputs)
     towers = {"image": getattr(inner, "vision_tower", None) or getattr(inner, "image_tower", None)}
     towers["video"] = getattr(inner, "video_tower", None)

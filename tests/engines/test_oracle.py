@@ -140,7 +140,7 @@ def test_prefill_of_every_method_equals_the_oracle(entry, family):
             continue
         given = None
         if reducer.stage == "encoder":  # what the LLM makes of the reduced features
-            given = embedded_rows(reduced)
+            given = embedded_rows(reduced["mm_encoder_outputs"], reduced.selection)
         expected = rebuilt(net, inputs, selections, positions, reducer.merges, given)
         close(logits, torch.stack([x[-1] for x in expected]))
 
@@ -164,7 +164,8 @@ def test_methods_that_share_a_pass_do_not_disturb_each_other(family):
             reduced = foveate.reduce(net, inputs, reducer)
             assert [s.kept.tolist() for s in together] == [s.kept.tolist() for s in reduced.selection]
             embeds = family_of.embed(net, tokens, together, reducer.merges)
-            for x, given in zip(embeds, embedded_rows(reduced), strict=True):
+            outputs = family_of.encoder_outputs(spans, embeds), reduced["mm_encoder_outputs"]
+            for x, given in zip(*(embedded_rows(o, reduced.selection) for o in outputs), strict=True):
                 close(x, given)
 
 

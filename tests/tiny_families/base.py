@@ -43,6 +43,9 @@ class Tiny(ABC):
     """The grid of a crop from which nothing was cut; `None` if nothing ever is."""
     masks = True
     """Whether dropping a token equals masking it; otherwise the oracle for both kinds of positions drops it, too."""
+    packs_features = True
+    """Whether the plain model without its projector hands the tower's features to the LLM as they are; otherwise the
+    oracle of methods that merge them takes the family's word for the features."""
     answer_type = 0
     """What the type plane says of answers."""
     skips: Mapping[str, str] = {}
@@ -80,14 +83,6 @@ class Tiny(ABC):
         """Return which columns each column of a prompt may attend to, ``[B, L, L]`` bool, padding aside."""
         batch, length = inputs["input_ids"].shape
         return torch.ones(length, length, dtype=torch.bool).tril().expand(batch, -1, -1)
-
-    def types(self, ids: Tensor) -> Tensor:
-        """Return the type plane of some ids."""
-        return (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-
-    def cache(self, net: Any) -> Any:
-        """Return an empty cache for several turns."""
-        return DynamicCache()
 
     def received(self, call: dict[str, Any]) -> Tensor:
         """Return what the language model gets of each token, ``[B, L, ...]``, from the keywords of its call."""

@@ -10,6 +10,7 @@ FRAMES = 3
 
 class TinyLlavaNextVideo(TinyLlavaNext):
     name = "llava_next_video"
+    packs_features = False
     visuals = ("video", (24, 64), "video")
 
     def build(self):

@@ -9,6 +9,7 @@ LAYERS = [-2, -3, 1]
 
 class TinyVipLlava(Tiny):
     name = "vipllava"
+    packs_features = False
     visuals = ("image", "image", "image")
 
     def build(self):

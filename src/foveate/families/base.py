@@ -21,6 +21,12 @@ from foveate.tokens import Crop, Span, VisualTokens
 Grid = tuple[int, int]
 
 
+_PROJECTORS = (
+    "multi_modal_projector", "merger", "connector", "aligner", "projector", "vision_projection",
+    "visual_embeddings_table",
+)  # fmt: skip
+
+
 class Family(ABC):
     """One VLM architecture: where its spans, grids and probes are, and how kept tokens reach the LLM."""
 
@@ -106,7 +112,7 @@ class Family(ABC):
         """Return the module between the vision encoder and the LLM."""
         module: nn.Module
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] in ("multi_modal_projector", "merger", "connector", "aligner"):
+            if name.rpartition(".")[2] in _PROJECTORS:
                 return module
         raise UnsupportedModelError(f"no projector found in {type(model).__name__}")
 
