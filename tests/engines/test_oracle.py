@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Budget, Chain
-from foveate.engines.hf import Settings, decide, look
+from foveate.engines.hf import Reduced, Settings, decide, look
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from foveate.reducer import identity
 from tiny import (
@@ -140,7 +140,7 @@ def test_prefill_of_every_method_equals_the_oracle(entry, family):
             continue
         given = None
         if reducer.stage == "encoder":  # what the LLM makes of the reduced features
-            given = embedded_rows(reduced["mm_encoder_outputs"], reduced.selection)
+            given = embedded_rows(reduced)
         expected = rebuilt(net, inputs, selections, positions, reducer.merges, given)
         close(logits, torch.stack([x[-1] for x in expected]))
 
@@ -164,8 +164,9 @@ def test_methods_that_share_a_pass_do_not_disturb_each_other(family):
             reduced = foveate.reduce(net, inputs, reducer)
             assert [s.kept.tolist() for s in together] == [s.kept.tolist() for s in reduced.selection]
             embeds = family_of.embed(net, tokens, together, reducer.merges)
-            outputs = family_of.encoder_outputs(spans, embeds), reduced["mm_encoder_outputs"]
-            for x, given in zip(*(embedded_rows(o, reduced.selection) for o in outputs), strict=True):
+            shared = Reduced(mm_encoder_outputs=family_of.encoder_outputs(spans, embeds))
+            shared.selection = reduced.selection
+            for x, given in zip(embedded_rows(shared), embedded_rows(reduced), strict=True):
                 close(x, given)
 
 
