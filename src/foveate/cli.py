@@ -246,6 +246,10 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
             f"[bold]{escape(row['name'])}[/bold]({escape(given)})  [dim]{escape(facts)}[/dim]", soft_wrap=True
         )
         console.print(f"    {escape(row['summary'])}", soft_wrap=True)
+        flags = ["asks for the question"] * row["query_aware"] + ["merges"] * row["merges"]
+        known = f"{len(row['families'])} families (foveate table)" if len(row["families"]) > 3 else row["families"]
+        read = f"reads {', '.join(row['reads']) or 'nothing'}"
+        console.print(f"    [dim]{escape('; '.join([read, *flags, f'runs on {known}']))}[/dim]", soft_wrap=True)
 
 
 def _method_row(cls: Any) -> dict[str, Any]:
@@ -253,10 +257,14 @@ def _method_row(cls: Any) -> dict[str, Any]:
         p.name: None if p.default is p.empty else json.dumps(p.default, default=str)
         for p in inspect.signature(cls).parameters.values()
     }
+    from foveate.compatibility import NO, reads, runs
+    from foveate.families import FAMILIES
+
     merges = isinstance(cls.merges, str)
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,
-        "merges": merges, "paper": cls.paper, "complexity": cls.complexity,
+        "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(cls),
+        "families": [name for name, family in FAMILIES.items() if runs(cls, family) != NO],
         "positions": cls.positions, "parameters": parameters,
         "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),
     }  # fmt: skip

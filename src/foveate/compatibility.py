@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.families import FAMILIES, Family
+from foveate.probes import Attention, ClsToken, Embeddings, Features, Keys, Query
 from foveate.reducer import Reducer, by_default, list_methods
 
 YES, SOME, NO = "yes", "some", "no"
@@ -18,6 +19,13 @@ where it does not, `foveate.reduce` and `foveate.attach` say what is missing and
 
 ✓: runs. (✓): runs on the images whose token grid is known, which for `generic` are those with a square number of
 tokens. -: the family lacks what the method needs, with its default parameters.
+
+## What methods read
+
+{facts}
+
+A complexity is that of the selection, per crop of N tokens of width C (features) or D (embeddings), of which T stay,
+with M tokens of text; probes are extra. `-` in the column of papers: a baseline, or a method whose paper is not known.
 
 ## Methods and families
 
@@ -62,9 +70,30 @@ def table() -> dict[str, Any]:
     }
 
 
+def reads(method: Reducer | type[Reducer]) -> list[str]:
+    """Return what a method reads besides the grid, in words."""
+    probes = method.probes() if isinstance(method, Reducer) else method.needs
+    return list(dict.fromkeys(_WORDS.get(type(probe), "attention layers") for probe in probes))
+
+
+_WORDS: dict[type, str] = {
+    Features: "features", Embeddings: "embeddings", ClsToken: "the `[CLS]` token", Query: "the question",
+    Attention: "attention", Keys: "keys",
+}  # fmt: skip
+
+
+def _facts(name: str) -> list[str]:
+    method = by_default(name)
+    paper = method.paper.removeprefix("arXiv:")
+    link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "-"
+    read = reads(method) + ["the grid"] * method.reads_grid
+    return [f"`{name}`", link, method.stage, ", ".join(read) or "nothing", method.merges or "no", method.complexity]
+
+
 def page() -> str:
     """Return the table as a page of markdown."""
     data = table()
+    facts = [_facts(row["name"]) for row in data["methods"]]
     families = [f["name"] for f in data["families"]]
     methods = [[f"`{row['name']}`", *(MARKS[row["families"][f]] for f in families)] for row in data["methods"]]
     columns = ("model types", "takes", "`[CLS]`", "attention", "grid", "smaller pictures", "positions")
@@ -77,6 +106,7 @@ def page() -> str:
         for f in data["families"]
     ]  # fmt: skip
     return _PAGE.format(
+        facts=_markdown(["method", "paper", "stage", "reads", "merges", "complexity"], facts),
         methods=_markdown(["method", *(f"`{f}`" for f in families)], methods),
         families=_markdown(["family", *columns], given),
     )
