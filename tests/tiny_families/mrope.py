@@ -14,6 +14,7 @@ class TinyMRope(Tiny):
 
     visuals = (("image", 1, 6, 4), ("video", 2, 4, 5), ("image", 1, 3, 8))
     type_plane = "mm_token_type_ids"
+    whole_grid = None  # nothing is ever cut
     positions = ("original",)
 
     def place(self, what, generator):
