@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from foveate.methods.visionzip import check_parameters, contextual_count, dominant_and_contextual
-from foveate.probes import Attention, ClsToken, Keys
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, Groups, VisualTokens
+from foveate.methods.visionzip import VisionZip
+from foveate.reducer import register
 
 
 @register("visiondrop")
 @dataclass(frozen=True)
-class VisionDrop(Reducer):
+class VisionDrop(VisionZip):
     """VisionDrop (arXiv 2506.22283, AAAI 2026), its stage 0: what it does at the output of the vision encoder.
 
     The rule is that of `VisionZip` with another share of contextual tokens. The stages inside the LLM, where the
@@ -37,19 +33,5 @@ class VisionDrop(Reducer):
     """
 
     contextual_ratio: float = 0.14
-    merge: Literal["add", "mean"] = "add"
 
-    needs = (Attention(), Keys(), ClsToken())
-    merges = "features"
     paper = "arXiv:2506.22283"
-    complexity = "O(N log N + N T d)"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_parameters(self.contextual_ratio, self.merge)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self._merge)
-
-    def _merge(self, crops: CropBatch, count: int) -> Groups:
-        return dominant_and_contextual(crops, count, contextual_count(count, self.contextual_ratio), self.merge)
