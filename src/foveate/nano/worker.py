@@ -46,9 +46,13 @@ class Worker:
 
     def __init__(self, recipe: Recipe, out: Path, rank: int = 0, world: int = 1) -> None:
         self.recipe, self.out, self.rank, self.world = recipe, out, rank, world
+        if rank:
+            self.wait()  # the first process makes the files; another must not read one that is half made
         cache = out / "cache"
         self.train = open_drawn(cache, "train", recipe.images)
         self.validation = open_drawn(cache, "validation", recipe.validation_images)
+        if not rank:
+            self.wait()
         self.words, self.places = visual_words(recipe)
         self.dtype: torch.dtype = getattr(torch, recipe.dtype)
         self.started = time.monotonic()
