@@ -263,6 +263,22 @@ def test_different_budgets_in_one_batch(family, positions):
     check(net, inputs, out, handle.selections, positions)
 
 
+@every_family
+def test_budgets_by_kind_and_by_image(family):
+    net, inputs = model(family), collate([samples(family)[1]])
+    spans = foveate.families.family_of(net).spans(net, inputs)
+    assert len(spans) == 2
+    tenth = [max(1, round(0.1 * sum(map(len, s.crops)))) for s in spans]
+    images = [s.kind == "image" for s in spans]
+    for keep, wanted in (
+        (7, [7, 7]),
+        ([7, 4], [7, 4]),
+        ({"image": 7, "video": 0.1}, [7 if image else share for image, share in zip(images, tenth, strict=True)]),
+        ({"image": 0.1, "video": 7}, [share if image else 7 for image, share in zip(images, tenth, strict=True)]),
+    ):
+        assert [len(s) for s in foveate.reduce(net, inputs, Random(keep=keep)).selection] == wanted
+
+
 @both_positions
 def test_one_image_stays_whole_beside_a_reduced_one(positions):
     for family in ("llava", "llava_next"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.encoder import EncoderReducer
 from foveate.families import family_of
 from foveate.probes import Attention
 
@@ -62,3 +64,26 @@ def check_boxes(net: Any, inputs: dict[str, Tensor], sizes: list[tuple[int, int]
                 assert (left, right) == (c * width // w, (c + 1) * width // w)
                 checked += 1
     return checked
+
+
+@dataclass(frozen=True)
+class AtLast(EncoderReducer):
+    """Acts inside the encoder, but only behind its last layer, where it keeps the first tokens."""
+
+    name = "at_last"
+
+    def schedule(self, size, count, layers):
+        return [size] * (layers - 1) + [count]
+
+    def step(self, inside, count):
+        token = torch.arange(inside.sizes.shape[1]).expand_as(inside.sizes)
+        return torch.where(token < count, token, -1), None
+
+
+@torch.no_grad()
+def check_inside(net: Any, inputs: dict[str, Tensor], features: Tensor, keep: int) -> None:
+    """Check that a family runs its tower ``[R, N, C]`` with a method inside as it does without one."""
+    family = family_of(net)
+    tokens = family.encode_inside(net, inputs, family.spans(net, inputs), AtLast(keep=keep))
+    for rows, expected in zip(tokens.hidden, features, strict=True):
+        torch.testing.assert_close(rows[:keep], expected[:keep], atol=1e-5, rtol=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from by_hand import check_boxes, received, saliency
+from by_hand import check_boxes, check_inside, received, saliency
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import foveate
@@ -39,6 +39,14 @@ def test_siglip_has_no_cls_token(layer):
     net.set_attn_implementation("eager")
     patches = received(net.model.vision_tower, layer, pixel_values=inputs["pixel_values"])
     torch.testing.assert_close(torch.stack(saliency(net, inputs)), patches)
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_methods_inside_siglip(layer):
+    net, inputs = build(layer=layer), collate(samples("llava"))
+    with torch.no_grad():
+        states = net.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    check_inside(net, inputs, states[layer], 9)
 
 
 def test_siglip_takes_smaller_pictures():

@@ -1,5 +1,5 @@
 import torch
-from by_hand import check_boxes, received, saliency
+from by_hand import check_boxes, check_inside, received, saliency
 
 import foveate
 from foveate.families import family_of
@@ -20,6 +20,13 @@ def test_features_are_behind_the_last_norm():
         tokens = family.encode(net, inputs, family.spans(net, inputs), ())
         expected = net.model.vision_tower(inputs["pixel_values"]).last_hidden_state
     assert torch.equal(torch.stack(tokens.hidden), expected)
+
+
+def test_methods_inside_the_encoder_stop_before_the_last_norm():
+    net, inputs = model("paligemma"), collate(samples("paligemma"))
+    with torch.no_grad():
+        features = net.model.vision_tower(inputs["pixel_values"]).last_hidden_state
+    check_inside(net, inputs, features, 9)
 
 
 def test_tokens_are_where_their_boxes_are():

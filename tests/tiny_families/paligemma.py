@@ -8,9 +8,9 @@ from tiny_families.base import IMAGE, Tiny, picture, siglip_config, text_shape
 
 class TinyPaliGemma(Tiny):
     name = "paligemma"
-    packs_features = False
     visuals = ("image", "image", "image")
     whole_grid = None
+    packs_features = False
     type_plane = "token_type_ids"
     answer_type = 1
 
