@@ -10,6 +10,7 @@ import pytest
 
 from foveate import compatibility
 from foveate.nano.comparison import END, START, table
+from foveate.reducer import get_method
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -31,3 +32,18 @@ def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_methods_that_select_slowly_explain_it():
+    result = json.loads((ROOT / "results/selection.json").read_text(encoding="utf-8"))
+    slow = {row["method"] for row in result["rows"] if row["tokens"] == 576 and row["of_vispruner"] > 3}
+    assert slow, "the file holds no timings"
+    for name in slow:
+        text = get_method(name).__doc__ or ""
+        assert re.search(r"``O\(|\bcosts?\b|decomposition|eigh|svdvals", text), f"{name} does not say what it costs"
+
+
+def test_vispruner_is_as_fast_as_stated():
+    plain = json.loads((ROOT / "results/selection.json").read_text(encoding="utf-8"))["vispruner_against_plain_loop"]
+    assert plain["identical"] == plain["inputs"] == 200
+    assert f"{plain['ratio_of_medians']:.1f} times" in (ROOT / "docs/measuring.md").read_text(encoding="utf-8")
