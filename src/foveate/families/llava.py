@@ -120,10 +120,9 @@ class Llava(Family):
     ) -> list[list[Tensor]]:
         patch = model.config.vision_config.patch_size
         layers, cls, final = self.layers(model, inputs), self.cls(model), self.final(model)
+        pixels = self.pixels(model, inputs)
         return [
-            resized_crops(
-                model.model.vision_tower, inputs["pixel_values"], span.crops, sizes, patch, layers, cls, final
-            )
+            resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers, cls, final)
             for span, sizes in zip(spans, grids, strict=True)
         ]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import Grid, crop_rows, placeholder_columns, resized_crops, token_planes, with_cls
-from foveate.families.llava import Llava, feature_layers, strategy
+from foveate.families.base import Grid, crop_rows, placeholder_columns, token_planes, with_cls
+from foveate.families.llava import Llava, strategy
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
 
@@ -68,16 +68,6 @@ class LlavaNext(Llava):
         hidden = [_in_span_order(span, patches, side) for span in spans]
         tokens = VisualTokens(tuple(spans), planes, features.device, hidden)
         return self.with_embeddings(model, with_cls(tokens, features[:, 0], probes), probes)
-
-    def encode_at(
-        self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
-    ) -> list[list[Tensor]]:
-        pixels, layers = self.pixels(model, inputs), feature_layers(model, inputs)
-        patch = model.config.vision_config.patch_size
-        return [
-            resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers)
-            for span, sizes in zip(spans, grids, strict=True)
-        ]
 
     def fill_separators(self, model: Any, span: Span, embeds: Tensor, kept: Tensor) -> Tensor:
         newline = model.model.image_newline.to(embeds)
