@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from foveate import compatibility
+from foveate.nano.card import tables
 from foveate.nano.comparison import END, START, table
 from foveate.reducer import get_method
 
@@ -47,3 +48,10 @@ def test_vispruner_is_as_fast_as_stated():
     plain = json.loads((ROOT / "results/selection.json").read_text(encoding="utf-8"))["vispruner_against_plain_loop"]
     assert plain["identical"] == plain["inputs"] == 200
     assert f"{plain['ratio_of_medians']:.1f} times" in (ROOT / "docs/measuring.md").read_text(encoding="utf-8")
+
+
+def test_the_model_card_shows_the_results():
+    result = json.loads((ROOT / "results/nano.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/nano.md").read_text(encoding="utf-8")
+    for name, shown in tables([result]).items():
+        assert f"<!-- nano-{name} -->\n{shown}\n<!-- /nano-{name} -->" in page

@@ -247,19 +247,20 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
         )
         console.print(f"    {escape(row['summary'])}", soft_wrap=True)
         flags = ["asks for the question"] * row["query_aware"] + ["merges"] * row["merges"]
-        known = f"{len(row['families'])} families (foveate table)" if len(row["families"]) > 3 else row["families"]
+        names = row["families"]
+        known = f"{len(names)} families (foveate table)" if len(names) > 3 else ", ".join(names) or "no family"
         read = f"reads {', '.join(row['reads']) or 'nothing'}"
         console.print(f"    [dim]{escape('; '.join([read, *flags, f'runs on {known}']))}[/dim]", soft_wrap=True)
 
 
 def _method_row(cls: Any) -> dict[str, Any]:
+    from foveate.compatibility import NO, reads, runs
+    from foveate.families import FAMILIES
+
     parameters = {
         p.name: None if p.default is p.empty else json.dumps(p.default, default=str)
         for p in inspect.signature(cls).parameters.values()
     }
-    from foveate.compatibility import NO, reads, runs
-    from foveate.families import FAMILIES
-
     merges = isinstance(cls.merges, str)
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,

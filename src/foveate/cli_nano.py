@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,16 +121,7 @@ def report(
     """Put the table of a comparison into a page."""
     from foveate.nano.comparison import write_table
 
-    try:
-        write_table(result, page)
-    except OSError as error:
-        raise InputError(f"cannot use {error.filename!r}: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{str(result)!r} is no result of a comparison: {error}") from error
-    if as_json:
-        print_json({"page": str(page)})
-    else:
-        print(f"the table is in {page}")
+    _fill(page, lambda: write_table(result, page), f"{str(result)!r} is no result of a comparison", as_json)
 
 
 @nano_app.command()
@@ -142,16 +134,23 @@ def card(
     """Put the tables of the model card into a page."""
     from foveate.nano.card import write_card
 
+    _fill(page, lambda: write_card(results, page), "not results of `foveate nano eval`", as_json)
+
+
+def _fill(page: Path, write: Callable[[], None], fault: str, as_json: bool) -> None:
+    """Run what puts results into a page, and say where they are; `fault` names unusable results."""
     try:
-        write_card(results, page)
+        write()
     except OSError as error:
         raise InputError(f"cannot use {error.filename!r}: {error.strerror}") from error
+    except FoveateError:
+        raise
     except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"not results of `foveate nano eval`: {error}") from error
+        raise InputError(f"{fault}: {error}") from error
     if as_json:
         print_json({"page": str(page)})
     else:
-        print(f"the tables are in {page}")
+        print(f"the results are in {page}")
 
 
 def _weights(model: Path | None) -> Path:
