@@ -8,9 +8,11 @@ from transformers import AttentionInterface, CLIPVisionModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import foveate.probes
+import foveate.taps
 from foveate.errors import UnsupportedModelError
 from foveate.families.base import encoder_layers, run_tower
-from foveate.probes import Attention, Features, cls_row, layer_outputs, received, tap
+from foveate.probes import Attention, Features, cls_row, received
+from foveate.taps import Taps, layer_outputs, tap
 from tiny_families.base import clip_config, spread
 
 PIXELS = 32
@@ -170,8 +172,8 @@ def test_an_exception_leaves_no_trace(attention):
         run_tower(encoder, pictures(), [-2], True, PROBES)
     hook.remove()
     assert encoder.config._attn_implementation == attention
-    assert not foveate.probes._tapped
-    assert foveate.probes._active.get() is None
+    assert not foveate.taps._tapped
+    assert foveate.taps._active.get() is None
     assert not any(module._forward_hooks for module in encoder.modules())
     with torch.no_grad():
         after = encoder(pictures()).last_hidden_state
@@ -235,7 +237,7 @@ def test_threads_do_not_disturb_each_other():
     assert not faults
     assert not barrier.broken
     assert encoder.config._attn_implementation == "sdpa"
-    assert not foveate.probes._tapped
+    assert not foveate.taps._tapped
 
 
 def test_towers_that_share_a_configuration():
@@ -283,7 +285,7 @@ def test_masks_of_every_implementation(kind):
         "additive": torch.zeros(2, 1, 6, 6).masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min),
     }[kind]
     module, probe = torch.nn.Identity(), Attention("received")
-    taps = foveate.probes.Taps({module: [probe]}, 0)
+    taps = Taps({module: [probe]}, 0)
     taps.read(module, query, key, key, 0.5, None, given)
     (values,) = taps.values(module, probe)
     torch.testing.assert_close(values, received(query, key, 0.5, 0, mask[:, None, None]))

@@ -13,9 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.encoder import EncoderReducer
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import Attention, ClsToken, Embeddings, Features, LayerProbe, Probe, layer_outputs, tap
+from foveate.probes import Attention, ClsToken, Embeddings, Features, LayerProbe, Probe
 from foveate.reducer import Reducer
 from foveate.selection import Merging, Selection
+from foveate.taps import layer_outputs, tap
 from foveate.tokens import Crop, Span, VisualTokens
 
 Grid = tuple[int, int]

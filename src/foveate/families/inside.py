@@ -13,7 +13,8 @@ from foveate.encoder import EncoderReducer, Inside
 from foveate.errors import UnsupportedModelError
 from foveate.families.base import Grid, attention_of, crop_rows, encoder_layers, feature_indices
 from foveate.grids import crop_budgets
-from foveate.probes import Members, Probe, layer_input, tap
+from foveate.probes import Members, Probe
+from foveate.taps import layer_input, tap
 from foveate.tokens import Crop, Span
 
 _PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}

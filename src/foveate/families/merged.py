@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families.base import Family, Grid, attention_of, encoder_layers, placeholder_columns
-from foveate.probes import Embeddings, Features, LayerProbe, Probe, tap
+from foveate.probes import Embeddings, Features, LayerProbe, Probe
+from foveate.taps import tap
 from foveate.tokens import Crop, Span, VisualTokens
 
 
