@@ -148,7 +148,11 @@ class Keys(LayerProbe):
         return key.transpose(1, 2).flatten(2) if self.joint else key.mean(dim=1)
 
 
-Probe: TypeAlias = Features | Embeddings | ClsToken | Query | Members | LayerProbe
+class LlmProbe:
+    """A cue inside the LLM, which methods of the stage ``"in_llm"`` read; see `foveate.in_llm`."""
+
+
+Probe: TypeAlias = Features | Embeddings | ClsToken | Query | Members | LayerProbe | LlmProbe
 
 
 @dataclass(frozen=True, eq=False)

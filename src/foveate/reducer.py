@@ -79,6 +79,10 @@ class Reducer(ABC):
         """Return the probes that this configuration reads."""
         return self.needs
 
+    def stages(self) -> tuple[Reducer, ...]:
+        """Return the methods of a single stage that this one is made of, in the order in which they act."""
+        return (self,)
+
     def coverages(self) -> tuple[Coverage, ...]:
         """Return the adaptive budgets in use, which need the saliency of an image."""
         keeps = self.keep.values() if isinstance(self.keep, Mapping) else self.keep
@@ -268,10 +272,15 @@ class Chain(Reducer):
     def __init__(self, *reducers: Reducer):
         if not reducers or not all(isinstance(r, Reducer) for r in reducers):
             raise FoveateError("a chain is made of reducers: Chain(VisPruner(keep=0.5), ...)")
-        if any(r.stage != "before_llm" for r in reducers):
-            raise FoveateError("a chain holds methods of the stage 'before_llm' so far")
-        if any(r.merges for r in reducers[:-1]):
-            raise FoveateError("a method that merges tokens can only be the last of a chain")
+        before, inside = split(r for reducer in reducers for r in reducer.stages())
+        if [r for reducer in reducers for r in reducer.stages()] != [*before, *inside]:
+            raise FoveateError("methods that act inside the LLM come last in a chain")
+        if len(before) > 1 and any(r.stage != "before_llm" for r in before):
+            raise FoveateError(
+                "methods of the stages 'pixels' and 'encoder' can be followed by methods that act inside the LLM only"
+            )
+        if any(r.merges for r in before[:-1]):
+            raise FoveateError("a method that merges tokens can only be the last of a chain before the LLM")
         object.__setattr__(self, "reducers", reducers)
         object.__setattr__(self, "keep", reducers[-1].keep)
 
@@ -280,6 +289,9 @@ class Chain(Reducer):
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": self.name, "reducers": [r.to_dict() for r in self.reducers]}
+
+    def stages(self) -> tuple[Reducer, ...]:
+        return tuple(r for reducer in self.reducers for r in reducer.stages())
 
     @property
     def merges(self) -> Merging:  # type: ignore[override]
@@ -310,6 +322,12 @@ class Chain(Reducer):
                 tokens = with_coverage(tokens, budgets)  # a share of what is left
             chosen = reducer.select(tokens)
         return chosen
+
+
+def split(stages: Iterable[Reducer]) -> tuple[tuple[Reducer, ...], tuple[Reducer, ...]]:
+    """Tell the methods that act before the LLM from those that act inside it."""
+    parts = list(stages)
+    return tuple(r for r in parts if r.stage != "in_llm"), tuple(r for r in parts if r.stage == "in_llm")
 
 
 def identity(spans: Sequence[Span]) -> Selection:

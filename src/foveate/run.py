@@ -276,7 +276,7 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
     else:
         spans = job.family.spans(job.model, job.inputs)  # part of the work: the generic family encodes to find them
         if settings.reducer.stage == "pixels":
-            selection, embeds = select(job.model, job.family, job.inputs, spans, settings)
+            selection, embeds, _ = select(job.model, job.family, job.inputs, spans, settings)
         else:
             tokens = look(job.model, job.family, job.inputs, spans, [settings.reducer])
             watch.stop("vision")

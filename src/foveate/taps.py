@@ -200,12 +200,16 @@ _originals: dict[str, str] = {}
 
 def _register_twin(name: str) -> str:
     twin = _PREFIX + name.replace("/", "_").replace("|", "_")
+    if twin in _originals:
+        return twin
     _originals[twin] = name
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Any:
         seen = _seen_as(name, module)
+        if isinstance(config := getattr(module, "config", None), _Watched):
+            config.read(module, query, key, attention_mask, kwargs)
         out = _attention_function(name, module)(seen, query, key, value, attention_mask, **kwargs)
         taps = _active.get()
         if taps is not None:
@@ -232,9 +236,54 @@ class _View:
         return getattr(self._seen, name)
 
 
+class _Watched(_View):
+    """The configuration of a single attention module, which makes it alone call the twin, and a reader first."""
+
+    def __init__(self, config: Any, read: Callable[..., None]):
+        super().__init__(config, read=read)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _register_twin(self._seen._attn_implementation or "eager")
+
+    @property
+    def seen(self) -> Any:
+        """The configuration of the model."""
+        return self._seen
+
+
+class Watch:
+    """Attention modules whose every call is shown to a reader before it runs, until removed.
+
+    Parameters
+    ----------
+    modules
+        Modules that call their attention through the `AttentionInterface` of `transformers`.
+    read
+        Gets the module, its queries and keys, the mask and the further keywords of the call.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], read: Callable[..., None]):
+        for module in modules:
+            if getattr(module, "config", None) is None:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} does not call its attention through the AttentionInterface of "
+                    "transformers, so methods that act inside the LLM cannot read it: use one that acts before the LLM"
+                )
+        self._modules = list(modules)
+        for module in self._modules:
+            module.config = _Watched(module.config, read)  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Give the modules their own configuration back."""
+        for module in self._modules:
+            module.config = module.config.seen  # type: ignore[union-attr]
+
+
 def _seen_as(name: str, module: nn.Module) -> Any:
     """Return a module as the original implementation expects it: flash attention looks its own name up there."""
     config = getattr(module, "config", None)
+    config = config.seen if isinstance(config, _Watched) else config
     return module if config is None else _View(module, config=_View(config, _attn_implementation=name))
 
 

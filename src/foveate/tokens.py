@@ -283,7 +283,7 @@ class VisualTokens:
         extra = [len(span.crops) if self.cls else 0 for span in self.spans]
         return Selection(
             tuple(
-                replace(_merge_parts(span, parts[i], i in merged, self.device), extra=extra[i])
+                replace(merged_selection(span, parts[i], i in merged, self.device), extra=extra[i])
                 for i, span in enumerate(self.spans)
             )
         )
@@ -363,9 +363,10 @@ class _Unit:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _merge_parts(
-    span: Span, parts: list[tuple[Tensor, Tensor, Tensor, Tensor]], merges: bool, device: torch.device
+def merged_selection(
+    span: Span, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], merges: bool, device: torch.device
 ) -> SpanSelection:
+    """Join what each part of a span is left with, as in `Groups.per_crop`, to the selection of the span."""
     kept, order = _joined([place for place, *_ in parts], device).sort()
     merge = None
     if merges:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.engines.compaction import Compaction, compact_planes, position_behind
+from foveate.engines.compaction import Compaction, check_mask, compact_planes, position_behind
+from foveate.engines.given import Shown, given
 from foveate.engines.hf import (
     Reduced,
     Separators,
@@ -27,7 +28,9 @@ from foveate.engines.hf import (
     rotary_axes,
     with_positions,
 )
-from foveate.errors import AttachError
+from foveate.engines.in_llm import Layers, refuse
+from foveate.engines.layer_pass import Pass
+from foveate.errors import AttachError, InputError
 from foveate.families import Family, family_of
 from foveate.reducer import Positions, Reducer
 from foveate.selection import Selection, SpanSelection
@@ -84,6 +87,8 @@ class Handle:
         self.settings: Settings = settings
         self.selection: Selection | None = None
         self._batch = 0
+        self._pass: Pass | None = None
+        self._layers = Layers(model, family, settings.inside, settings.inside_positions) if settings.inside else None
         self._model, self._family = model, family
         self._caches: WeakKeyDictionary[Any, Compaction] = WeakKeyDictionary()
         self._local = threading.local()
@@ -92,7 +97,7 @@ class Handle:
         model.generate = self._wrapped_generate
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
 
     @property
@@ -102,7 +107,10 @@ class Handle:
 
     @property
     def selections(self) -> list[list[SpanSelection]]:
-        """What the last call with images kept, per prompt and span."""
+        """What the last call with images kept, per prompt and span; of methods inside the LLM in its last layer."""
+        if self._pass is not None:
+            rows = self._pass.selections()
+            return rows[:: len(rows) // max(self._batch, 1)]
         return [] if self.selection is None else self.selection.by_prompt(self._batch)
 
     def detach(self) -> None:
@@ -111,6 +119,8 @@ class Handle:
             return
         for hook in self._hooks:
             hook.remove()
+        if self._layers is not None:
+            self._layers.remove()
         del self._model.generate
         if self._before is not None:
             self._model.generate = self._before
@@ -127,6 +137,8 @@ class Handle:
         if inputs is not None:
             kwargs["input_ids"] = inputs
         cache = kwargs.get("past_key_values")
+        if self._layers is not None:
+            refuse(self._model, kwargs)
         with torch.no_grad():
             reduced = self._reduce_continued(kwargs, cache)
         if reduced.compaction is None:
@@ -153,6 +165,7 @@ class Handle:
             return self._generate(*args, **kwargs)
         finally:
             self._local.inside = False
+            self._local.shown = None
 
     def _shorten_limits(self, kwargs: dict[str, Any], dropped: int) -> None:
         """Let limits on the whole length count the dropped tokens, as without foveate."""
@@ -170,29 +183,42 @@ class Handle:
         kwargs.update(changes)
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if getattr(self._local, "inside", False):
+        inside = getattr(self._local, "inside", False)
+        if inside and self._layers is None:
             return None
         if args:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        reduced = self._reduce_continued(kwargs, kwargs.get("past_key_values"))
-        self._local.pending = reduced.compaction
-        return (), dict(reduced)
+        if not inside:
+            reduced = self._reduce_continued(kwargs, kwargs.get("past_key_values"))
+            self._local.pending = reduced.compaction
+            kwargs = dict(reduced)
+        if self._layers is not None:
+            shown, self._local.shown = getattr(self._local, "shown", None), None
+            self._layers.begin(kwargs, shown)
+        return (), kwargs
 
     def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         pending = getattr(self._local, "pending", None)
         cache = getattr(output, "past_key_values", None)
+        if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
+            run.finish(cache)
+            if run.prompts:
+                self._pass = run
         if not getattr(self._local, "inside", False) and pending is not None and cache is not None:
             self._caches[cache] = pending
 
     def _reduce_continued(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
         """Reduce inputs that may continue a cache whose prompt was reduced before."""
         filled = cache.get_seq_length() if cache is not None else 0
+        if self.settings.before is None and not any(r.needs for r in self.settings.inside):
+            self._show(inputs, filled)
+            return Reduced(inputs)
         state = self._caches.get(cache) if filled else None
         if state is None and filled and any(inputs.get(key) is not None for key in self._family.inputs):
             state = self._unreduced(inputs, filled)
         if state is None:
-            out = reduce_with(self._model, self._family, inputs, self.settings)
+            out = self._reduce(inputs, self.settings)
             self._remember(out.selection, inputs.get("input_ids"))
             return out
         ids = inputs["input_ids"]
@@ -206,7 +232,7 @@ class Handle:
             if isinstance(plane := inputs.get(key), Tensor) and plane.shape[1] == head + new["input_ids"].shape[1]:
                 new[key] = plane[:, head:]
         own = new.pop("position_ids", None)
-        tail = reduce_with(self._model, self._family, new, replace(self.settings, positions="compact"))
+        tail = self._reduce(new, replace(self.settings, positions="compact"))
         self._remember(tail.selection, ids)
         length = new["input_ids"].shape[1]
         kept = tail.compaction or Compaction(
@@ -218,6 +244,32 @@ class Handle:
             kept = replace(kept, behind=position_behind(positions, new.get("attention_mask")))
             inputs = {**inputs, "position_ids": torch.nn.functional.pad(positions, (prefix.length, 0))}
         return self._join(inputs, prefix, kept, tail, only_new)
+
+    def _reduce(self, inputs: Mapping[str, Any], settings: Settings) -> Reduced:
+        """Let the methods before the LLM act, and note for those inside it what is left."""
+        out = reduce_with(self._model, self._family, inputs, settings)
+        if self._layers is not None and out.compaction is not None:
+            ids = out["input_ids"]
+            width = inputs["input_ids"].shape[1]
+            prompts = given(
+                out.spans, inputs.get("attention_mask"), width, ids.device, out.selection, out.compaction, out.priors
+            )
+            self._local.shown = Shown(prompts, *ids.shape)
+        return out
+
+    def _show(self, inputs: Mapping[str, Any], filled: int) -> None:
+        """Note the visual tokens that the LLM is to be given, behind so many columns in a cache."""
+        if all(inputs.get(key) is None for key in self._family.inputs):
+            return
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None:
+            raise InputError("a method inside the LLM needs input_ids: inputs_embeds do not show where the images are")
+        check_mask(mask, ids.shape[1] if mask is None or not isinstance(mask, Tensor) else mask.shape[-1])
+        only_new = ids.shape[1] <= filled if mask is None else mask.shape[1] > ids.shape[1]
+        ids = ids if only_new else ids[:, filled:]
+        spans = self._family.spans(self._model, {**inputs, "input_ids": ids})
+        self._remember(None, ids)
+        self._local.shown = Shown(given(spans, mask, ids.shape[1], ids.device), *ids.shape)
 
     def _unreduced(self, inputs: Mapping[str, Any], filled: int) -> Compaction:
         """Describe a cache that holds whole prompts, of which the handle knows nothing else."""
@@ -266,7 +318,7 @@ class Handle:
         return out
 
     def _remember(self, selection: Selection | None, ids: Tensor | None) -> None:
-        if selection is not None and ids is not None:
+        if ids is not None and (selection is not None or self._layers is not None):
             self.selection, self._batch = selection, len(ids)
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 from foveate.coverage import SALIENCY, with_coverage
 from foveate.encoder import EncoderReducer
 from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan, position_behind
+from foveate.engines.given import priors_of
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
+from foveate.in_llm import InLlmReducer
 from foveate.probes import Probe, Query
-from foveate.reducer import Positions, Reducer, by_default, identity, list_methods, load_reducer
+from foveate.reducer import Chain, Positions, Reducer, by_default, identity, list_methods, load_reducer, split
 from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
 
@@ -32,10 +34,16 @@ class Reduced(dict[str, Any]):
         What was kept, or `None` if the inputs held nothing to reduce.
     compaction
         How compact columns map to those of the full prompt, or `None` if the inputs are unchanged.
+    spans
+        The visual tokens of the full prompts.
+    priors
+        What methods inside the LLM make of the tokens that are left, ``[K]`` per span.
     """
 
     selection: Selection | None = None
     compaction: Compaction | None = None
+    spans: tuple[Span, ...] = ()
+    priors: Mapping[InLlmReducer, Sequence[Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -45,19 +53,34 @@ class Settings:
     Attributes
     ----------
     reducer
-        The method.
+        The method, which may be made of several.
     positions
-        ``"original"``: kept tokens and the text after them keep the position ids of the full prompt. ``"compact"``:
+        Of methods before the LLM. ``"original"``: kept tokens and the text after them keep the position ids of the full prompt. ``"compact"``:
         the prompt is numbered anew, as if the dropped tokens had never been there.
     separators
         Tokens of a reduced span that no method selects from, such as newline vectors and the ``[CLS]`` tokens of
         video frames: ``"drop"`` them (as papers count), ``"keep"`` them all, or keep the ``"nonempty"`` ones,
         which close a row that still has a token.
+    inside_positions
+        The same as `positions` of methods inside the LLM, where ``"compact"`` numbers the tokens anew behind each
+        boundary at which some are dropped.
     """
 
     reducer: Reducer
     positions: Positions
     separators: Separators = "drop"
+    inside_positions: Positions = "original"
+
+    @property
+    def before(self) -> Reducer | None:
+        """The part of the method that acts before the LLM."""
+        before, _ = split(self.reducer.stages())
+        return (before[0] if len(before) == 1 else Chain(*before)) if before else None
+
+    @property
+    def inside(self) -> tuple[InLlmReducer, ...]:
+        """The parts that act inside the LLM."""
+        return tuple(r for r in self.reducer.stages() if isinstance(r, InLlmReducer))
 
     @classmethod
     def make(
@@ -69,8 +92,10 @@ class Settings:
         family: Family | None = None,
     ) -> Settings:
         reducer = load_reducer(method, **config)
-        if reducer.stage not in ("pixels", "encoder", "before_llm"):
-            raise UnsupportedModelError(f"{reducer.name} acts at the stage {reducer.stage!r}, which this engine lacks")
+        stages = reducer.stages()
+        if strange := [r for r in stages if r.stage == "projector"]:
+            raise UnsupportedModelError(f"{strange[0].name} acts at the stage 'projector', which this engine lacks")
+        before, inside = split(stages)
         if family is not None and (lacking := family.lacks(reducer)):
             others = [name for name in list_methods() if name != "chain" and not family.lacks(by_default(name))]
             raise UnsupportedModelError(
@@ -81,13 +106,18 @@ class Settings:
             raise InputError(f"positions are 'original' or 'compact', not {positions!r}")
         if separators not in ("drop", "keep", "nonempty"):
             raise InputError(f"separators are 'drop', 'keep' or 'nonempty', not {separators!r}")
-        if reducer.stage == "pixels" and separators != "drop":
+        if any(r.stage == "pixels" for r in before) and separators != "drop":
             raise InputError(f"{reducer.name} encodes smaller pictures, which have no separators: use 'drop'")
         fixed = family is not None and family.keeps_positions
         if family is not None and fixed and positions == "compact":
             raise InputError(f"tokens of {family.name} have positions along several axes: use positions='original'")
-        default: Positions = "original" if fixed else reducer.positions
-        return cls(reducer, positions or default, separators)
+        if positions is None and not fixed and len({r.positions for r in inside}) > 1:
+            raise InputError(
+                f"{' and '.join(r.name for r in inside)} give positions differently: pass positions='original' or "
+                "'compact'"
+            )
+        own = [part[-1].positions if part and not fixed else "original" for part in (before, inside)]
+        return cls(reducer, positions or own[0], separators, positions or own[1])
 
 
 def reduce(
@@ -130,7 +160,13 @@ def reduce(
     """
     model = base_model(model)
     family = family_of(model)
-    return reduce_with(model, family, inputs, Settings.make(method, positions, separators, config, family))
+    settings = Settings.make(method, positions, separators, config, family)
+    if settings.inside:
+        raise UnsupportedModelError(
+            f"{settings.inside[0].name} acts inside the LLM, and no change of its inputs does the same: use "
+            "foveate.attach(model, ...)"
+        )
+    return reduce_with(model, family, inputs, settings)
 
 
 def reduce_with(model: Any, family: Family, inputs: Mapping[str, Any], settings: Settings) -> Reduced:
@@ -141,23 +177,36 @@ def reduce_with(model: Any, family: Family, inputs: Mapping[str, Any], settings:
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
     spans = family.spans(model, inputs)
-    if settings.reducer.keeps_all(spans):
+    before, judging = settings.before, [r for r in settings.inside if r.needs]
+    if not judging and (before is None or before.keeps_all(spans)):
         out.selection = identity(spans)
         return out
-    selection, embeds = select(model, family, inputs, spans, settings)
-    return apply(model, family, inputs, spans, selection, embeds, settings.positions)
+    selection, embeds, tokens = select(model, family, inputs, spans, settings)
+    out = apply(model, family, inputs, spans, selection, embeds, settings.positions)
+    out.spans = tuple(spans)
+    if tokens is not None:
+        out.priors = priors_of(judging, tokens, selection)
+    return out
 
 
 def select(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], settings: Settings
-) -> tuple[Selection, list[Tensor]]:
-    """Encode and decide: the selection, and the embeddings ``[K, D]`` of each span."""
-    reducer = settings.reducer
-    if reducer.stage == "pixels":
-        return _shrink(model, family, inputs, spans, reducer)
-    tokens = look(model, family, inputs, spans, [reducer])
+) -> tuple[Selection, list[Tensor], VisualTokens | None]:
+    """Encode and decide before the LLM.
+
+    Returns
+    -------
+    tuple
+        The selection, the embeddings ``[K, D]`` of each span, and what the method saw, if it saw the tokens.
+    """
+    before, judging = settings.before, [r for r in settings.inside if r.needs]
+    if before is not None and before.stage == "pixels":
+        if judging:
+            raise InputError(f"{judging[0].name} reads the vision encoder, and cannot follow {before.name}")
+        return *_shrink(model, family, inputs, spans, before), None
+    tokens = look(model, family, inputs, spans, [r for r in (before, *judging) if r is not None])
     selection = decide(tokens, settings)
-    return selection, family.embed(model, tokens, selection, reducer.merges)
+    return selection, family.embed(model, tokens, selection, None if before is None else before.merges), tokens
 
 
 def look(
@@ -191,8 +240,11 @@ def probes_of(reducers: Sequence[Reducer]) -> tuple[Probe, ...]:
 
 @torch.no_grad()
 def decide(tokens: VisualTokens, settings: Settings) -> Selection:
-    """Run the reducer, then settle the separators of each span."""
-    chosen = settings.reducer.select(tokens)
+    """Run the method before the LLM, if there is one, then settle the separators of each span."""
+    before = settings.before
+    if before is None:
+        return Selection(tuple(replace(c, kept=c.kept.to(tokens.device)) for c in identity(tokens.spans)))
+    chosen = before.select(tokens)
     return Selection(
         tuple(_with_separators(s, c, settings.separators) for s, c in zip(tokens.spans, chosen, strict=True))
     )

@@ -199,6 +199,10 @@ class Family(ABC):
         """
         return None
 
+    def layers_written(self, model: Any) -> int:
+        """Return how many of the first LLM layers the model adds something to the output of, token by token."""
+        return 0
+
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         """Wrap embeddings per span as the ``mm_encoder_outputs`` of the model."""

@@ -24,6 +24,9 @@ class Qwen3Vl(MRopeFamily):
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     notes = "as qwen2_vl; DeepStack planes are pruned along; timestamps between frames stay"
 
+    def layers_written(self, model: Any) -> int:
+        return len(model.config.vision_config.deepstack_visual_indexes)
+
     def rows(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         planes = (output.pooler_output, *output.deepstack_features)
         flat = torch.stack([torch.cat(list(plane)) for plane in planes], dim=1)

@@ -8,6 +8,7 @@ from foveate.methods.divprune import DivPrune
 from foveate.methods.downsample import Downsample
 from foveate.methods.evs import EVS
 from foveate.methods.fastervlm import FasterVLM
+from foveate.methods.fastv import FastV
 from foveate.methods.flowcut import FlowCut
 from foveate.methods.fsr import FSR
 from foveate.methods.gprune import GPrune
@@ -43,6 +44,7 @@ __all__ = [
     "CodebookPruner",
     "DivPrune",
     "Downsample",
+    "FastV",
     "FasterVLM",
     "FlowCut",
     "GPrune",

@@ -123,7 +123,8 @@ class Runner:
             return selection, self.family.embed(self.model, tokens, selection, None)
         settings = Settings(reducer, condition.positions)
         if reducer.stage in ("pixels", "encoder"):
-            return select(self.model, self.family, inputs, tokens.spans, settings)
+            selection, embeds, _ = select(self.model, self.family, inputs, tokens.spans, settings)
+            return selection, embeds
         selection = decide(tokens, settings)
         return selection, self.family.embed(self.model, tokens, selection, reducer.merges)
 

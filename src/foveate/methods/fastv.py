@@ -1,0 +1,93 @@
+"""FastV: the tokens that the last token of the prompt attends to in an early layer of the LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from foveate.budget import Keep
+from foveate.errors import BudgetError, FoveateError
+from foveate.in_llm import (
+    Images,
+    InLlmReducer,
+    LayerAttention,
+    LayerTokens,
+    boundary_in,
+    budget_of,
+    check_equivalent,
+    tokens_of,
+    wanted_tokens,
+)
+from foveate.probes import LlmProbe
+from foveate.ranking import top
+from foveate.reducer import register
+from foveate.selection import Selection
+
+
+@register("fastv")
+@dataclass(frozen=True)
+class FastV(InLlmReducer):
+    """FastV (arXiv 2403.06764): one cut behind the first layers of the LLM, by the attention of the last of them.
+
+    Parameters
+    ----------
+    keep
+        The budget; of several images the sum of their budgets, for which all their tokens compete.
+    layer
+        The first layer that runs without the dropped tokens, counted from 0: the paper's K.
+    query
+        Whose attention in layer ``layer - 1`` ranks the tokens, averaged over heads: that of the ``"last"`` token of
+        the prompt, of the ``"text"`` behind the last image, or of ``"all"`` tokens.
+    equivalent
+        Instead of `keep`: how many tokens per image (or which share) the layers receive on average.
+
+    Notes
+    -----
+    Deviations from the paper: its text averages over all queries, its code takes the last one, which is the default
+    here. With ``layer=0`` its code drops at random; use ``Random`` for that.
+    """
+
+    keep: Keep | None = None  # type: ignore[assignment]
+    layer: int = 2
+    query: Literal["last", "text", "all"] = "last"
+    equivalent: int | float | None = None
+
+    query_aware = True
+    paper = "arXiv:2403.06764"
+    complexity = "O(S D + N log N)"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_equivalent(self.name, self.keep, self.equivalent)
+        if self.query not in ("last", "text", "all"):
+            raise FoveateError(f"the query of fastv is 'last', 'text' or 'all', not {self.query!r}")
+        if type(self.layer) is not int or self.layer < 1:
+            raise FoveateError(f"fastv needs a layer in front of the cut: layer is at least 1, not {self.layer!r}")
+
+    def llm_probes(self) -> tuple[LlmProbe, ...]:
+        return (LayerAttention(self.query),)
+
+    def boundaries(self, depth: int) -> Sequence[int]:
+        return (boundary_in(depth, self.layer, self.name),)
+
+    def counts(self, depth: int, images: Images) -> Sequence[int]:
+        if self.equivalent is None:
+            assert self.keep is not None
+            return (budget_of(self.keep, images),)
+        given, wanted = tokens_of(images), wanted_tokens(self.equivalent, images)
+        kept = round((depth * wanted - given * self.layer) / (depth - self.layer))
+        if kept < 1:
+            raise BudgetError(
+                f"fastv(layer={self.layer}) cannot come down to {wanted:g} tokens per layer: the first {self.layer} of "
+                f"{depth} layers alone receive {given * self.layer / depth:g} on average; use an earlier layer"
+            )
+        return (min(kept, given),)
+
+    def solved(self, depth: int, tokens: int) -> FastV:
+        """Return the same method with the count `keep` that `equivalent` comes to for an image of so many tokens."""
+        return replace(self, keep=self.counts(depth, [("image", tokens)])[0])
+
+    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+        (attention,) = self.llm_probes()
+        return tokens.per_prompt(lambda prompts, count: top(prompts.probe(attention), count))
