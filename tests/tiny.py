@@ -112,6 +112,21 @@ def model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
     return TINIES[family].model(attention, dtype)
 
 
+def deep_model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """Return a family's model with an LLM of four layers."""
+    return TINIES[family].deep_model(attention, dtype)
+
+
+IN_LLM: list[tuple[str, dict[str, Any]]] = [
+    ("fastv", {"keep": 9, "layer": 1}),
+    ("fastv", {"keep": 0.3, "layer": 2, "query": "text"}),
+    ("fastv", {"keep": 7, "layer": 3, "query": "all"}),
+]
+"""Methods that act inside the LLM, with parameters for one of four layers."""
+
+IN_LLM_FAMILIES = [name for name in FAMILIES if name not in ("lfm2_vl", "qwen3_5")]
+"""Families with attention in every layer of the LLM."""
+
 Part = int | str | Visual
 """So many text tokens, "image" for a picture of LLaVA, or a picture or video of another family."""
 

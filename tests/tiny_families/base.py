@@ -6,6 +6,7 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,14 +95,32 @@ class Tiny(ABC):
 
     @functools.cached_property
     def original(self) -> Any:
-        built = self.build()
+        return self._ready(self.build())
+
+    def _ready(self, built: Any) -> Any:
         built.generation_config.eos_token_id = None
         built.generation_config.pad_token_id = PAD
         built.generation_config.suppress_tokens = [PAD, *range(110, VOCABULARY)]
         return spread(built)
 
+    @functools.cached_property
+    def deep(self) -> Any:
+        """The same with an LLM of four layers."""
+        token = _layers.set(4)
+        try:
+            built = self.build()
+        finally:
+            _layers.reset(token)
+        return self._ready(built)
+
     def model(self, attention: str, dtype: torch.dtype) -> Any:
-        fresh = copy.deepcopy(self.original).to(dtype)
+        return self._fresh(self.original, attention, dtype)
+
+    def deep_model(self, attention: str, dtype: torch.dtype) -> Any:
+        return self._fresh(self.deep, attention, dtype)
+
+    def _fresh(self, original: Any, attention: str, dtype: torch.dtype) -> Any:
+        fresh = copy.deepcopy(original).to(dtype)
         fresh.set_attn_implementation(attention)
         return fresh
 
@@ -127,9 +146,14 @@ def siglip_config(**changes: Any) -> SiglipVisionConfig:
     return SiglipVisionConfig(**{**shape, "image_size": 32, "patch_size": 4, "vision_use_head": False, **changes})
 
 
+_layers: ContextVar[int | None] = ContextVar("layers", default=None)
+
+
 def text_shape(**changes: Any) -> dict[str, Any]:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    if _layers.get() is not None:
+        changes["num_hidden_layers"] = _layers.get()
     return {**shape, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None, **changes}
 
 

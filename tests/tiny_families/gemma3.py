@@ -20,9 +20,10 @@ class TinyGemma3(Tiny):
         skips = {"test_second_turn_on_the_same_cache": "needs a newer transformers"}
 
     def build(self):
+        depth = text_shape(num_hidden_layers=0)["num_hidden_layers"]
         text = Gemma3TextConfig(
             **text_shape(num_hidden_layers=3), head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"][: depth or 3],
         )  # fmt: skip
         return Gemma3ForConditionalGeneration(
             Gemma3Config(

@@ -113,6 +113,14 @@ class Handle:
             return rows[:: len(rows) // max(self._batch, 1)]
         return [] if self.selection is None else self.selection.by_prompt(self._batch)
 
+    @property
+    def layers(self) -> dict[int, list[list[SpanSelection]]]:
+        """What methods inside the LLM left of the last call's images: the `selections` from each of these layers on."""
+        if self._pass is None:
+            return {}
+        rows = {boundary: self._pass.selections(left) for boundary, left in self._pass.cuts}
+        return {boundary: each[:: len(each) // max(self._batch, 1)] for boundary, each in rows.items()}
+
     def detach(self) -> None:
         """Restore the model exactly. Detaching twice does no harm."""
         if attached(self._model) is not self:

@@ -235,12 +235,12 @@ class Pass:
         if cache is not None:
             self.engine.remember(cache, {**self._held, **self._now})
 
-    def selections(self) -> list[list[SpanSelection]]:
-        """Return which tokens of each image are left behind the last boundary, prompt by prompt."""
+    def selections(self, left: Current | None = None) -> list[list[SpanSelection]]:
+        """Return which tokens of each image are left, by default behind the last boundary, prompt by prompt."""
         rows: list[list[SpanSelection]] = [[] for _ in range(self.batch)]
         if not self.prompts:
             return rows
-        for prompt, origin in zip(self.prompts, self.left.origin, strict=True):
+        for prompt, origin in zip(self.prompts, (left or self.left).origin, strict=True):
             last = torch.arange(prompt.free, len(prompt.columns), device=origin.device)
             rows[prompt.sample] = prompt.selection(torch.cat([origin, last]))
         return rows
