@@ -121,6 +121,8 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"keep": 9, "layer": 1}),
     ("fastv", {"keep": 0.3, "layer": 2, "query": "text"}),
     ("fastv", {"keep": 7, "layer": 3, "query": "all"}),
+    ("pyramiddrop", {}),
+    ("pyramiddrop", {"keep": 0.4, "layers": (1, 3)}),
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
 

@@ -238,13 +238,47 @@ class InLlmReducer(Reducer):
             received.append(left)
         return tuple(received)
 
-    def equivalent_tokens(self, depth: int, tokens: int) -> float:
-        """Return the mean over the layers of the visual tokens that they receive."""
-        return sum(self.schedule(depth, tokens)) / depth
-
     def keeps_all(self, spans: Any) -> bool:
         """Return whether no boundary drops anything; what the method sees depends on the LLM, not on spans alone."""
         return False
+
+
+@dataclass(frozen=True)
+class StagedReducer(Reducer):
+    """A method with stages before and inside the LLM; its author writes `stages`."""
+
+    stage: ClassVar[Stage] = "in_llm"
+
+    @abstractmethod
+    def stages(self) -> tuple[Reducer, ...]:
+        """Return the method of each stage."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        raise FoveateError(f"{self.name} selects stage by stage: use foveate.attach(model, ...)")
+
+    def keeps_all(self, spans: Any) -> bool:
+        return all(reducer.keeps_all(spans) for reducer in self.stages())
+
+
+def schedule(reducer: Reducer, depth: int, tokens: int) -> tuple[int, ...]:
+    """Return how many visual tokens each of `depth` layers receives of one image of so many tokens.
+
+    Of adaptive methods: at most so many.
+
+    Raises
+    ------
+    BudgetError
+        If the budget of a method before the LLM depends on what an image shows.
+    """
+    received = (tokens,) * depth
+    for part in reducer.stages():
+        if isinstance(part, InLlmReducer):
+            own = part.schedule(depth, tokens)
+            received = tuple(map(min, received, own))
+        else:
+            tokens = resolve(part.keep, "image", 0).count(tokens)
+            received = (tokens,) * depth
+    return received
 
 
 def boundary_in(depth: int, boundary: int, name: str) -> int:

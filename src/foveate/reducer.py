@@ -212,7 +212,7 @@ def parameters_without_default(name: str) -> list[str]:
 def by_default(name: str) -> Reducer | type[Reducer]:
     """Return a registered method with its defaults at some budget, or its class if it has parameters without any."""
     method = get_method(name)
-    return method if method is Chain or parameters_without_default(name) else method(keep=1)
+    return method if method is Chain or parameters_without_default(name) else method(keep=0.5)
 
 
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:

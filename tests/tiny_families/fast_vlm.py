@@ -21,8 +21,8 @@ class TinyFastVlm(Tiny):
             FastVlmConfig(vision_config=vision, text_config=Qwen2Config(**text_shape()), image_token_index=IMAGE)
         )
 
-    def model(self, attention, dtype):
-        fresh = copy.deepcopy(self.original).to(dtype)
+    def _fresh(self, original, attention, dtype):
+        fresh = copy.deepcopy(original).to(dtype)
         fresh.set_attn_implementation({"text_config": attention})
         return fresh
 

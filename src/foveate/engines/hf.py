@@ -55,8 +55,8 @@ class Settings:
     reducer
         The method, which may be made of several.
     positions
-        Of methods before the LLM. ``"original"``: kept tokens and the text after them keep the position ids of the full prompt. ``"compact"``:
-        the prompt is numbered anew, as if the dropped tokens had never been there.
+        Of methods before the LLM. ``"original"``: kept tokens and the text after them keep the position ids of the full
+        prompt. ``"compact"``: the prompt is numbered anew, as if the dropped tokens had never been there.
     separators
         Tokens of a reduced span that no method selects from, such as newline vectors and the ``[CLS]`` tokens of
         video frames: ``"drop"`` them (as papers count), ``"keep"`` them all, or keep the ``"nonempty"`` ones,

@@ -3,8 +3,9 @@
 A pass runs over q new columns of the prompts. The layers behind a boundary at which tokens were dropped hold fewer of
 them: `Held` remembers which, for each layer and for as long as its KV cache lives. From this follow the masks, the
 rotary embeddings and the lengths of every later pass, so that decoding, a second turn, beams and padded batches need
-nothing else. The hidden states that leave the last layer have their full length again, zero where tokens were
-dropped, so that whatever reads them (logits, labels, further planes of features) finds them where they were.
+nothing else. The hidden states that leave the last layer have their full length again, each dropped token being a copy
+of the one before it that is left. So whatever reads them (logits, labels, further planes of features) finds every
+token where it was, and the text behind an image is predicted from the last token that is left of it.
 """
 
 from __future__ import annotations
@@ -90,12 +91,15 @@ class Layers:
         shown
             The visual tokens that a method before the LLM has left, if there is one.
         """
-        self._local.run = Pass(self, inputs, self._shown(inputs, shown))
+        run = self._local.run = Pass(self, inputs, self._shown(inputs, shown))
+        run.show_whole_cache()
 
     def end(self) -> Pass | None:
         """Finish a forward pass, and return it."""
         run: Pass | None = getattr(self._local, "run", None)
         self._local.run = None
+        if run is not None:
+            run.show_own_cache()
         return run
 
     def held(self, cache: Any, batch: int) -> dict[int, Held]:
@@ -159,8 +163,8 @@ def _check(decoder: Any, positions: Positions) -> None:
     kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
     if strange := kinds - {"full_attention", "sliding_attention"}:
         raise UnsupportedModelError(
-            f"{type(decoder).__name__} has layers of the kinds {', '.join(sorted(strange))}, but methods inside the LLM "
-            "need attention in every layer: use a method that acts before the LLM, such as vispruner"
+            f"{type(decoder).__name__} has layers of the kinds {', '.join(sorted(strange))}, but methods inside the "
+            "LLM need attention in every layer: use a method that acts before the LLM, such as vispruner"
         )
     if positions == "compact" and not hasattr(decoder, "rotary_emb"):
         raise UnsupportedModelError(
@@ -183,12 +187,12 @@ def refuse(model: Any, options: Mapping[str, Any]) -> None:
         value = options.get(name)
         return getattr(config, name, None) if value is None else value
 
+    back = "takes tokens back, but methods inside the LLM give layers caches of different lengths: leave it out"
     advice = {
-        "assistant_model": "assisted decoding takes tokens back, but layers have caches of different lengths: leave it out",
-        "prompt_lookup_num_tokens": "prompt lookup takes tokens back, but layers have caches of different lengths: leave "
-        "it out",
-        "prefill_chunk_size": "methods inside the LLM rank the visual tokens by the end of the prompt, which a chunk does "
-        "not show: leave prefill_chunk_size out",
+        "assistant_model": f"assisted decoding {back}",
+        "prompt_lookup_num_tokens": f"prompt lookup {back}",
+        "prefill_chunk_size": "methods inside the LLM rank the visual tokens by the end of the prompt, which a chunk "
+        "does not show: leave prefill_chunk_size out",
     }
     for name, reason in advice.items():
         if asked(name):

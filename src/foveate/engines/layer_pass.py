@@ -22,7 +22,10 @@ from foveate.tokens import Crop
 if TYPE_CHECKING:
     from foveate.engines.in_llm import Layers
 
-STATIC = "a static cache has one length for all layers, but methods inside the LLM shorten some: use the default DynamicCache"
+STATIC = (
+    "a static cache has one length for all layers, but methods inside the LLM shorten some: use the default "
+    "DynamicCache"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +96,14 @@ class Current:
         return x[..., batch, index, :]
 
     def spread(self, x: Tensor, width: int) -> Tensor:
-        """Put the tokens ``[B, R, C]`` back where they were among `width`, with zeros between them."""
-        index = torch.where(self.index < 0, width, self.index).to(x.device)
-        out = x.new_zeros(x.shape[0], width + 1, x.shape[2])
-        return out.scatter(1, index[..., None].expand_as(x), x)[:, :width]
+        """Put the tokens ``[B, R, C]`` back where they were among `width`, each followed by copies up to the next."""
+        there = self.index >= 0
+        index = torch.where(there, self.index, width)
+        left = torch.zeros(len(index), width + 1, dtype=torch.long, device=index.device).scatter(1, index, 1)
+        first = there.int().argmax(dim=1, keepdim=True)
+        row = (left[:, :width].cumsum(dim=1) - 1).clamp(min=0) + first
+        row = row.to(x.device)
+        return x[torch.arange(len(row), device=x.device)[:, None], row]
 
 
 class Pass:
@@ -137,6 +144,13 @@ class Pass:
         if "flex" in str(decoder.config._attn_implementation):
             raise UnsupportedModelError(
                 "masks of flex_attention cannot be cut layer by layer: load the model with attn_implementation='sdpa'"
+            )
+        kinds = getattr(decoder.config, "layer_types", None) or ["sliding_attention"]
+        windows = "sliding_attention" in kinds and getattr(decoder.config, "sliding_window", None) is not None
+        if windows and "flash" in str(decoder.config._attn_implementation):
+            raise UnsupportedModelError(
+                "flash attention counts the columns of a sliding window without the dropped ones: load the model with "
+                "attn_implementation='sdpa'"
             )
         _check_cache(self._cache)
         self.sight = Sight(self)
@@ -203,6 +217,23 @@ class Pass:
             return reducer
         return None
 
+    def show_whole_cache(self) -> None:
+        """Let the model make its masks for the columns of the first layer, whatever the others hold."""
+        if self._held:
+            vars(self._cache).update(get_mask_sizes=self._whole_sizes, get_query_offset=lambda layer: self._past)
+
+    def show_own_cache(self) -> None:
+        """Undo `show_whole_cache`."""
+        if self._held:
+            for name in ("get_mask_sizes", "get_query_offset"):
+                vars(self._cache).pop(name, None)
+
+    def _whole_sizes(self, width: int, layer: int) -> tuple[int, int]:
+        """Return the number of keys, and the first column, that a layer which holds everything would attend to."""
+        window = getattr(self._cache.layers[layer], "sliding_window", None)  # type: ignore[union-attr]
+        first = max(self._past - window + 1, 0) if window else 0
+        return self._past + width - first, first
+
     def enter(self, number: int, layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords with which a layer runs instead of those given."""
         hidden = kwargs["hidden_states"]
@@ -264,7 +295,7 @@ class Pass:
         return self._reordered(hidden)
 
     def _after(self, before: Current, chosen: Sequence[SpanSelection]) -> Current:
-        """Work out what is left; shapes follow from the numbers of tokens alone, so that nothing waits for the device."""
+        """Work out what is left; shapes follow from the numbers of tokens, so that nothing waits for the device."""
         keep, lengths = before.index >= 0, list(before.lengths)
         kept = []
         for prompt, picked, visual in zip(self.prompts, chosen, before.visual, strict=True):

@@ -52,6 +52,9 @@ class Family(ABC):
     reduces_inside: ClassVar[bool] = False
     """Whether methods can act inside the vision encoder, see `encode_inside`."""
 
+    recurrent: ClassVar[bool] = False
+    """Whether some layers of the LLM are convolutions or recurrent ones."""
+
     def matches(self, config: Any) -> bool:
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types
@@ -61,6 +64,10 @@ class Family(ABC):
 
         Methods that read the grid count as running where it is known for some images only.
         """
+        if isinstance(method, Reducer) and len(parts := method.stages()) > 1:
+            return next((lacking for part in parts if (lacking := self.lacks(part))), None)
+        if method.stage == "in_llm" and self.recurrent:
+            return "attention in every layer of the LLM"
         if method.stage == "pixels":
             return None if self.resizes else "an encoder that takes smaller pictures"
         if method.stage == "encoder":

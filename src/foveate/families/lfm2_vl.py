@@ -19,6 +19,7 @@ class Lfm2Vl(RasterFamily):
     together. The LLM's convolutions mix neighbours; after reduction, the neighbours are those that are left.
     """
 
+    recurrent = True
     name = "lfm2_vl"
     model_types = ("lfm2_vl",)
     side_inputs = ("spatial_shapes", "pixel_attention_mask")

@@ -19,6 +19,7 @@ from foveate.methods.mmtok import MMTok
 from foveate.methods.pool import Pool
 from foveate.methods.prumerge import PruMerge, PruMergePlus
 from foveate.methods.prunesid import PruneSID
+from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
 from foveate.methods.todre import ToDRE
@@ -55,6 +56,7 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PruneSID",
+    "PyramidDrop",
     "Random",
     "ToDRE",
     "ToMe",
