@@ -11,7 +11,8 @@ import foveate
 import tiny
 from foveate.families import family_of
 from foveate.reducer import load_reducer
-from foveate.run import Job, baselines, measure, report
+from foveate.report import report
+from foveate.run import Job, baselines, measure
 
 
 def _job(name: str, *parts: tiny.Part) -> Job:
