@@ -60,7 +60,9 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
-    prompt_template: Annotated[str | None, typer.Option(help="Text with <image> and {question}.")] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(help="Text with {question}, an <image> per image, and a <video> for a video.")
+    ] = None,
     positions: Annotated[str | None, typer.Option(help="original or compact.  [default: as in the paper]")] = None,
     separators: Annotated[str, typer.Option(help="Newline and frame tokens: drop, keep or nonempty.")] = "drop",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on the answer.")] = 32,
@@ -98,7 +100,7 @@ def run(
             if drawn:
                 _draw(folder / "overlay.png", job, pruned, pictures, clip, question, data)
         overlay = str(folder / "overlay.png") if drawn else None
-        data = {**data, "model": model, "question": question, "overlay": overlay}
+        data = {**data, "model": model, "images": images, "video": video, "question": question, "overlay": overlay}
         write_json(folder / "result.json", data)
     if as_json:
         print_json(data)

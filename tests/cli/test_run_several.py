@@ -103,7 +103,12 @@ def onevision() -> Any:
     videos = LlavaOnevisionVideoProcessor(size={"height": side, "width": side})
     tokens = (side // config.vision_config.patch_size) ** 2
     return LlavaOnevisionProcessor(
-        images, words, videos, num_image_tokens=tokens, vision_feature_select_strategy="full"
+        images,
+        words,
+        videos,
+        num_image_tokens=tokens,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=config.vision_aspect_ratio,
     )
 
 
