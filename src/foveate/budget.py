@@ -183,3 +183,33 @@ def check(keep: Keep) -> None:
             resolve(keep, "image", i)
     else:
         resolve(keep, "image", 0)
+
+
+def parse_keep(text: str) -> Keep:
+    """Read a budget.
+
+    ``"32"`` counts tokens, ``"0.1"`` and ``"1.0"`` are ratios, ``"coverage:0.9"`` is a share of the saliency and
+    ``"coverage:0.9:16:144"`` bounds it, ``"64,16"`` is one budget per image.
+    """
+    try:
+        values = [_parse_budget(part) for part in text.split(",")]
+    except BudgetError:
+        raise
+    except ValueError as error:
+        raise BudgetError(
+            f"a budget is a count such as 64, a ratio such as 0.25, a share of the saliency such as coverage:0.9 or "
+            f"coverage:0.9:16:144 (at least, at most), or 64,16: not {text!r}"
+        ) from error
+    return values if "," in text else values[0]
+
+
+def _parse_budget(text: str) -> int | float | Budget:
+    kind, *parts = text.strip().split(":")
+    if kind == "coverage" and 1 <= len(parts) <= 3:
+        least = int(parts[1]) if len(parts) > 1 else 1
+        most = int(parts[2]) if len(parts) > 2 else None
+        return Budget.coverage(float(parts[0]), least=least, most=most)
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

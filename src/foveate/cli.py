@@ -40,8 +40,12 @@ _errors = Console(stderr=True)
 @app.command()
 @guarded
 def run(
-    image: Annotated[str, typer.Argument(help="Image file.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    asked: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Image files, and a question.")],
+    video: Annotated[
+        str | None,
+        typer.Option(help="A folder of frames, or an animated GIF, WebP or PNG file."),
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames of the video to take, spread evenly.")] = 8,
     model: Annotated[str, typer.Option(help="nano, a hub id, or a folder.")] = "nano",
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
@@ -56,39 +60,47 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
-    prompt_template: Annotated[str | None, typer.Option(help="Text with <image> and {question}.")] = None,
+    prompt_template: Annotated[
+        str | None, typer.Option(help="Text with {question}, an <image> per image, and a <video> for a video.")
+    ] = None,
     positions: Annotated[str | None, typer.Option(help="original or compact.  [default: as in the paper]")] = None,
     separators: Annotated[str, typer.Option(help="Newline and frame tokens: drop, keep or nonempty.")] = "drop",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on the answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs; the median counts.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Ask a model about an image, unpruned and pruned, and measure both."""
+    """Ask a model about one or more images or a video, unpruned and pruned, and measure both."""
     with contextlib.redirect_stdout(sys.stderr):
         reducer = _reducer(method, keep, set_ or [])
         from foveate import run as job_module
         from foveate.engines.hf import Settings
         from foveate.loading import open_image, prompt_for
+        from foveate.report import report
+        from foveate.video import open_video
 
         where, between = cast("Positions | None", positions), cast("Separators", separators)
         Settings.make(reducer, where, between, {})
-        picture = open_image(image)
+        *images, question = asked
+        if not images and video is None:
+            raise InputError(f"one argument, {question!r}: pass an image or --video, and a question")
+        pictures = [open_image(path) for path in images]
+        clip = open_video(video, frames) if video is not None else []
         if prompt_template is not None:
-            prompt_for(None, question, prompt_template)
+            prompt_for(None, question, prompt_template, len(images), video is not None)
         loaded, processor = _load(model, dtype, device_map, attn)
-        job = job_module.prepare(loaded, processor, picture, question, prompt_template, max_new_tokens)
+        job = job_module.prepare(loaded, processor, pictures, question, prompt_template, max_new_tokens, clip)
         others = job_module.baselines(job, reducer, _errors.print) if compare else []
         with _errors.status("running") as status:
             arms = [None, reducer, *others]
             unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)
-            data = job_module.report(job, unpruned, pruned, rest)
+            data = report(job, unpruned, pruned, rest)
             status.update("drawing")
-            folder = make_folder(out, f"{Path(image).stem}-{reducer.name}")
-            drawn = len(job.spans) == 1 and all(crop.grid for crop in job.spans[0].crops)
+            folder = make_folder(out, f"{Path(images[0] if images else str(video)).stem}-{reducer.name}")
+            drawn = all(crop.grid for span in job.spans for crop in span.crops)
             if drawn:
-                _draw(folder / "overlay.png", job, pruned, picture, question, data)
+                _draw(folder / "overlay.png", job, pruned, pictures, clip, question, data)
         overlay = str(folder / "overlay.png") if drawn else None
-        data = {**data, "model": model, "question": question, "overlay": overlay}
+        data = {**data, "model": model, "images": images, "video": video, "question": question, "overlay": overlay}
         write_json(folder / "result.json", data)
     if as_json:
         print_json(data)
@@ -97,8 +109,8 @@ def run(
 
 
 def _reducer(method: str, keep: str | None, settings: list[str]) -> Any:
+    from foveate.budget import parse_keep
     from foveate.reducer import load_reducer
-    from foveate.run import parse_keep
 
     config: dict[str, Any] = dict(map(_setting, settings))
     if keep is not None or not method.endswith(".json"):
@@ -138,8 +150,9 @@ def _load(model: str, dtype: str, device_map: str | None, attn: str | None) -> t
     return loaded, processor
 
 
-def _draw(path: Path, job: Any, pruned: Any, picture: Any, question: str, data: dict[str, Any]) -> None:
-    from foveate.loading import encoder_view
+def _draw(
+    path: Path, job: Any, pruned: Any, images: list[Any], clip: list[Any], question: str, data: dict[str, Any]
+) -> None:
     from foveate.viz import save
 
     before, after = data["tokens"]["before"], data["tokens"]["after"]
@@ -147,7 +160,7 @@ def _draw(path: Path, job: Any, pruned: Any, picture: Any, question: str, data: 
     unpruned = "the same unpruned" if same else f"unpruned: {data['answer_unpruned']}"
     try:
         save(
-            path, [[encoder_view(job.processor, picture)]], job.spans, pruned.selection, pruned.saliency,
+            path, job.views(images, clip), job.spans, pruned.selection, pruned.saliency,
             title=f"{pruned.reducer.name}: {after} of {before} visual tokens ({after / before:.1%})",
             caption=f"{question}  →  {pruned.answer}  ({unpruned})",
         )  # fmt: skip

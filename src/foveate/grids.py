@@ -53,7 +53,7 @@ def smaller_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
         return max(ratio, 1 / ratio)
 
     allowed = max(1.5, min(map(skew, fitting)))
-    return max((s for s in fitting if skew(s) <= allowed), key=lambda s: (s[0] * s[1], -skew(s)))
+    return sorted((s for s in fitting if skew(s) <= allowed), key=lambda s: (-s[0] * s[1], skew(s)))[0]
 
 
 def middle(i: int, parts: int, size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from foveate.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of, family_of_class
 
-IMAGE, QUESTION = "<image>", "{question}"
+IMAGE, VIDEO, QUESTION = "<image>", "<video>", "{question}"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, SafetensorError)
@@ -154,14 +155,16 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return upright_rgb(image)
     except UnidentifiedImageError as error:
         raise InputError(f"{str(path)!r} is not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the image {str(path)!r}: {_first_line(error)}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture as 8-bit RGB, turned as its EXIF data says, transparency on white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _eight_bit(image)
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
@@ -180,49 +183,78 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0, white) * (255.0 / white)).round().astype(np.uint8))
 
 
-def prompt_for(processor: Any, question: str, template: str | None = None) -> str:
-    """Put a question about one image into a prompt.
+def prompt_for(processor: Any, question: str, template: str | None = None, images: int = 1, video: bool = False) -> str:
+    """Put a question about images, a video or both into a prompt.
 
     Parameters
     ----------
     template
-        Text with ``<image>`` and ``{question}``. By default the processor's chat template, or, without one, the
-        image's token, a line break and the question.
+        Text with ``{question}`` and, for each picture, ``<image>``, for a video ``<video>``. By default the
+        processor's chat template, or, without one, lines with the tokens of the images and the video, and the question.
+    images
+        Number of images.
     """
-    token = getattr(processor, "image_token", IMAGE)
+    counts = {IMAGE: images, VIDEO: int(video)}
+    tokens = {IMAGE: getattr(processor, "image_token", IMAGE), VIDEO: getattr(processor, "video_token", VIDEO)}
     if not question.strip():
         raise InputError("the question is empty: ask something about the image")
-    if IMAGE in question or token in question:
-        raise InputError(f"the question holds the placeholder {token!r}, which stands for the image: leave it out")
+    for placeholder, token in tokens.items():
+        if placeholder in question or token in question:
+            raise InputError(
+                f"the question holds the placeholder {token!r}, which stands for the {placeholder[1:-1]}: leave it out"
+            )
     if template is not None:
-        if template.count(IMAGE) != 1:
-            raise InputError(f"the prompt template holds {template.count(IMAGE)} {IMAGE} placeholders: it needs one")
+        for placeholder, wanted in counts.items():
+            if (found := template.count(placeholder)) != wanted:
+                needs = {0: "it needs none", 1: "it needs one"}.get(wanted, f"it needs {wanted}")
+                raise InputError(f"the prompt template holds {found} {placeholder} placeholders: {needs}")
         if QUESTION not in template:
             raise InputError(f"the prompt template has no place for the question: write {QUESTION} into it")
-        return template.replace(IMAGE, token).replace(QUESTION, question)
+        for placeholder, token in tokens.items():
+            template = template.replace(placeholder, token)
+        return template.replace(QUESTION, question)
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [{"type": "image"}] * images + [{"type": "video"}] * video + [{"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(chat, add_generation_prompt=True))
-    return f"{token}\n{question}"
+    return "\n".join([*(token for placeholder, token in tokens.items() for _ in range(counts[placeholder])), question])
 
 
-def model_inputs(processor: Any, image: Image.Image, prompt: str) -> Any:
-    """Run the processor on an image and a prompt.
+def model_inputs(
+    processor: Any, images: Image.Image | Sequence[Image.Image], prompt: str, video: Sequence[Image.Image] = ()
+) -> Any:
+    """Run the processor on one or more images, the frames of a video, and a prompt.
 
     A prompt that brings its own beginning-of-text token, as many chat templates do, does not get a second one.
+
+    Raises
+    ------
+    InputError
+        If the processor takes no videos, or not so many images.
     """
     bos = getattr(processor.tokenizer, "bos_token", None)
+    visuals: dict[str, Any] = {}
+    if isinstance(images, Image.Image):
+        visuals["images"] = images
+    elif images:
+        visuals["images"] = list(images)
+    if video:
+        if getattr(processor, "video_processor", None) is None:
+            raise InputError(f"{type(processor).__name__} takes no videos: pass the frames as images")
+        visuals |= {"videos": [np.stack([np.asarray(frame) for frame in video])], "do_sample_frames": False}
     special = not (bos and prompt.startswith(bos))
-    return processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=special)
+    try:
+        return processor(**visuals, text=prompt, return_tensors="pt", add_special_tokens=special)
+    except _LOADING_ERRORS as error:
+        raise InputError(f"{type(processor).__name__} does not take these pictures: {_first_line(error)}") from error
 
 
-def encoder_view(processor: Any, image: Image.Image) -> Image.Image:
-    """Return the part of an image that the vision encoder sees, in full resolution.
+def encoder_view(processor: Any, image: Image.Image, kind: str = "image") -> Image.Image:
+    """Return the part of an image, or of a frame of a ``"video"``, that the vision encoder sees, in full resolution.
 
     CLIP's processor cuts the middle out of an image that is not square; LLaVA-NeXT's does not.
     """
-    settings = processor.image_processor
+    settings = processor.image_processor if kind == "image" else processor.video_processor
     size, crop = getattr(settings, "size", None) or {}, getattr(settings, "crop_size", None) or {}
     cuts = getattr(settings, "do_center_crop", False) and not getattr(settings, "image_grid_pinpoints", None)
     shortest = size.get("shortest_edge")

@@ -73,7 +73,10 @@ class Reducer(ABC):
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
-        """Decide which tokens of each span stay. Touches nothing else."""
+        """Decide which tokens of each span stay. Touches nothing else.
+
+        Compiles with ``torch.compile(fullgraph=True, dynamic=False)``, or the method's docstring says why not.
+        """
 
     def probes(self) -> tuple[Probe, ...]:
         """Return the probes that this configuration reads."""
@@ -258,6 +261,8 @@ def _signature_help(cls: type[Reducer], given: dict[str, Any]) -> str:
 @dataclass(frozen=True, init=False, repr=False)
 class Chain(Reducer):
     """Reducers one after the other, each on what the one before it has left.
+
+    Its `select` does not compile to one graph: how many tokens of a crop are left to the next method depends on values.
 
     Examples
     --------

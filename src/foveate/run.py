@@ -1,4 +1,4 @@
-"""The main job: ask a model about an image without and with visual-token reduction, and measure both."""
+"""The main job: ask a model about images or a video without and with visual-token reduction, and measure both."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.budget import Budget, Keep
 from foveate.cost import Cost, Patches, check_known, kv_bytes, prefill_flops, probe_flops, vision_layers
 from foveate.encoder import EncoderReducer
 from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
-from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.families import Family, family_of
-from foveate.grids import crop_budgets
-from foveate.loading import model_inputs, prompt_for
+from foveate.errors import UnsupportedModelError
+from foveate.families import FAMILIES, Family, family_of
+from foveate.grids import crop_budgets, middle
+from foveate.loading import encoder_view, model_inputs, prompt_for
 from foveate.probes import Attention, Embeddings
 from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
@@ -35,7 +34,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A question about an image, ready for a model.
+    """A question about images or a video, ready for a model.
 
     Attributes
     ----------
@@ -58,6 +57,20 @@ class Job:
     def visual_tokens(self) -> int:
         """Number of visual tokens of the unpruned prompt."""
         return sum(map(len, self.spans))
+
+    def views(self, images: Sequence[Image.Image], video: Sequence[Image.Image]) -> list[list[Image.Image]]:
+        """Return what the vision encoder sees of each span, of a video one picture per crop, such as for an overlay.
+
+        Several frames that make one crop are shown by the one in their middle.
+        """
+        left, shown = iter(images), []
+        for span in self.spans:
+            crops = len(span.crops)
+            pictures = (
+                [next(left)] if span.kind == "image" else [video[middle(i, crops, len(video))] for i in range(crops)]
+            )
+            shown.append([encoder_view(self.processor, picture, span.kind) for picture in pictures])
+        return shown
 
     @property
     def text_tokens(self) -> int:
@@ -119,17 +132,36 @@ class Arm:
 def prepare(
     model: Any,
     processor: Any,
-    image: Image.Image,
+    images: Image.Image | Sequence[Image.Image],
     question: str,
     template: str | None = None,
     max_new_tokens: int = 32,
+    video: Sequence[Image.Image] = (),
 ) -> Job:
-    """Build the prompt and the model inputs for a question about an image."""
+    """Build the prompt and the model inputs for a question about one or more images, the frames of a video, or both.
+
+    Raises
+    ------
+    InputError
+        If the model's processor takes no videos, or not so many images.
+    UnsupportedModelError
+        If the model's family takes no videos.
+    """
     family = family_of(model)
-    prompt = prompt_for(processor, question, template)
-    inputs = dict(model_inputs(processor, image, prompt).to(model.device, model.dtype))
-    spans = family.located(family.spans(model, inputs), (image.height, image.width))
-    return Job(model, processor, family, inputs, spans, max_new_tokens)
+    if video and (family.name == "generic" or "video" not in family.inputs.values()):
+        able = [f.name for f in FAMILIES.values() if f.model_types and "video" in f.inputs.values()]
+        raise UnsupportedModelError(
+            f"models of the family {family.name!r} take no videos; those of these families do: {', '.join(able)}"
+        )
+    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    prompt = prompt_for(processor, question, template, len(pictures), bool(video))
+    inputs = dict(model_inputs(processor, images, prompt, video).to(model.device, model.dtype))
+    sizes = {"image": iter(pictures), "video": iter([video[0]] if video else [])}
+    spans: list[Span] = []
+    for span in family.spans(model, inputs):
+        shown = next(sizes[span.kind])
+        spans += family.located([span], (shown.height, shown.width))
+    return Job(model, processor, family, inputs, tuple(spans), max_new_tokens)
 
 
 def measure(
@@ -188,36 +220,6 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
         else:
             say(f"{other.name} is left out: it needs {lacking}, which the family {job.family.name!r} does not give")
     return others
-
-
-def parse_keep(text: str) -> Keep:
-    """Read a budget.
-
-    ``"32"`` counts tokens, ``"0.1"`` and ``"1.0"`` are ratios, ``"coverage:0.9"`` is a share of the saliency and
-    ``"coverage:0.9:16:144"`` bounds it, ``"64,16"`` is one budget per image.
-    """
-    try:
-        values = [_parse_budget(part) for part in text.split(",")]
-    except BudgetError:
-        raise
-    except ValueError as error:
-        raise BudgetError(
-            f"a budget is a count such as 64, a ratio such as 0.25, a share of the saliency such as coverage:0.9 or "
-            f"coverage:0.9:16:144 (at least, at most), or 64,16: not {text!r}"
-        ) from error
-    return values if "," in text else values[0]
-
-
-def _parse_budget(text: str) -> int | float | Budget:
-    kind, *parts = text.strip().split(":")
-    if kind == "coverage" and 1 <= len(parts) <= 3:
-        least = int(parts[1]) if len(parts) > 1 else 1
-        most = int(parts[2]) if len(parts) > 2 else None
-        return Budget.coverage(float(parts[0]), least=least, most=most)
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,14 +299,13 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
 def _encode_stock(job: Job) -> dict[str, Any]:
     """Run tower and projector as the stock model does, and hand the result over, so that it can be timed by itself."""
     inputs = dict(job.inputs)
-    side = {key: inputs[key] for key in job.family.side_inputs if key in inputs}
-    encode = getattr(job.model, "get_image_features", None) or job.model.model.get_image_features
-    outputs = encode(inputs["pixel_values"], **side, return_dict=True)
+    kinds = dict.fromkeys(kind for key, kind in job.family.inputs.items() if inputs.get(key) is not None)
+    outputs = {kind: job.family.image_features(job.model, inputs, kind) for kind in kinds}
     if job.family.keeps_positions:
         inputs["position_ids"] = job.family.positions(job.model, inputs)
     for key in (*job.family.inputs, *job.family.side_inputs):
         inputs.pop(key, None)
-    return {**inputs, "mm_encoder_outputs": {"image": outputs}}
+    return {**inputs, "mm_encoder_outputs": outputs}
 
 
 def _decide(tokens: VisualTokens, settings: Settings, count: bool) -> tuple[Selection, int]:
@@ -383,28 +384,3 @@ def _saliency(reducer: Reducer | None, tokens: VisualTokens | None) -> list[Tens
 
 def _name(reducer: Reducer | None) -> str:
     return "the unpruned model" if reducer is None else reducer.name
-
-
-def report(job: Job, unpruned: Arm, pruned: Arm, others: Sequence[Arm] = ()) -> dict[str, Any]:
-    """Return the outcome of a run as JSON-compatible data."""
-    spans = [
-        {"kind": span.kind, "grid": list(span.grid), "before": len(span), "after": len(chosen)}
-        for span, chosen in zip(job.spans, pruned.selection, strict=True)
-    ]
-    data: dict[str, Any] = {
-        "answer": pruned.answer,
-        "answer_unpruned": unpruned.answer,
-        "answer_tokens": {"before": unpruned.answer_tokens, "after": pruned.answer_tokens},
-        "method": repr(pruned.reducer),
-        "tokens": {"before": unpruned.kept, "after": pruned.kept, "text": job.text_tokens, "spans": spans},
-        "flops": {"before": unpruned.to_dict()["flops"], "after": pruned.to_dict()["flops"]},
-        "flops_by_part": {
-            when: arm.cost and arm.cost.to_dict() for when, arm in (("before", unpruned), ("after", pruned))
-        },
-        "kv_bytes": {"before": unpruned.kv_bytes, "after": pruned.kv_bytes},
-        "seconds": {"before": unpruned.seconds, "after": pruned.seconds},
-        "kept": [span.kept.tolist() for span in pruned.selection],
-    }
-    if others:
-        data["compare"] = [arm.to_dict() for arm in (unpruned, pruned, *others)]
-    return data

@@ -329,7 +329,8 @@ class VisualTokens:
 
     def _units(self, keep: Keep) -> list[tuple[_Unit, int]]:
         """List the sets of tokens that compete with each other: crops, or all crops of a span at once."""
-        units, c, seen = [], 0, [0] * (1 + max((s.sample for s in self.spans), default=0))
+        units, c = [], 0
+        seen = {span.sample: 0 for span in self.spans}
         for s, span in enumerate(self.spans):
             counts, width = span.budget(keep), len(span.crops)
             first = seen[span.sample]

@@ -13,10 +13,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate as library
+from foveate.budget import parse_keep
 from foveate.cost import kv_bytes
 from foveate.loading import encoder_view, load_model, open_image, prompt_for
 from foveate.reducer import load_reducer
-from foveate.run import measure, parse_keep, prepare
+from foveate.run import measure, prepare
 
 FAST = ("--repeats", 1, "--max-new-tokens", 4)
 

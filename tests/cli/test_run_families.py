@@ -11,7 +11,8 @@ import foveate
 import tiny
 from foveate.families import family_of
 from foveate.reducer import load_reducer
-from foveate.run import Job, baselines, measure, report
+from foveate.report import report
+from foveate.run import Job, baselines, measure
 
 
 def _job(name: str, *parts: tiny.Part) -> Job:
@@ -98,3 +99,22 @@ def test_flops_are_those_that_run(name: str, method: str) -> None:
         job.model(**ready, logits_to_keep=1)
     assert arm.cost is not None
     assert arm.cost.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def _clip(name: str) -> Any:
+    return next((visual.what for visual in tiny.VISUALS[name] if "pixel_values_videos" in tiny.sample(visual)), None)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if _clip(name) is not None])
+def test_videos_beside_images(name: str) -> None:
+    job = _job(name, _picture(name), _clip(name))
+    assert [span.kind for span in job.spans] == ["image", "video"]
+    stock, pruned = measure(job, [None, foveate.methods.Random(keep={"image": 4, "video": 9})], repeats=1)
+    prompt = job.inputs["input_ids"].shape[1]
+    for ready, arm in ((job.inputs, stock), (foveate.reduce(job.model, job.inputs, pruned.reducer), pruned)):
+        out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
+        assert arm.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
+    assert prompt == job.text_tokens + job.visual_tokens
+    data = report(job, stock, pruned)
+    assert [(span["kind"], span["after"]) for span in data["tokens"]["spans"]] == [("image", 4), ("video", 9)]
+    assert [len(kept) for kept in data["kept"]] == [4, 9]

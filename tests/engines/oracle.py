@@ -4,15 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from foveate.families import family_of
 from foveate.families.merged import MergedFamily
+from foveate.methods import Random, Uniform, VisPruner
 from foveate.probes import ClsToken
 from foveate.selection import SpanSelection
-from tiny import IMAGE, VIDEO, tiny_of
+from tiny import (
+    FAMILIES,
+    IMAGE,
+    TINIES,
+    VIDEO,
+    in_depth,
+    tiny_of,
+)
 
+REDUCERS = [Random(keep=9, seed=2), Uniform(keep=0.2), VisPruner(keep=11)]
+POSITIONS = ["original", "compact"]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15}
+both_positions = pytest.mark.parametrize("positions", POSITIONS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks=in_depth(f)) for f in FAMILIES])
+every_position = pytest.mark.parametrize(
+    ("family", "positions"), [(f, positions) for f in FAMILIES for positions in TINIES[f].positions]
+)
+every_position_in_depth = pytest.mark.parametrize(
+    ("family", "positions"),
+    [pytest.param(f, positions, marks=in_depth(f)) for f in FAMILIES for positions in TINIES[f].positions],
+)
 TOKENS = 9
 """Generated per answer: their logits are those of the prompt's last token and of eight decoded ones."""
 
@@ -172,3 +194,24 @@ def answer_logits(
     if positions == "original" and tiny.masks:
         return hidden(model, whole, selections)[:, -t - 1 : -1]
     return torch.stack([x[-t - 1 : -1] for x in rebuilt(model, whole, selections, positions)])
+
+
+def generate(net, inputs, **kwargs):
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return net.generate(**inputs, **{**options, **kwargs})
+
+
+def answer_of(out, inputs):
+    return out.sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def close(a, b, dtype=torch.float32):
+    torch.testing.assert_close(a.float(), b.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def check(net, inputs, out, selections, positions, dtype=torch.float32):
+    """Compare a generated answer with the oracle, token by token."""
+    answer = answer_of(out, inputs)
+    assert torch.equal(out.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    expected = answer_logits(net, inputs, selections, answer, positions)
+    close(torch.stack(out.logits, dim=1), expected, dtype)

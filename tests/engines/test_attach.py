@@ -5,18 +5,15 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from oracle import every_family_in_depth
+from transformers import DynamicCache
 
 import foveate
-from foveate import Budget, Chain, FoveateError, Reducer
-from foveate.errors import AttachError, BudgetError, InputError, UnknownNameError, UnsupportedModelError
-from foveate.families import FAMILIES as FAMILIES_BY_NAME
-from foveate.families import family_of
-from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
-from tiny import FAMILIES, IMAGE, METHODS, TINIES, collate, in_depth, make, method_id, model, sample, samples
+from foveate import Chain, FoveateError
+from foveate.errors import AttachError, BudgetError, InputError, UnknownNameError
+from foveate.methods import Random, Uniform, VisPruner
+from tiny import METHODS, TINIES, collate, make, method_id, model, sample, samples
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
-every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks=in_depth(f)) for f in FAMILIES])
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
@@ -179,47 +176,6 @@ def test_reduce_equals_attach(family, entry, positions):
     assert flat == [span.kept.tolist() for span in reduced.selection]
 
 
-def test_gradients_reach_projector_and_tower():
-    net, inputs = model("llava"), collate(samples("llava"), labels=True)
-    kept = []
-    for make_inputs in (lambda: foveate.reduce(net, inputs, VisPruner(keep=9)), None):
-        net.zero_grad()
-        if make_inputs is not None:
-            net(**make_inputs()).loss.backward()
-        else:
-            with foveate.attach(net, VisPruner(keep=9)):
-                net(**inputs).loss.backward()
-        wanted = [
-            net.model.multi_modal_projector.linear_1.weight,
-            net.model.vision_tower.encoder.layers[0].mlp.fc1.weight,
-        ]
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in wanted)
-        kept.append([p.grad.clone() for p in wanted])
-    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
-
-
-def test_only_kept_tokens_get_gradients():
-    net, inputs = model("llava"), collate([sample(3, "image", 5)], labels=True)
-    seen = {}
-    hook = net.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.update(rows=len(args[0])))
-    net(**foveate.reduce(net, inputs, Uniform(keep=9))).loss.backward()
-    hook.remove()
-    assert seen["rows"] == 9  # dropped tokens are not even projected
-
-
-def test_by_name_by_file_and_by_reducer(tmp_path):
-    net, inputs = model("llava"), collate(samples("llava"))
-    VisPruner(keep=9, step=4).save(tmp_path / "reducer.json")
-    expected = foveate.reduce(net, inputs, VisPruner(keep=9, step=4))
-    for method, config in [("vispruner", {"keep": 9, "step": 4}), (tmp_path / "reducer.json", {}),
-                           (VisPruner(keep=9), {"step": 4})]:  # fmt: skip
-        got = foveate.reduce(net, inputs, method, **config)
-        assert torch.equal(got["input_ids"], expected["input_ids"])
-        assert [s.kept.tolist() for s in got.selection] == [s.kept.tolist() for s in expected.selection]
-        with foveate.attach(net, method, **config) as handle:
-            assert handle.reducer == VisPruner(keep=9, step=4)
-
-
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
@@ -247,131 +203,6 @@ def test_errors_help_and_leave_no_trace(call, kind, message):
     with pytest.raises(kind, match=message):
         call(net, inputs)
     assert state(net) == before
-
-
-def test_other_models_are_refused():
-    net = LlamaForCausalLM(model("llava").config.text_config)
-    with pytest.raises(UnsupportedModelError, match=r"'llama'.*there are: llava"):
-        foveate.attach(net, "random", keep=9)
-    with pytest.raises(UnsupportedModelError, match="LlavaModel has no language-model head"):
-        foveate.attach(model("llava").model, "random", keep=9)
-    with pytest.raises(UnsupportedModelError, match="there are: llava"):
-        foveate.reduce(torch.nn.Linear(1, 1), {}, "random", keep=9)
-
-
-def test_a_method_of_another_stage_is_refused():
-    class Inner(Random):
-        stage, name = "in_llm", "inner"
-
-    with pytest.raises(UnsupportedModelError, match="'in_llm'"):
-        foveate.attach(model("llava"), Inner(keep=9))
-
-
-def test_default_positions_are_those_of_the_paper():
-    net, inputs = model("llava"), collate(samples("llava"))
-
-    class Fixed(Uniform):
-        positions = "original"
-
-    assert "position_ids" not in foveate.reduce(net, inputs, Uniform(keep=9))
-    assert "position_ids" in foveate.reduce(net, inputs, Fixed(keep=9))
-    assert "position_ids" not in foveate.reduce(net, inputs, Fixed(keep=9), positions="compact")
-
-
-def kept_separators(net, inputs, method, separators):
-    """Return, per span, the kept positions, the kept separators, and the span."""
-    spans = family_of(net).spans(net, inputs)
-    reduced = foveate.reduce(net, inputs, method, separators=separators)
-    results = []
-    for span, chosen in zip(spans, reduced.selection, strict=True):
-        chosen.check()
-        results.append((set(chosen.kept.tolist()), set(chosen.kept.tolist()) & set(span.separators().tolist()), span))
-    return results
-
-
-@pytest.mark.parametrize("family", ["llava_next", "video_llava"])
-@pytest.mark.parametrize("reducer", [Uniform(keep=9), VisPruner(keep=9), Pool(keep=9)], ids=lambda r: r.name)
-def test_separators_drop_and_keep(family, reducer):
-    net, inputs = model(family), collate(samples(family))
-    for (dropped, none, span), (kept, all_of_them, _) in zip(
-        kept_separators(net, inputs, reducer, "drop"), kept_separators(net, inputs, reducer, "keep"), strict=True
-    ):
-        assert none == set()
-        assert all_of_them == set(span.separators().tolist())
-        assert dropped | all_of_them == kept
-        assert len(dropped) == 9
-        assert (len(all_of_them) > 0) == (family == "llava_next" or span.kind == "video")
-
-
-@pytest.mark.parametrize("reducer", [FasterVLM(keep=Budget(6, per="joint")), Pool(keep=6)], ids=lambda r: r.name)
-def test_nonempty_newlines_close_a_row_with_a_token(reducer):
-    net, inputs = model("llava_next"), collate(samples("llava_next"))
-    some = 0
-    for kept, newlines, span in kept_separators(net, inputs, reducer, "nonempty"):
-        everything = span.separators().tolist()
-        width = everything[1] - everything[0] - 1
-        expected = {n for n in everything if kept & set(range(n - width, n))}
-        assert newlines == expected
-        some += 0 < len(newlines) < len(everything)
-    assert some
-
-
-def test_nonempty_cls_tokens_open_a_frame_with_a_token():
-    class Last(Reducer):
-        """Keeps three tokens of the last frame."""
-
-        name = "last"
-
-        def select(self, tokens):
-            chosen = list(Uniform(keep=3).select(tokens))
-            for i, span in enumerate(tokens.spans):
-                object.__setattr__(chosen[i], "kept", span.crops[-1].index[:3])
-            return foveate.Selection(tuple(chosen))
-
-    net, inputs = model("video_llava"), collate(samples("video_llava"))
-    for kept, separators, span in kept_separators(net, inputs, Last(keep=3), "nonempty"):
-        last = span.crops[-1].index
-        assert kept == {*last[:3].tolist(), *separators}
-        assert separators == ({int(last[0]) - 1} if span.kind == "video" else set())
-
-
-@pytest.mark.parametrize("family", ["llava_next", "video_llava"])
-@pytest.mark.parametrize("separators", ["drop", "keep", "nonempty"])
-@pytest.mark.parametrize("reducer", [Random(keep=9), Pool(keep=9)], ids=lambda r: r.name)
-@pytest.mark.parametrize("positions", ["original", "compact"])
-def test_separators_equal_the_oracle(family, separators, reducer, positions):
-    from oracle import rebuilt
-
-    net, inputs = model(family), collate(samples(family)[:2] if family == "llava_next" else samples(family)[::2])
-    reduced = foveate.reduce(net, inputs, reducer, separators=separators, positions=positions)
-    with torch.no_grad():
-        logits = net(**reduced).logits
-    expected = rebuilt(net, inputs, reduced.selection.by_prompt(2), positions)
-    for got, row in zip(logits, expected, strict=True):
-        torch.testing.assert_close(got[-len(row) :], row, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("layer", [-1, -2, -3, [-3, -1]], ids=str)
-@pytest.mark.parametrize("strategy", ["default", "full"])
-def test_feature_layer_and_strategy_of_the_call(layer, strategy):
-    """Chosen by configuration or by the call, with the ``[CLS]`` token in the span or not."""
-    net = model("llava")
-    if isinstance(layer, list):
-        wide = torch.nn.Linear(64, 32)
-        net.model.multi_modal_projector.linear_1 = wide
-    inputs = collate([sample(3, "image", 5)])
-    if strategy == "full":
-        row = sample(3, "image", 5)
-        row["ids"].insert(3, IMAGE)
-        inputs = collate([row])
-    options = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
-    reduced = foveate.reduce(net, {**inputs, **options}, VisPruner(keep=9), separators="keep")
-    (chosen,) = reduced.selection
-    assert len(chosen) == 9 + (strategy == "full")
-    (features,) = net.get_image_features(inputs["pixel_values"], **options).pooler_output
-    (embeds,) = reduced["mm_encoder_outputs"]["image"].pooler_output
-    torch.testing.assert_close(embeds, features[chosen.kept], atol=1e-5, rtol=1e-5)
-    assert net(**reduced).logits.shape[1] == inputs["input_ids"].shape[1] - chosen.length + len(chosen)
 
 
 def test_selections_are_those_of_the_last_call_with_images():
@@ -408,14 +239,3 @@ def test_threads_share_an_attached_model():
     assert not faults
     assert not barrier.broken
     assert net.model.vision_tower.config._attn_implementation == "sdpa"
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES_BY_NAME[f].resizes])
-def test_downsample_runs_everywhere(family):
-    net, inputs = model(family), collate(samples(family))
-    for keep in (9, Budget(0.25, per="crop")):
-        reduced = foveate.reduce(net, inputs, Downsample(keep=keep))
-        spans = family_of(net).spans(net, inputs)
-        for span, chosen in zip(spans, reduced.selection, strict=True):
-            assert 0 < len(chosen) <= sum(span.budget(keep))
-        assert net(**reduced).logits.isfinite().all()

@@ -73,7 +73,7 @@ def crop_batch(planes, query=None):
 def order(reducer, planes, count, query=None):
     """Return what a method picks from one crop, in its own order; planes are ``[N, ...]``, the query ``[M, D]``."""
     one = {probe: torch.as_tensor(x)[None] for probe, x in planes.items()}
-    return reducer._pick(crop_batch(one, None if query is None else torch.as_tensor(query)[None]), count)[0].tolist()
+    return reducer.pick(crop_batch(one, None if query is None else torch.as_tensor(query)[None]), count)[0].tolist()
 
 
 def exact_features(n, generator):

@@ -180,11 +180,11 @@ def test_relevance_is_brought_to_the_same_range_in_each_crop():
 
 def test_each_prompt_has_its_own_question():
     embeddings, words = torch.randn(2, 30, 12), torch.randn(2, 4, 12)
-    together = CDPruner(keep=7)._pick(crop_batch({Embeddings(): embeddings}, words), 7).tolist()
+    together = CDPruner(keep=7).pick(crop_batch({Embeddings(): embeddings}, words), 7).tolist()
     assert together == [
         order(CDPruner(keep=7), {Embeddings(): e}, 7, w) for e, w in zip(embeddings, words, strict=True)
     ]
-    swapped = CDPruner(keep=7)._pick(crop_batch({Embeddings(): embeddings}, words.flip(0)), 7).tolist()
+    swapped = CDPruner(keep=7).pick(crop_batch({Embeddings(): embeddings}, words.flip(0)), 7).tolist()
     assert swapped != together
 
 

@@ -63,7 +63,7 @@ def pick(tokens, prototypes, count, score="cosine"):
     x = x if x.dim() == 3 else x[None]
     unit = torch.nn.functional.normalize(torch.as_tensor(prototypes).float(), dim=-1)
     crops = CropBatch(None, tuple(range(len(x))), x.shape[1], x.device, {Embeddings(): x})
-    return reducer._pick(crops, count, unit).tolist()
+    return reducer.pick(crops, count, unit).tolist()
 
 
 @pytest.fixture
@@ -147,17 +147,6 @@ def test_edge_cases():
     for score in ("cosine", "softmax"):
         assert not {2, 5, 8} & set(pick(broken, y, 13, score)[0])
     assert pick(TOKENS, [[0.0] * 8], 3) == [[0, 1, 2]]
-
-
-@pytest.mark.parametrize("score", ["cosine", "softmax"])
-def test_selection_compiles(score):
-    reducer = CodebookPruner(keep=1, codebook=codebook_file(None), score=score)
-    x, y = torch.randn(2, 9, 8), torch.randn(5, 8)
-
-    def run(x, y):
-        return reducer._pick(CropBatch(None, (0, 1), 9, x.device, {Embeddings(): x}), 4, y)
-
-    assert torch.equal(torch.compile(run, fullgraph=True, backend="eager")(x, y), run(x, y))
 
 
 def test_configuration(book, tmp_path):

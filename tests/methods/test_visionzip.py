@@ -4,7 +4,6 @@ import pytest
 import torch
 from greedy_cases import exact_features, wave, wave_saliency
 from merge_cases import applied, cosine, crop_batch, mean_keys, one
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate import Budget
 from foveate.errors import FoveateError
@@ -44,7 +43,7 @@ def planes(attention, keys):
 
 def test_wave_of_16():
     attention, keys, x = wave_saliency(16), mean_keys(16, 4, 6), torch.tensor(wave(16, 8, 0.8, 1.3)).double()
-    groups = VisionZip(keep=7, contextual_ratio=3 / 7)._merge(crop_batch(one(planes(attention, keys))), 7)
+    groups = VisionZip(keep=7, contextual_ratio=3 / 7).pick(crop_batch(one(planes(attention, keys))), 7)
     places, got = applied(groups, x)
     assert places == [0, 2, 5, 6, 10, 11, 13]  # dominant 2 5 10 13, contextual 0 6 11
     assert got[0, :4].tolist() == pytest.approx([0.903707, 0.758257, 0.268877, 0.205267], abs=1e-6)
@@ -52,7 +51,7 @@ def test_wave_of_16():
     assert got[5, :4].tolist() == pytest.approx([-1.015688, 1.456622, -0.661493, 0.235605], abs=1e-6)
     assert torch.equal(got[3], x[6])
     assert torch.equal(got[[1, 2, 4, 6]], x[[2, 5, 10, 13]])
-    mean = VisionZip(keep=7, contextual_ratio=3 / 7, merge="mean")._merge(crop_batch(one(planes(attention, keys))), 7)
+    mean = VisionZip(keep=7, contextual_ratio=3 / 7, merge="mean").pick(crop_batch(one(planes(attention, keys))), 7)
     assert applied(mean, x)[1][0, :4].tolist() == pytest.approx([0.402639, 0.135977, -0.181150, 0.098655], abs=1e-6)
     members = reference(attention, keys, x, 7, 3)[2]
     assert members == {0: [1, 3, 7, 8, 9, 14, 15], 6: [], 11: [4, 12]}
@@ -60,7 +59,7 @@ def test_wave_of_16():
 
 def test_wave_of_64():
     attention, keys, x = wave_saliency(64), mean_keys(64, 4, 6), torch.tensor(wave(64, 8, 0.8, 1.3)).double()
-    groups = VisionZip(keep=16, contextual_ratio=3 / 16)._merge(crop_batch(one(planes(attention, keys))), 16)
+    groups = VisionZip(keep=16, contextual_ratio=3 / 16).pick(crop_batch(one(planes(attention, keys))), 16)
     places, got = applied(groups, x)
     dominant = [2, 5, 13, 16, 21, 24, 32, 35, 43, 46, 51, 54, 62]
     assert places == sorted([*dominant, 0, 22, 42])
@@ -106,9 +105,7 @@ def test_cls_goes_first_and_counts():
         (4, [0, 1, 2, 3], [100.0, 0.0, 1.0, 2.0 + (3.0 + 4.0 + 5.0) / 3]),
         (3, [0, 1, 2], [100.0, 0.0, 1.0 + (2.0 + 3.0 + 4.0 + 5.0) / 4]),
     ):
-        got, tokens = applied(
-            VisionZip(keep=count)._merge(crop_batch(one(planes(attention, keys)), cls=True), count), x
-        )
+        got, tokens = applied(VisionZip(keep=count).pick(crop_batch(one(planes(attention, keys)), cls=True), count), x)
         assert got == places
         assert tokens.flatten().tolist() == pytest.approx(values)
 
@@ -116,7 +113,7 @@ def test_cls_goes_first_and_counts():
 @pytest.mark.parametrize("method", [VisionZip, VisionDrop])
 def test_without_contextual_tokens_it_is_top_k(method):
     attention = torch.rand(40)
-    groups = method(keep=9, contextual_ratio=0.0)._merge(crop_batch(one(planes(attention, torch.randn(40, 3)))), 9)
+    groups = method(keep=9, contextual_ratio=0.0).pick(crop_batch(one(planes(attention, torch.randn(40, 3)))), 9)
     x = torch.randn(40, 4)
     places, got = applied(groups, x)
     assert places == sorted(attention.topk(9).indices.tolist())
@@ -127,7 +124,7 @@ def test_without_contextual_tokens_it_is_top_k(method):
 def test_every_patch_counts_once(cls):
     batch = crop_batch(one(planes(torch.rand(40), torch.randn(40, 3))), cls=cls)
     for count in (1, 2, 11, 39):
-        _, _, source, _ = VisionZip(keep=count)._merge(batch, count).per_crop()[0]
+        _, _, source, _ = VisionZip(keep=count).pick(batch, count).per_crop()[0]
         expected = range(40 + cls)
         # A single [CLS] token leaves the patches out; a single patch the others.
         assert sorted(source.tolist()) == list(expected) or count == 1
@@ -145,8 +142,8 @@ def test_contextual_counts():
 def test_visiondrop_is_visionzip_with_another_share():
     attention, keys, x = torch.rand(64), torch.randn(64, 6), torch.randn(65, 4)
     batch = crop_batch(one(planes(attention, keys)), cls=True)
-    one_way = applied(VisionDrop(keep=20)._merge(batch, 20), x)
-    other = applied(VisionZip(keep=20, contextual_ratio=0.14)._merge(batch, 20), x)
+    one_way = applied(VisionDrop(keep=20).pick(batch, 20), x)
+    other = applied(VisionZip(keep=20, contextual_ratio=0.14).pick(batch, 20), x)
     assert one_way[0] == other[0]
     assert torch.equal(one_way[1], other[1])
     assert VisionDrop(keep=20).probes() == VisionZip(keep=20).probes()
@@ -174,9 +171,7 @@ def test_degenerate_inputs_give_valid_groups(bad):
     else:
         attention[:], keys[:] = 0.5, float(bad == "equal")
     for count in (1, 5, 20):
-        places, got = applied(
-            VisionZip(keep=count)._merge(crop_batch(planes(attention, keys)), count), torch.ones(21, 1)
-        )
+        places, got = applied(VisionZip(keep=count).pick(crop_batch(planes(attention, keys)), count), torch.ones(21, 1))
         assert len(places) == count
         assert got.isfinite().all()
         if bad != "nan":
@@ -198,26 +193,6 @@ def test_each_crop_has_its_own_cls():
     m = chosen.merge
     rows = {int(s): int(chosen.kept[t]) for t, s in zip(m.target, m.source, strict=True) if s >= chosen.length}
     assert rows == {chosen.length: 0, chosen.length + 1: 49}  # the first place of either crop
-
-
-@pytest.mark.parametrize("reducer", [VisionZip(keep=9), VisionDrop(keep=9, merge="mean")], ids=lambda r: r.name)
-def test_nothing_waits_for_the_device(reducer):
-    with FakeTensorMode():
-        attention, keys = torch.empty(2, 65), torch.empty(2, 65, 8)
-        groups = reducer._merge(crop_batch({Attention(): attention, Keys(): keys}, cls=True), 9)
-    assert groups.kept.shape == (2, 9)
-
-
-def test_compiles_to_one_graph():
-    reducer, attention, keys = VisionZip(keep=9), torch.rand(2, 41), torch.randn(2, 41, 8)
-
-    def select(attention, keys):
-        groups = reducer._merge(crop_batch({Attention(): attention, Keys(): keys}, cls=True), 9)
-        return groups.kept, groups.target, groups.source, groups.weight
-
-    compiled = torch.compile(select, fullgraph=True, backend="eager")
-    for a, b in zip(compiled(attention, keys), select(attention, keys), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("method", [VisionZip, VisionDrop])

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate import VisPruner
 from foveate.errors import FoveateError
@@ -263,24 +262,6 @@ def test_number_of_important_tokens_is_truncated_in_double_precision():
     kept = kept_of(VisPruner(keep=100, important_ratio=0.29), features, saliency, 100)
     assert set(range(28)) <= set(kept)
     assert 28 not in kept
-
-
-@pytest.mark.parametrize("order", ["similarity", "rank"])
-def test_nothing_waits_for_the_device(order):
-    with FakeTensorMode():
-        kept = pick(VisPruner(keep=9, order=order), torch.empty(2, 65, 8), torch.empty(2, 65), 9)
-    assert kept.shape == (2, 9)
-
-
-def test_compiles_to_one_graph():
-    reducer = VisPruner(keep=9)
-    features, saliency = torch.randn(2, 41, 8), torch.rand(2, 41)
-
-    def select(features, saliency):
-        return pick(reducer, features, saliency, 9)
-
-    compiled = torch.compile(select, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(features, saliency), select(features, saliency))
 
 
 @pytest.mark.parametrize(

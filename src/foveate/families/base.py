@@ -103,6 +103,18 @@ class Family(ABC):
     ) -> list[list[Tensor]]:
         """Encode each crop of each span at a smaller grid ``(h, w)``; one ``[h * w, C]`` per crop."""
 
+    def image_features(self, model: Any, inputs: Mapping[str, Any], kind: str) -> Any:
+        """Run the model's own encoder and projector on all images (or videos)."""
+        key = next(k for k, v in self.inputs.items() if v == kind and inputs.get(k) is not None)
+        side = {k: inputs[k] for k in self.side_inputs_of(kind) if inputs.get(k) is not None}
+        name = f"get_{kind}_features"
+        encode = getattr(model, name, None) or getattr(model.model, name)
+        return encode(inputs[key], **side, return_dict=True)
+
+    def side_inputs_of(self, kind: str) -> tuple[str, ...]:
+        """Return the further inputs that the encoder reads for one kind."""
+        return self.side_inputs
+
     def encode_inside(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
     ) -> VisualTokens:

@@ -35,6 +35,9 @@ class LlavaNextVideo(LlavaNext):
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
     notes = "pictures as in llava_next; each frame of a video is a crop of pooled tokens"
 
+    def side_inputs_of(self, kind: str) -> tuple[str, ...]:
+        return self.side_inputs if kind == "image" else ()
+
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         spans = [] if inputs.get("pixel_values") is None else list(super().spans(model, inputs))
         if inputs.get("pixel_values_videos") is not None:

@@ -99,16 +99,6 @@ class MergedFamily(Family):
             )
         return encoder_layers(encoder)
 
-    def image_features(self, model: Any, inputs: Mapping[str, Any], kind: str) -> Any:
-        """Run the model's own encoder and projector on all images (or videos)."""
-        key = next(k for k, v in self.inputs.items() if v == kind)
-        side = {k: inputs[k] for k in self.side_inputs_of(kind) if inputs.get(k) is not None}
-        return getattr(model.model, f"get_{kind}_features")(inputs[key], **side, return_dict=True)
-
-    def side_inputs_of(self, kind: str) -> tuple[str, ...]:
-        """Return the further inputs that the encoder reads for one kind."""
-        return self.side_inputs
-
     def rows(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Return what the LLM gets of each image, from the output of `image_features`.
 

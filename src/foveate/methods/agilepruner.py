@@ -63,9 +63,9 @@ class AgilePruner(Reducer):
             raise FoveateError(f"typical is a share of the largest possible rank, above 0 and up to 1: {self.typical}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         features, size = crops.probe(Features()), crops.size
         order = descending(crops.probe(Attention()))
         listed = features.take_along_dim(order[:, :, None], dim=1)

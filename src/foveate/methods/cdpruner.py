@@ -59,9 +59,9 @@ class CDPruner(Reducer):
             raise FoveateError(f"theta is from 0 up to, but not including, 1, or None; not {self.theta}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         embeddings, query = crops.probe(Embeddings()), crops.query
         similarity = cosine_matrix(embeddings)
         if query is None or query.shape[1] == 0:

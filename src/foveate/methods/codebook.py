@@ -48,6 +48,7 @@ class CodebookPruner(Reducer):
     Notes
     -----
     One product ``[N, D] x [D, K]`` and one sort. The order of the prototypes has no influence.
+    `select` looks whether its file has changed, which no graph can hold; what follows does compile (`pick`).
 
     Deviations from the paper: only its mode of a fixed number of tokens; the other keeps whatever falls below a
     threshold. Ties go to the lower index, and tokens that are not finite are dropped first.
@@ -77,9 +78,9 @@ class CodebookPruner(Reducer):
 
     def select(self, tokens: VisualTokens) -> Selection:
         prototypes = Codebook.load(self.codebook).unit(tokens.device)
-        return tokens.per_crop(self.keep, lambda crops, count: self._pick(crops, count, prototypes))
+        return tokens.per_crop(self.keep, lambda crops, count: self.pick(crops, count, prototypes))
 
-    def _pick(self, crops: CropBatch, count: int, prototypes: Tensor) -> Tensor:
+    def pick(self, crops: CropBatch, count: int, prototypes: Tensor) -> Tensor:
         embeddings = crops.probe(Embeddings())
         if embeddings.shape[-1] != prototypes.shape[-1]:
             raise InputError(

@@ -53,9 +53,9 @@ class DART(Reducer):
             raise FoveateError(f"DART needs at least one pivot, not pivots={self.pivots}: 4 is the published value")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         embeddings = crops.probe(Embeddings()).float()
         kept = descending(embeddings.abs().sum(dim=-1))[:, : min(self.pivots, count)]
         similarity = cosine_matrix(embeddings.take_along_dim(kept[:, :, None], dim=1), embeddings)

@@ -43,9 +43,9 @@ class DivPrune(Reducer):
     complexity = "O(N^2 D)"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = cosine_matrix(crops.probe(Embeddings()))
         # Products of matrices are not exactly symmetric, yet the two tokens of a closest pair have to tie.
         similarity = torch.maximum(similarity, similarity.mT)

@@ -76,12 +76,12 @@ class EVS(Reducer):
                 work[len(frames), len(span.crops[0]), count].append((i, torch.stack(frames)))
             kept[i] = [crop.index.to(tokens.device) for crop in span.crops]
         for (_, _, count), videos in work.items():
-            rows = self._pick(torch.stack([video for _, video in videos]), count)
+            rows = self.pick(torch.stack([video for _, video in videos]), count)
             for (i, _), row in zip(videos, rows, strict=True):
                 kept[i] = [torch.cat(kept[i]).index_select(0, row)]
         return tokens.selection(kept)
 
-    def _pick(self, videos: Tensor, count: int) -> Tensor:
+    def pick(self, videos: Tensor, count: int) -> Tensor:
         """Return the kept tokens ``[V, count]`` of videos ``[V, t, n, D]``, as indices into the ``t * n`` tokens."""
         unit = torch.nn.functional.normalize(videos.float(), dim=-1)
         news = 1 - (unit[:, 1:] * unit[:, :-1]).sum(dim=-1)

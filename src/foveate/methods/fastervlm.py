@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from foveate.probes import Attention
 from foveate.ranking import top
 from foveate.reducer import Reducer, register
 from foveate.selection import Selection
-from foveate.tokens import VisualTokens
+from foveate.tokens import CropBatch, VisualTokens
 
 
 @register("fastervlm")
@@ -31,4 +33,7 @@ class FasterVLM(Reducer):
     complexity = "O(N log N)"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, lambda crops, count: top(crops.probe(Attention()), count))
+        return tokens.per_crop(self.keep, self.pick)
+
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
+        return top(crops.probe(Attention()), count)

@@ -56,9 +56,9 @@ class FSR(Reducer):
             raise FoveateError(f"focus is a share of the scores, above 0 and up to 1, not {self.focus}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self._merge)
+        return tokens.per_crop_merge(self.keep, self.pick)
 
-    def _merge(self, crops: CropBatch, count: int) -> Groups:
+    def pick(self, crops: CropBatch, count: int) -> Groups:
         embeddings, query = crops.probe(Embeddings()), crops.query
         similarity = cosine_matrix(embeddings)
         score = min_max(crops.probe(Attention()))

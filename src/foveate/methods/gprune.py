@@ -67,9 +67,9 @@ class GPrune(Reducer):
             raise FoveateError(f"information flows for at least one step, not steps={self.steps}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         return top(self._score(crops.probe(Embeddings())), count)
 
     def _score(self, embeddings: Tensor) -> Tensor:

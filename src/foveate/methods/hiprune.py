@@ -66,9 +66,9 @@ class HiPrune(Reducer):
         return Attention(of="received", layers=(float(self.object_layer),)), Attention(of="received")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         middle, last = (crops.probe(probe) for probe in self.probes())
         anchors = descending(middle)[:, : round(count * self.alpha / 5)]
         cross = torch.zeros(middle.shape, dtype=torch.bool, device=middle.device)

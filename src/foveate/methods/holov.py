@@ -55,9 +55,9 @@ class HoloV(Reducer):
             raise FoveateError(f"a picture has at least one region: regions={self.regions} is not possible, use 16")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         saliency, size = crops.probe(Attention()).float(), crops.size
         regions = min(max(1, 16 * size // (9 * count)) if self.regions is None else self.regions, size)
         length, longer = divmod(size, regions)

@@ -52,9 +52,9 @@ class MMR(Reducer):
             raise FoveateError(f"balance is a weight from 0 to 1, not {self.balance}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = cosine_matrix(crops.probe(Embeddings()))
         saliency = min_max(crops.probe(Attention()))
         taken = torch.zeros_like(saliency, dtype=torch.bool)

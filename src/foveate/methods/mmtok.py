@@ -61,9 +61,9 @@ class MMTok(Reducer):
                 raise FoveateError(f"{name} is a finite number of at least {least}, not {getattr(self, name)}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         embeddings = crops.probe(Embeddings())
         taken = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         matrix = self._coverage(embeddings, crops.probe(Features()), crops.query)

@@ -30,9 +30,9 @@ class Pool(Reducer):
     reads_grid = True
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self._pool)
+        return tokens.per_crop_merge(self.keep, self.pick)
 
-    def _pool(self, crops: CropBatch, count: int) -> Groups:
+    def pick(self, crops: CropBatch, count: int) -> Groups:
         windows = _windows(crops.require_grid(self.name), count)
         return Groups(*(x.to(crops.device).expand(len(crops.ordinals), -1) for x in windows))
 

@@ -36,7 +36,8 @@ class PruMerge(Reducer):
         Tokens that flow into each centre, at most all others.
     adaptive
         Centres are the outliers of the attention, those above ``Q3 + 1.5 * (Q3 - Q1)``, as in the paper: how many
-        depends on the image, and `keep` is the upper bound. Waits for the device once per batch.
+        depends on the image, and `keep` is the upper bound. Waits for the device once per batch, and so does not
+        compile to one graph.
     layer
         Encoder layer of attention and keys, counted as in `LayerProbe`: 0, the layer behind the one that makes the
         features, as published for CLIP; -1, the one that makes them, which suits encoders whose last layer was never
@@ -77,9 +78,9 @@ class PruMerge(Reducer):
         return Attention(joint=True, layers=(self.layer,)), Keys(joint=True, layers=(self.layer,))
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self._merge)
+        return tokens.per_crop_merge(self.keep, self.pick)
 
-    def _merge(self, crops: CropBatch, count: int) -> Groups:
+    def pick(self, crops: CropBatch, count: int) -> Groups:
         attention, keys = (crops.probe(probe) for probe in self.probes())
         attention = attention.float().nan_to_num()
         centres, back = max(1, count - 1), int(count > 1)

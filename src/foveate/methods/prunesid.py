@@ -47,9 +47,9 @@ class PruneSID(Reducer):
     complexity = "O(N^2 C + N^3)"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         features, place, size = crops.probe(Features()), ranks(crops.probe(Attention())), crops.size
         group, groups = _components(features, max(1, count // 4))
         similarity = cosine_matrix(features)

@@ -31,11 +31,14 @@ class Random(Reducer):
     complexity = "O(N)"
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
-        draws = []
-        for ordinal in crops.ordinals:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ordinal)
-            draws.append(torch.randperm(crops.size, generator=generator)[:count])
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
+        draws = [_draw(self.seed * 1_000_003 + ordinal, crops.size)[:count] for ordinal in crops.ordinals]
         return torch.stack(draws).to(crops.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _draw(seed: int, size: int) -> Tensor:
+    """Return the numbers below `size` in random order."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))

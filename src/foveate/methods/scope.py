@@ -52,9 +52,9 @@ class SCOPE(Reducer):
             raise FoveateError(f"alpha is a finite exponent of at least 0, not {self.alpha}: 1 is the published value")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = cosine_matrix(crops.probe(Features()))
         saliency = crops.probe(Attention()).float()
         weight = saliency**self.alpha

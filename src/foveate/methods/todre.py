@@ -55,9 +55,9 @@ class ToDRE(Reducer):
             raise FoveateError(f"criterion is 'max_sum' or 'k_center', not {self.criterion!r}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = cosine_matrix(crops.probe(Embeddings()))
         saliency = crops.probe(Attention())
         taken = torch.zeros_like(saliency, dtype=torch.bool)

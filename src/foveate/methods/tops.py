@@ -55,9 +55,9 @@ class TOPS(Reducer):
                 raise FoveateError(f"{name} is a finite weight of at least 0, not {getattr(self, name)}")
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = cosine_matrix(crops.probe(Embeddings()))
         saliency = crops.probe(Attention()).float()
         taken = torch.zeros_like(saliency, dtype=torch.bool)

@@ -28,8 +28,8 @@ class Uniform(Reducer):
     reads_grid = True
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         middles = [cell.middle for cell in cells(crops.require_grid(self.name), count)]
         return torch.tensor(middles, device=crops.device).expand(len(crops.ordinals), -1)

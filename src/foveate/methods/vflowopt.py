@@ -83,7 +83,7 @@ class VFlowOpt(Reducer):
     exact
         Keep exactly T: of more blocks than M the means of those with the least important leaders go, and for fewer
         the most important leftovers are added. `False` keeps a mean per block as the official code does, which may
-        miss T either way, and waits for the device once per batch.
+        miss T either way. It waits for the device once per batch, and so does not compile to one graph.
 
     Notes
     -----
@@ -124,9 +124,9 @@ class VFlowOpt(Reducer):
         return (Judged(self.t),)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self._merge)
+        return tokens.per_crop_merge(self.keep, self.pick)
 
-    def _merge(self, crops: CropBatch, count: int) -> Groups:
+    def pick(self, crops: CropBatch, count: int) -> Groups:
         importance = crops.probe(Judged(self.t)).float().nan_to_num(nan=0.0)
         if self.a is None:
             blocks, number, recycled = torch.zeros(crops.size, dtype=torch.long, device=crops.device), 1, 0

@@ -60,9 +60,9 @@ class VisionZip(Reducer):
         check_parameters(self.contextual_ratio, self.merge)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self._merge)
+        return tokens.per_crop_merge(self.keep, self.pick)
 
-    def _merge(self, crops: CropBatch, count: int) -> Groups:
+    def pick(self, crops: CropBatch, count: int) -> Groups:
         return dominant_and_contextual(crops, count, contextual_count(count, self.contextual_ratio), self.merge)
 
 

@@ -57,9 +57,9 @@ class VTCCLS(Reducer):
         return (Attention(layers=float(self.start)),)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self._pick)
+        return tokens.per_crop(self.keep, self.pick)
 
-    def _pick(self, crops: CropBatch, count: int) -> Tensor:
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
         (probe,) = self.probes()
         layers = crops.probe(probe).float()
         if self.reduce == "sum":

@@ -142,7 +142,10 @@ def _panels(
             crops = [span.crops[i] for i in group]
             values = None if saliency is None else [saliency[first + i] for i in group]
             array = arrays[group[0] if len(arrays) > 1 else 0]
-            panels.append(_Panel(array, crops, values, chosen, _label(span, group, crops)))
+            label = _label(span, group, crops)
+            if len(spans) > 1:
+                label = f"{span.kind} {1 + span.ordinal}, {label}" if label else f"{span.kind} {1 + span.ordinal}"
+            panels.append(_Panel(array, crops, values, chosen, label))
         first += len(span.crops)
     return panels
 

@@ -1,0 +1,156 @@
+"""Decoding goes on as if the dropped tokens were hidden: by hand, and in later turns on the same cache."""
+
+import pytest
+import torch
+from oracle import (
+    answer_logits,
+    answer_of,
+    both_positions,
+    check,
+    close,
+    every_family,
+    every_position_in_depth,
+    extended,
+    generate,
+)
+from transformers import DynamicCache
+
+import foveate
+from foveate.methods import Random, Uniform
+from tiny import (
+    TINIES,
+    VISUALS,
+    collate,
+    model,
+    sample,
+    samples,
+)
+
+
+def joined(first, answers, then):
+    """Return prompts made of earlier prompts, their answers and what follows."""
+    rows = []
+    for before, answer, after in zip(first, answers.tolist(), then, strict=True):
+        row = {key: before.get(key, []) + after.get(key, []) for key in {**before, **after}}
+        row["ids"] = before["ids"] + answer + after["ids"]
+        rows.append(row)
+    return rows
+
+
+@every_position_in_depth
+@pytest.mark.parametrize("new_image", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize("only_new", [False, True], ids=["full-ids", "new-ids"])
+def test_second_turn_on_the_same_cache(family, positions, new_image, only_new):
+    net, first = model(family), samples(family)
+    second = [sample(2, *([VISUALS[family][0]] if new_image else []), 4, seed=20 + i) for i in range(3)]
+    inputs, cache = collate(first), TINIES[family].cache(net)
+    with foveate.attach(net, Random(keep=9), positions=positions) as handle:
+        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        before = handle.selections
+        whole = collate(joined(first, answer_of(one, inputs), second))
+        turn = {k: x for k, x in collate(second).items() if not k.endswith(("_ids", "attention_mask")) or "pixel" in k}
+        turn |= {k: whole[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in whole}
+        assert torch.equal(whole["input_ids"][:, : one.sequences.shape[1]], one.sequences)
+        if only_new:
+            turn["input_ids"] = turn["input_ids"][:, one.sequences.shape[1] - 1 :]
+        two = generate(net, turn, past_key_values=cache)
+        after = handle.selections if new_image else [[] for _ in before]
+        # A third turn, of text.
+        answer = answer_of(two, turn)
+        third = [sample(3, seed=40 + i) for i in range(3)]
+        longest = collate(joined(joined(first, answer_of(one, inputs), second), answer, third))
+        three = generate(net, {k: longest[k] for k in ("input_ids", "attention_mask")}, past_key_values=cache)
+    assert torch.equal(two.sequences[:, : turn["input_ids"].shape[1]], turn["input_ids"])
+    selections = [a + b for a, b in zip(before, after, strict=True)]
+    close(torch.stack(two.logits, 1), answer_logits(net, whole, selections, answer, positions))
+    check(net, longest, three, selections, positions)
+
+
+@both_positions
+@pytest.mark.parametrize("only_new", [False, True], ids=["full-ids", "new-ids"])
+def test_first_image_in_the_second_turn(positions, only_new):
+    net, first, second = model("llava"), [sample(7), sample(7, seed=1)], [sample(2, "image", 3), sample(4, "image", 1)]
+    inputs, cache = collate(first), DynamicCache()
+    with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
+        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        whole = collate(joined(first, answer_of(one, inputs), second))
+        turn = dict(whole)
+        if only_new:
+            turn["input_ids"] = turn["input_ids"][:, one.sequences.shape[1] - 1 :]
+        two = generate(net, turn, past_key_values=cache)
+    answer = answer_of(two, turn)
+    close(torch.stack(two.logits, 1), answer_logits(net, whole, handle.selections, answer, positions))
+
+
+@both_positions
+def test_second_turn_of_several_answers(positions):
+    net, first = model("llava"), samples("llava")
+    inputs, cache = collate(first), DynamicCache()
+    with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
+        one = generate(net, inputs, do_sample=True, max_new_tokens=3, num_return_sequences=2, past_key_values=cache)
+        twice = [row for row in first for _ in range(2)]
+        whole = collate(joined(twice, answer_of(one, inputs), [sample(3, seed=20 + i) for i in range(6)]))
+        selections = [row for row in handle.selections for _ in range(2)]
+        turn = {key: whole[key] for key in ("input_ids", "attention_mask")}
+        two = generate(net, turn, past_key_values=cache)
+    check(net, whole, two, selections, positions)
+
+
+@pytest.mark.parametrize("new_image", [False, True], ids=["text", "image"])
+def test_own_position_ids_in_the_second_turn(new_image):
+    net, first = model("llava"), samples("llava")
+    inputs, cache = collate(first), DynamicCache()
+    with foveate.attach(net, Uniform(keep=9), positions="original"):
+        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        second = [sample(2, *(["image"] if new_image else []), 4, seed=20 + i) for i in range(3)]
+        whole = collate(joined(first, answer_of(one, inputs), second))
+        turn = {k: x for k, x in collate(second).items() if k.startswith("pixel")}
+        turn |= {"input_ids": whole["input_ids"], "attention_mask": whole["attention_mask"]}
+        positions = (whole["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        # The last answered token is not in the cache yet.
+        start = one.sequences.shape[1] - 1
+        new = {**turn, "input_ids": turn["input_ids"][:, start:]}
+        with torch.no_grad():
+            given = net(**new, position_ids=positions[:, start:], past_key_values=cache).logits[:, -1]
+    # The same dialogue once more, with positions left to the library.
+    with foveate.attach(net, Uniform(keep=9), positions="original"), torch.no_grad():
+        cache = generate(net, inputs, max_new_tokens=4).past_key_values
+        worked_out = net(**new, past_key_values=cache).logits[:, -1]
+    close(given, worked_out)
+    with foveate.attach(net, Uniform(keep=9), positions="compact"), torch.no_grad():
+        cache = generate(net, inputs, max_new_tokens=4).past_key_values
+        with pytest.raises(foveate.FoveateError, match="leave them out"):
+            net(**new, position_ids=positions[:, start:], past_key_values=cache)
+
+
+@every_position_in_depth
+@pytest.mark.parametrize("with_mask", [False, True], ids=["no-mask", "mask"])
+def test_manual_decoding(family, positions, with_mask):
+    rows = samples(family) if with_mask else samples(family)[1:2]
+    net, inputs = model(family), collate(rows)
+    step = dict(inputs)
+    if not with_mask:
+        del step["attention_mask"]
+    logits, answer, cache = [], [], None
+    with foveate.attach(net, Uniform(keep=9), positions=positions) as handle, torch.no_grad():
+        for _ in range(6):
+            out = net(**step, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits[:, -1])
+            answer.append(out.logits[:, -1, 1:110].argmax(-1, keepdim=True) + 1)
+            step = {"input_ids": answer[-1]}
+            if with_mask:
+                step["attention_mask"] = extended(inputs, torch.cat(answer, 1))["attention_mask"]
+    expected = answer_logits(net, inputs, handle.selections, torch.cat(answer, 1), positions)
+    close(torch.stack(logits, 1), expected)
+
+
+@every_family
+@torch.no_grad()
+def test_gaps_between_positions_are_no_borders(family):
+    """Without a mask and a cache, transformers would take them for borders of packed prompts."""
+    net, inputs = model(family), collate([samples(family)[1]])
+    bare = {k: x for k, x in inputs.items() if k != "attention_mask"}
+    positions = TINIES[family].positions[0]
+    with foveate.attach(net, Random(keep=9), positions=positions):
+        close(net(**bare, use_cache=False).logits, net(**inputs, use_cache=False).logits)
