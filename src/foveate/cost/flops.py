@@ -12,11 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, TypeAlias
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.cost.anatomy import Anatomy, Layer, Tower, anatomy_of, attention_widths, layer_types
 from foveate.cost.formulas import PerLayer, per_layer
@@ -69,7 +65,7 @@ def prefill_flops(
     *,
     rows: Sequence[Patches] | None = None,
     windows: Sequence[int] | None = None,
-    pixels: Sequence[int] = (),
+    vision: int | None = None,
     projected: int | None = None,
     early_exit: bool = True,
     selection: int = 0,
@@ -89,8 +85,8 @@ def prefill_flops(
         fill, or one picture of any size.
     windows
         Patches of each window, for encoders most of whose layers attend within windows; by default those of squares.
-    pixels
-        Shape ``[..., 3, height, width]`` of what goes through an encoder that is no stack of transformer layers.
+    vision
+        FLOPs of an encoder that is no stack of transformer layers, see `Work.measured`.
     projected
         Rows that go through the projector; by default the kept tokens where foveate prunes before it. Methods that
         merge project them all.
@@ -126,11 +122,10 @@ def prefill_flops(
             f"between 1 and all of the {visual_tokens} visual tokens can be kept, and no layer gets more than the one "
             f"before it: not {shown}"
         )
-    if anatomy.tower is None:
-        vision = _measured(anatomy, tuple(pixels))
-    else:
+    if vision is None:
+        tower = _tower(anatomy)
         rows = default_rows(anatomy, visual_tokens) if rows is None else rows
-        vision = _vision(anatomy.tower, rows, windows, anatomy.tower.read if early_exit else None)
+        vision = _vision(tower, rows, windows, tower.read if early_exit else None)
     if projected is None:
         whole = sum(r for r in rows or () if isinstance(r, int)) // anatomy.merges
         projected = counts[0] if anatomy.projects_kept or not whole else whole
@@ -245,7 +240,10 @@ def _anatomy(config: Any) -> Anatomy:
 
 def _tower(anatomy: Anatomy) -> Tower:
     if anatomy.tower is None:
-        raise UnsupportedModelError(f"the encoder of {anatomy.family.name} has no layers of attention")
+        raise UnsupportedModelError(
+            f"the encoder of the family {anatomy.family.name!r} is no stack of transformer layers: its FLOPs are not "
+            "known from token counts"
+        )
     return anatomy.tower
 
 
@@ -284,20 +282,3 @@ def _prefill(layers: Sequence[Layer], lengths: Sequence[int], causal: bool) -> i
 def _pairs(tokens: int, window: int) -> int:
     reach = min(tokens, window or tokens)
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
-
-
-@lru_cache(maxsize=64)
-def _measured(anatomy: Anatomy, shape: tuple[int, ...]) -> int:
-    """Run an encoder that is no stack of transformer layers on the meta device, and count."""
-    if not shape:
-        raise UnsupportedModelError(f"the vision FLOPs of {anatomy.family.name} depend on the pixels: give their shape")
-    model = anatomy.model
-    encode = model.get_image_features if anatomy.family.name == "generic" else model.model.vision_tower
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            encode(torch.empty(shape, device="meta"))
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"the vision FLOPs of {type(model).__name__} are not known: its encoder needs more than pixels to run"
-        ) from error
-    return int(counter.get_total_flops())

@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from foveate.cost.anatomy import Anatomy
+from foveate.errors import UnsupportedModelError
 from foveate.families.base import Grid
+from foveate.families.generic import Generic
 from foveate.families.mrope import MRopeFamily
 from foveate.families.raster import RasterFamily
 from foveate.tokens import Span
@@ -26,14 +31,15 @@ class Work:
         Their visual tokens.
     padded
         Patches to which the encoder pads every picture; 0 if it does not.
-    pixels
-        Shape ``[..., 3, height, width]`` of the pixels, for encoders that are no stack of transformer layers.
+    measured
+        FLOPs of an encoder that is no stack of transformer layers, counted on a run without weights; else `None`. In
+        the generic family, the projector's are among them.
     """
 
     pictures: tuple[Grid, ...]
     spans: tuple[Span, ...]
     padded: int = 0
-    pixels: tuple[int, ...] = ()
+    measured: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,10 +91,10 @@ def work_of(anatomy: Anatomy, inputs: Mapping[str, Any], spans: Sequence[Span]) 
     spans
         As `Family.spans` returns them.
     """
-    family, pictures, shape, padded = anatomy.family, [], (), 0
-    for key, kind in sorted(family.inputs.items(), key=lambda item: item[1] == "video"):  # stills first
-        if inputs.get(key) is None:
-            continue
+    family, padded = anatomy.family, 0
+    pictures: list[Grid] = []
+    given = {key: kind for key, kind in family.inputs.items() if inputs.get(key) is not None}
+    for key, kind in sorted(given.items(), key=lambda item: item[1] == "video"):  # stills first
         shape = tuple(inputs[key].shape)
         if isinstance(family, MRopeFamily):
             pictures += [(h, w) for t, h, w in inputs[f"{kind}_grid_thw"].tolist() for _ in range(t)]
@@ -98,4 +104,25 @@ def work_of(anatomy: Anatomy, inputs: Mapping[str, Any], spans: Sequence[Span]) 
         elif anatomy.tower is not None:
             patch = anatomy.tower.patch
             pictures += [(shape[-2] // patch[0], shape[-1] // patch[1])] * math.prod(shape[:-3])
-    return Work(tuple(pictures), tuple(spans), padded, shape)
+    return Work(tuple(pictures), tuple(spans), padded, None if anatomy.tower else measured(anatomy, inputs))
+
+
+def measured(anatomy: Anatomy, inputs: Mapping[str, Any]) -> int:
+    """Run an encoder on the meta device, which computes nothing, and count its FLOPs.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it needs more than shapes and sizes to run.
+    """
+    model, family = anatomy.model, anatomy.family
+    encode = model.get_image_features if isinstance(family, Generic) else model.model.vision_tower
+    side = {key: inputs[key].cpu() for key in family.side_inputs if inputs.get(key) is not None}
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            encode(inputs["pixel_values"].to("meta", model.dtype), **side)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"the vision FLOPs of {type(model).__name__} are not known: its encoder does not run without data"
+        ) from error
+    return int(counter.get_total_flops())

@@ -1,0 +1,118 @@
+"""The cost of a prefill with a method of any stage, or without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from math import isqrt
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from foveate.cost.anatomy import Anatomy
+from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
+from foveate.cost.formulas import PerLayer
+from foveate.cost.work import Work
+from foveate.encoder import EncoderReducer
+from foveate.engines.hf import probes_of
+from foveate.errors import UnsupportedModelError
+from foveate.families.llava_next_video import LlavaNextVideo
+from foveate.families.llava_onevision import LlavaOnevision
+from foveate.grids import crop_budgets
+from foveate.probes import Embeddings
+from foveate.reducer import Reducer
+
+
+def arm_cost(
+    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Reducer | None, kept: PerLayer, decision: int = 0
+) -> Cost:
+    """Count a prefill, stock or as foveate's engine runs it.
+
+    Parameters
+    ----------
+    reducer
+        The method; `None` for the stock model, which runs its whole tower.
+    kept
+        Visual tokens that the LLM gets, or that each of its layers gets.
+    decision
+        FLOPs of the method's decision.
+    """
+    stock = reducer is None or reducer.stage == "in_llm"
+    rows: Sequence[Patches] = work.rows(anatomy)
+    windows, vision, projected, probes = work.windows(anatomy), work.measured, work.projected(anatomy), 0
+    if reducer is not None and not stock:
+        first = kept if isinstance(kept, int) else kept[0]
+        all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.probes()
+        if anatomy.projects_kept:
+            projected = work.tokens if all_projected else first
+        if reducer.stage == "pixels":
+            small = shrunk(anatomy, work, reducer)
+            rows, windows = [math.prod(grid) for grid in small.pictures], small.windows(anatomy)
+            projected = first if anatomy.projects_kept else small.projected(anatomy)
+        elif isinstance(reducer, EncoderReducer):
+            rows = encoder_rows(anatomy, work, reducer)
+        else:
+            probes = probe_flops(anatomy, probes_of([reducer]), work.rows(anatomy), windows)
+    return prefill_flops(
+        anatomy, work.tokens, text_tokens, kept, rows=rows, windows=windows, vision=vision, projected=projected,
+        early_exit=not stock and anatomy.projects_kept, selection=probes + decision,
+    )  # fmt: skip
+
+
+def shrunk(anatomy: Anatomy, work: Work, reducer: Reducer) -> Work:
+    """Return the work that a method of the stage ``"pixels"`` leaves: smaller pictures, each by itself."""
+    if anatomy.tower is None:
+        raise UnsupportedModelError(f"the FLOPs of smaller pictures in {anatomy.family.name} are not known")
+    pictures = []
+    for span in work.spans:
+        side = isqrt(anatomy.merges) * _pooled_side(anatomy, span.kind)
+        pictures += [(h * side, w * side) for (h, w), _ in reducer.plan(span)]  # type: ignore[attr-defined]
+    return Work(tuple(pictures), work.spans)
+
+
+def _pooled_side(anatomy: Anatomy, kind: str) -> int:
+    """Return how many rows of patches are pooled to a row of tokens, beside those that merge before the projector."""
+    if kind == "video" and isinstance(anatomy.family, LlavaNextVideo):
+        return int(anatomy.model.config.spatial_pool_stride)
+    return 2 if kind == "video" and isinstance(anatomy.family, LlavaOnevision) else 1
+
+
+def encoder_rows(anatomy: Anatomy, work: Work, reducer: EncoderReducer) -> list[Patches]:
+    """Return the tokens of each picture in each layer of the vision tower that runs."""
+    assert anatomy.tower is not None
+    patches = math.prod(work.pictures[0]) if work.pictures else default_rows(anatomy, work.tokens)[0]
+    rows: list[Patches] = []
+    for span in work.spans:
+        for crop, _, count in crop_budgets(span, reducer.keep, reducer.name):
+            padding = patches - len(crop)
+            lengths = reducer.lengths(len(crop), count, anatomy.tower.read)
+            rows.append([(padding + a, padding + b) for a, b in lengths])
+    return rows
+
+
+def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[PerLayer, int]:
+    """Find out how many visual tokens a method keeps, and the FLOPs of its decision, without any image.
+
+    Methods before the LLM decide once on random tokens of the sizes that the model would give them, and what they
+    multiply is counted: it depends on sizes, not on values, but for methods with data-dependent loops.
+
+    Returns
+    -------
+    tuple
+        The number that the LLM gets, or of each of its layers for methods inside it, and the FLOPs.
+    """
+    from foveate.cost.imagined import imagined_tokens
+
+    if reducer.stage == "in_llm":
+        return list(reducer.schedule(len(anatomy.decoder), work.tokens)), 0  # type: ignore[attr-defined]
+    if reducer.keeps_all(work.spans):
+        return work.tokens, 0
+    if reducer.stage == "pixels":
+        return sum(h * w for span in work.spans for (h, w), _ in reducer.plan(span)), 0  # type: ignore[attr-defined]
+    if isinstance(reducer, EncoderReducer):
+        budgets = (crop_budgets(span, reducer.keep, reducer.name) for span in work.spans)
+        return sum(min(count, len(crop)) for crops in budgets for crop, _, count in crops), 0
+    tokens = imagined_tokens(anatomy, work.spans, probes_of([reducer]), text_tokens)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        chosen = reducer.select(tokens)
+    return sum(len(span) for span in chosen), int(counter.get_total_flops())
