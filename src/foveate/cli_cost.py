@@ -36,8 +36,9 @@ def cost(
         int | None, typer.Option(min=1, help="Visual tokens of the prompt.  [default: what the images come to]")
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=0, help="Other tokens of the prompt.")] = 40,
-    images: Annotated[int | None, typer.Option(min=0, help="Images of the prompt.  [default: 1, or 0 beside frames]")]
-    = None,
+    images: Annotated[
+        int | None, typer.Option(min=0, help="Images of the prompt.  [default: 1, or 0 beside frames]")
+    ] = None,
     frames: Annotated[int, typer.Option(min=0, help="Frames of a video in the prompt.")] = 0,
     image_size: Annotated[str, typer.Option(help="Width and height in pixels.")] = "672x672",
     dtype: Annotated[str, typer.Option(help="Of the KV cache: bfloat16, float16, float32.")] = "bfloat16",
@@ -74,7 +75,7 @@ def cost(
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)[xX×]([1-9]\d*)", text.strip())
+    found = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text.strip())
     if found is None:
         raise InputError(f"an image size is WIDTHxHEIGHT in pixels, such as 1024x768, not {text!r}")
     return int(found[1]), int(found[2])

@@ -166,11 +166,12 @@ def _anatomy(key: _Key) -> Anatomy:
     model = skeleton(key.config, key.model_class)
     family, config = family_of(model), model.config
     text = config.get_text_config()
-    merged = isinstance(family, MergedFamily)
-    encoder = family.encoder(model) if isinstance(family, MergedFamily) else _llava_tower(family, model)
+    encoder, merges = _llava_tower(family, model), 1
+    if isinstance(family, MergedFamily):
+        encoder, merges = family.encoder(model), family.patches_per_row(model)
     return Anatomy(
         family, model, None if encoder is None else _tower(family, model, encoder),
-        _projector(family, model, encoder), family.patches_per_row(model) if merged else 1,
+        _projector(family, model, encoder), merges,
         tuple(_decoder(model, text)), 2 * text.hidden_size * text.vocab_size,
     )  # fmt: skip
 
@@ -219,7 +220,9 @@ def _own(name: str, part: nn.Module, active: float) -> int:
 
 def _decoder(model: Any, text: Any) -> Iterator[Layer]:
     query, _ = attention_widths(text)
-    experts = next((n for n in map(text.to_dict().get, ("num_experts", "n_routed_experts", "num_local_experts")) if n), 0)
+    experts = next(
+        (n for n in map(text.to_dict().get, ("num_experts", "n_routed_experts", "num_local_experts")) if n), 0
+    )
     active = text.num_experts_per_tok / experts if experts else 1.0
     for layer, kind in zip(model.get_decoder().layers, layer_types(text), strict=True):
         attends = kind.endswith("attention") and kind != _STATE

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 from foveate.cost.anatomy import Anatomy, Layer, Tower, anatomy_of, attention_widths, layer_types
@@ -116,7 +117,7 @@ def prefill_flops(
     """
     anatomy = _anatomy(config)
     counts = per_layer(kept, len(anatomy.decoder))
-    if not 0 < counts[0] <= visual_tokens or any(a < b for a, b in zip(counts, counts[1:], strict=False)):
+    if not 0 < counts[0] <= visual_tokens or any(a < b for a, b in pairwise(counts)):
         shown = kept if isinstance(kept, int) else list(kept)
         raise InputError(
             f"between 1 and all of the {visual_tokens} visual tokens can be kept, and no layer gets more than the one "
@@ -163,9 +164,7 @@ def vision_layers(config: Any, early_exit: bool = True) -> int:
     return tower.read if early_exit else len(tower.layers)
 
 
-def probe_flops(
-    config: Any, probes: Sequence[Probe], rows: Sequence[int], windows: Sequence[int] | None = None
-) -> int:
+def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int], windows: Sequence[int] | None = None) -> int:
     """Count what reading a method's probes adds to the vision tower.
 
     Parameters

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.cost.anatomy import Anatomy
+from foveate.cost.anatomy import Anatomy, Tower
 from foveate.cost.work import Work, work_of
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families.base import Grid
@@ -97,9 +96,8 @@ def _check(anatomy: Anatomy, size: Size, images: int, frames: int, visual_tokens
 
 def _counted(anatomy: Anatomy, images: int, frames: int, visual_tokens: int) -> Work:
     """Lay out a number of visual tokens as whole pictures, or as pictures of any size."""
-    assert anatomy.tower is not None
     part, block = visual_tokens // (images + bool(frames)), math.isqrt(anatomy.merges)
-    fixed = anatomy.tower.grid
+    fixed = _tower(anatomy).grid
     tile = None if fixed is None else _tokens_of(anatomy, fixed)
     spans: list[Span] = []
     pictures: list[Grid] = []
@@ -152,18 +150,27 @@ def _tokens_of(anatomy: Anatomy, patches: Grid) -> Grid:
 
 def _pixels(anatomy: Anatomy, *shape: int) -> Tensor:
     """Make pixels without values for pictures of the one size that the tower takes."""
-    assert anatomy.tower is not None and anatomy.tower.grid is not None
-    height, width = (n * side for n, side in zip(anatomy.tower.grid, anatomy.tower.patch, strict=True))
+    height, width = (n * side for n, side in zip(_grid(anatomy), _tower(anatomy).patch, strict=True))
     return torch.empty(*shape, 3, height, width, device="meta")
 
 
-def _stills(
-    anatomy: Anatomy, size: Size, images: int, processor: Any, inputs: dict[str, Any]
-) -> list[Layout]:
+def _tower(anatomy: Anatomy) -> Tower:
+    assert anatomy.tower is not None
+    return anatomy.tower
+
+
+def _grid(anatomy: Anatomy) -> Grid:
+    """Return the rows and columns of patches of a family whose pictures all have the same."""
+    grid = _tower(anatomy).grid
+    assert grid is not None
+    return grid
+
+
+def _stills(anatomy: Anatomy, size: Size, images: int, processor: Any, inputs: dict[str, Any]) -> list[Layout]:
     family, model = anatomy.family, anatomy.model
     sizes = torch.tensor([[size[1], size[0]]] * images)
     if isinstance(family, LlavaOnevision | LlavaNext):
-        side = anatomy.tower.grid[0]  # type: ignore[union-attr, index]
+        side = _grid(anatomy)[0]
         if isinstance(family, LlavaNext):
             tiles = tiles_of(model, sizes[0].tolist())
             inputs["pixel_values"] = _pixels(anatomy, images, 1 + math.prod(tiles))
@@ -174,10 +181,9 @@ def _stills(
         return family.layouts(model, {"image_sizes": sizes, "batch_num_images": torch.tensor([images])}, "image")
     if isinstance(family, Llava | VideoLlava):
         inputs["pixel_values"] = _pixels(anatomy, images)
-        grid = anatomy.tower.grid  # type: ignore[union-attr]
-        assert grid is not None
+        grid = _grid(anatomy)
         cls = family.projects_cls(model, {}) if isinstance(family, Llava) else strategy(model, {}) == "full"
-        return [replace(_frames(grid, 1, int(cls)), grid=(1, *grid)) for _ in range(images)]
+        return [_frames(grid, 1, int(cls)) for _ in range(images)]
     if isinstance(family, Gemma3):
         inputs["pixel_values"] = _pixels(anatomy, images)
         return family.layouts(model, inputs, "image")
@@ -188,9 +194,8 @@ def _stills(
         features = model.model.vision_tower(inputs["pixel_values"].to("meta", model.dtype)).last_hidden_state
         grid = (features.shape[-2], features.shape[-1])
         return [crop_layout(grid, i, tile_boxes(1, "last", None)) for i in range(images)]
-    assert anatomy.tower is not None
-    shape = inputs["pixel_values"].shape
-    grid = _tokens_of(anatomy, (shape[-2] // anatomy.tower.patch[0], shape[-1] // anatomy.tower.patch[1]))
+    shape, patch = inputs["pixel_values"].shape, _tower(anatomy).patch
+    grid = _tokens_of(anatomy, (shape[-2] // patch[0], shape[-1] // patch[1]))
     tiles_each = math.prod(shape[:-3]) // images
     return [crop_layout(grid, i * tiles_each, tile_boxes(tiles_each, "last", None)) for i in range(images)]
 
@@ -209,9 +214,7 @@ def _processed(anatomy: Anatomy, size: Size, images: int, processor: Any) -> dic
 def _frames(grid: Grid, frames: int, lead: int) -> Layout:
     """Lay out frames of a grid, each with some tokens before it that belong to no crop."""
     size = lead + math.prod(grid)
-    crops = tuple(
-        Crop(torch.arange(f * size + lead, (f + 1) * size), grid, encoder_row=f) for f in range(frames)
-    )
+    crops = tuple(Crop(torch.arange(f * size + lead, (f + 1) * size), grid, encoder_row=f) for f in range(frames))
     extents = tuple((f * size + lead, (f + 1) * size) for f in range(frames) if lead)
     return Layout(frames * size, (frames, *grid), crops, extents)
 
@@ -221,12 +224,11 @@ def _video(
 ) -> list[tuple[Layout, str]]:
     family, model = anatomy.family, anatomy.model
     if isinstance(family, MRopeFamily):
-        t, height, width = _processed(anatomy, size, 1, processor)["image_grid_thw"][0].tolist()
+        _, height, width = _processed(anatomy, size, 1, processor)["image_grid_thw"][0].tolist()
         inputs["pixel_values_videos"] = torch.empty(0)
         inputs["video_grid_thw"] = torch.tensor([[_steps(anatomy, frames), height, width]])
         return [(family.layouts(model, inputs, "video")[0], "video")]
-    assert anatomy.tower is not None and anatomy.tower.grid is not None
-    grid = anatomy.tower.grid
+    grid = _grid(anatomy)
     if "video" not in family.kinds:  # each frame is a picture of its own, of a single crop
         shape = tuple(inputs["pixel_values"].shape[:-3]) if "pixel_values" in inputs else (0,)
         inputs["pixel_values"] = _pixels(anatomy, math.prod(shape) + frames)

@@ -101,9 +101,7 @@ def report(
         raise UnsupportedModelError(
             f"{reducer.name} needs {lacking}, which the family {anatomy.family.name!r} does not give"
         )
-    before, after = (
-        figures(anatomy, work, text_tokens, method, kind.itemsize) for method in (None, reducer)
-    )
+    before, after = (figures(anatomy, work, text_tokens, method, kind.itemsize) for method in (None, reducer))
     return {
         "family": anatomy.family.name,
         "method": repr(reducer),
