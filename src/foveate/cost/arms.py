@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate.cost.anatomy import Anatomy
 from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
 from foveate.cost.formulas import PerLayer
-from foveate.cost.work import Work
+from foveate.cost.work import Work, measured
 from foveate.encoder import EncoderReducer
 from foveate.engines.hf import probes_of
-from foveate.errors import UnsupportedModelError
+from foveate.families.base import Grid
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
 from foveate.grids import crop_budgets
@@ -47,8 +47,8 @@ def arm_cost(
             projected = work.tokens if all_projected else first
         if reducer.stage == "pixels":
             small = shrunk(anatomy, work, reducer)
-            rows, windows = [math.prod(grid) for grid in small.pictures], small.windows(anatomy)
-            projected = first if anatomy.projects_kept else small.projected(anatomy)
+            rows, windows, vision = [math.prod(grid) for grid in small.pictures], small.windows(anatomy), small.measured
+            projected = small.projected(anatomy) if small.pictures and not anatomy.projects_kept else first
         elif isinstance(reducer, EncoderReducer):
             rows = encoder_rows(anatomy, work, reducer)
         else:
@@ -61,9 +61,14 @@ def arm_cost(
 
 def shrunk(anatomy: Anatomy, work: Work, reducer: Reducer) -> Work:
     """Return the work that a method of the stage ``"pixels"`` leaves: smaller pictures, each by itself."""
+    pictures: list[Grid] = []
     if anatomy.tower is None:
-        raise UnsupportedModelError(f"the FLOPs of smaller pictures in {anatomy.family.name} are not known")
-    pictures = []
+        vision = 0
+        for span in work.spans:
+            for (small, _), (rows, columns) in zip(reducer.plan(span), [span.grid[1:]] * len(span.crops), strict=True):  # type: ignore[attr-defined]
+                height, width = work.size[0] // rows * small[0], work.size[1] // columns * small[1]
+                vision += measured(anatomy, {"pixel_values": torch.empty(1, 3, height, width, device="meta")})
+        return Work((), work.spans, 0, vision)
     for span in work.spans:
         side = isqrt(anatomy.merges) * _pooled_side(anatomy, span.kind)
         pictures += [(h * side, w * side) for (h, w), _ in reducer.plan(span)]  # type: ignore[attr-defined]

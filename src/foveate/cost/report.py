@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +128,26 @@ def _counted(arm: Figures, formula: str) -> int:
 
 def _change(before: int, after: int) -> float | None:
     return after / before - 1 if before else None
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """Return reports as a Markdown table: true FLOPs in units of 10^12."""
+    lines = [
+        "| model | visual tokens | vision and projector, T | selection, G | LLM, T | prefill in all, T | of it, LLM alone "
+        "| KV cache, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        before, after, change = row["before"], row["after"], row["change"]
+        parts, flops = (before["flops"], after["flops"]), change["flops"]
+        encoded, llm, total = (
+            " → ".join(f"{sum(arm[name] for name in names) / 1e12:.2f}" for arm in parts)
+            for names in (("vision", "projector"), ("prefill",), ("total",))
+        )
+        cache = " → ".join(f"{arm['kv_bytes'] / 2**20:,.0f}" for arm in (before, after))
+        lines.append(
+            f"| {row['model']} | {before['visual_tokens']:,} → {after['visual_tokens']:,} | {encoded} "
+            f"| {after['flops']['selection'] / 1e9:.1f} | {llm} | {total} ({flops['total']:+.1%}) "
+            f"| {flops['prefill']:+.1%} | {cache} |"
+        )
+    return "\n".join(lines)

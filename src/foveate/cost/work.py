@@ -34,12 +34,15 @@ class Work:
     measured
         FLOPs of an encoder that is no stack of transformer layers, counted on a run without weights; else `None`. In
         the generic family, the projector's are among them.
+    size
+        Height and width of its pictures in pixels, if it is known.
     """
 
     pictures: tuple[Grid, ...]
     spans: tuple[Span, ...]
     padded: int = 0
     measured: int | None = None
+    size: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> int:
@@ -93,6 +96,7 @@ def work_of(anatomy: Anatomy, inputs: Mapping[str, Any], spans: Sequence[Span]) 
     """
     family, padded = anatomy.family, 0
     pictures: list[Grid] = []
+    shape: tuple[int, ...] = ()
     given = {key: kind for key, kind in family.inputs.items() if inputs.get(key) is not None}
     for key, kind in sorted(given.items(), key=lambda item: item[1] == "video"):  # stills first
         shape = tuple(inputs[key].shape)
@@ -104,7 +108,9 @@ def work_of(anatomy: Anatomy, inputs: Mapping[str, Any], spans: Sequence[Span]) 
         elif anatomy.tower is not None:
             patch = anatomy.tower.patch
             pictures += [(shape[-2] // patch[0], shape[-1] // patch[1])] * math.prod(shape[:-3])
-    return Work(tuple(pictures), tuple(spans), padded, None if anatomy.tower else measured(anatomy, inputs))
+    if anatomy.tower is None:
+        return Work((), tuple(spans), 0, measured(anatomy, inputs), (shape[-2], shape[-1]))
+    return Work(tuple(pictures), tuple(spans), padded)
 
 
 def measured(anatomy: Anatomy, inputs: Mapping[str, Any]) -> int:
