@@ -14,7 +14,8 @@ from foveate.nano import WEIGHTS
 def test_one_document_with_all_figures(foveate: Any, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "cost.json"
     data = foveate(
-        "cost", "--model", "nano", "--keep", "64", "--text-tokens", "12", "--formula", "fastv", "--out", str(out), "--json"
+        "cost", "--model", "nano", "--keep", "64", "--text-tokens", "12", "--formula", "fastv", "--out",
+        str(out), "--json",
     ).json  # fmt: skip
     assert json.loads(out.read_text()) == data
     text = AutoConfig.from_pretrained(WEIGHTS).get_text_config()

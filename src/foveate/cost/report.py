@@ -133,8 +133,8 @@ def _change(before: int, after: int) -> float | None:
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """Return reports as a Markdown table: true FLOPs in units of 10^12."""
     lines = [
-        "| model | visual tokens | vision and projector, T | selection, G | LLM, T | prefill in all, T | of it, LLM alone "
-        "| KV cache, MiB |",
+        "| model | visual tokens | vision and projector, T | selection, G | LLM, T | prefill in all, T "
+        "| of it, LLM alone | KV cache, MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
