@@ -367,3 +367,16 @@ def test_decisions_on_tokens_that_nobody_has_seen(method: str) -> None:
     assert arm.flops["prefill"] < stock.flops["prefill"]
     assert arm.flops["vision"] < stock.flops["vision"]
     assert (arm.flops["selection"] > 0) == (method in ("vispruner", "visionzip", "cdpruner", "prumerge"))
+
+
+def test_chains_and_several_images_inside_the_llm() -> None:
+    anatomy = anatomy_of(load_shape("llava-1.5-7b")[0])
+    one, two = (imagine(anatomy, (336, 336), images, 0) for images in (1, 2))
+    fastv_ = foveate.load_reducer("fastv", keep=64, layer=3)
+    assert figures(anatomy, one, 40, fastv_).per_layer == _layers((576, 3), (64, 29))
+    assert figures(anatomy, two, 40, fastv_).per_layer == _layers((1152, 3), (128, 29))
+    chain = figures(anatomy, two, 40, foveate.Chain(VisPruner(keep=288), fastv_))
+    assert chain.per_layer == _layers((576, 3), (128, 29))
+    alone = figures(anatomy, two, 40, VisPruner(keep=288))
+    for part in ("vision", "projector", "selection"):
+        assert chain.flops[part] == alone.flops[part]

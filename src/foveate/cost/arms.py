@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from math import isqrt
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate.cost.anatomy import Anatomy
 from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
 from foveate.cost.formulas import PerLayer
+from foveate.cost.imagined import imagined_tokens
 from foveate.cost.work import Work, measured
 from foveate.encoder import EncoderReducer
 from foveate.engines.hf import probes_of
@@ -20,7 +23,7 @@ from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
 from foveate.grids import crop_budgets
 from foveate.probes import Embeddings
-from foveate.reducer import Reducer
+from foveate.reducer import Chain, Reducer, split
 
 
 def arm_cost(
@@ -31,16 +34,17 @@ def arm_cost(
     Parameters
     ----------
     reducer
-        The method; `None` for the stock model, which runs its whole tower.
+        The method; `None` for the stock model, which runs its whole tower, as it does if the method acts inside the
+        LLM alone.
     kept
         Visual tokens that the LLM gets, or that each of its layers gets.
     decision
         FLOPs of the method's decision.
     """
-    stock = reducer is None or reducer.stage == "in_llm"
+    reducer = None if reducer is None else _before(reducer)
     rows: Sequence[Patches] = work.rows(anatomy)
     windows, vision, projected, probes = work.windows(anatomy), work.measured, work.projected(anatomy), 0
-    if reducer is not None and not stock:
+    if reducer is not None:
         first = kept if isinstance(kept, int) else kept[0]
         all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.probes()
         if anatomy.projects_kept:
@@ -55,7 +59,7 @@ def arm_cost(
             probes = probe_flops(anatomy, probes_of([reducer]), work.rows(anatomy), windows)
     return prefill_flops(
         anatomy, work.tokens, text_tokens, kept, rows=rows, windows=windows, vision=vision, projected=projected,
-        early_exit=not stock and anatomy.projects_kept, selection=probes + decision,
+        early_exit=reducer is not None and anatomy.projects_kept, selection=probes + decision,
     )  # fmt: skip
 
 
@@ -104,20 +108,41 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
     Returns
     -------
     tuple
-        The number that the LLM gets, or of each of its layers for methods inside it, and the FLOPs.
+        The number that the LLM gets, or that each of its layers gets with methods inside it, and the FLOPs.
     """
-    from foveate.cost.imagined import imagined_tokens
+    _, inside = split(reducer.stages())
+    before = _before(reducer)
+    lengths, flops = [len(span) for span in work.spans], 0
+    if before is not None and not before.keeps_all(work.spans):
+        lengths, flops = _decided_before(anatomy, work, before, text_tokens)
+    if not inside:
+        return sum(lengths), flops
+    depth = len(anatomy.decoder)
+    images = [(span.kind, n) for span, n in zip(work.spans, lengths, strict=True)]
+    return [min(counts) for counts in zip(*(_schedule(r, depth, images) for r in inside), strict=True)], flops
 
-    if reducer.stage == "in_llm":
-        return list(reducer.schedule(len(anatomy.decoder), work.tokens)), 0  # type: ignore[attr-defined]
-    if reducer.keeps_all(work.spans):
-        return work.tokens, 0
+
+def _before(reducer: Reducer) -> Reducer | None:
+    """Return the part of a method that acts before the LLM."""
+    before, _ = split(reducer.stages())
+    return (before[0] if len(before) == 1 else Chain(*before)) if before else None
+
+
+def _schedule(reducer: Any, depth: int, images: Sequence[tuple[str, int]]) -> Sequence[int]:
+    total = sum(n for _, n in images)
+    if len(images) == 1 or reducer.adaptive:
+        return reducer.schedule(depth, total)  # type: ignore[no-any-return]
+    behind = dict(zip(reducer.boundaries(depth), reducer.counts(depth, images), strict=True))
+    return list(accumulate((behind.get(layer, total) for layer in range(depth)), min))
+
+
+def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:
     if reducer.stage == "pixels":
-        return sum(h * w for span in work.spans for (h, w), _ in reducer.plan(span)), 0  # type: ignore[attr-defined]
+        return [sum(h * w for (h, w), _ in reducer.plan(span)) for span in work.spans], 0  # type: ignore[attr-defined]
     if isinstance(reducer, EncoderReducer):
         budgets = (crop_budgets(span, reducer.keep, reducer.name) for span in work.spans)
-        return sum(min(count, len(crop)) for crops in budgets for crop, _, count in crops), 0
+        return [sum(min(count, len(crop)) for crop, _, count in crops) for crops in budgets], 0
     tokens = imagined_tokens(anatomy, work.spans, probes_of([reducer]), text_tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         chosen = reducer.select(tokens)
-    return sum(len(span) for span in chosen), int(counter.get_total_flops())
+    return [len(span) for span in chosen], int(counter.get_total_flops())
