@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from foveate import compatibility
+from foveate.cost.report import markdown
 from foveate.nano.card import tables
 from foveate.nano.comparison import END, START, table
 from foveate.reducer import get_method
@@ -55,3 +56,13 @@ def test_the_model_card_shows_the_results():
     page = (ROOT / "docs/nano.md").read_text(encoding="utf-8")
     for name, shown in tables([result]).items():
         assert f"<!-- nano-{name} -->\n{shown}\n<!-- /nano-{name} -->" in page
+
+
+def test_the_page_on_costs_shows_the_results():
+    names = [
+        "llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-onevision-7b", "qwen2.5-vl-7b", "qwen3-vl-8b",
+        "internvl3-8b",
+    ]  # fmt: skip
+    results = [json.loads((ROOT / f"results/cost-{name}.json").read_text(encoding="utf-8")) for name in names]
+    page = (ROOT / "docs/cost.md").read_text(encoding="utf-8")
+    assert f"<!-- cost-table -->\n{markdown(results)}\n<!-- /cost-table -->" in page

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from foveate.cli_bench import bench_app
 from foveate.cli_codebook import codebook
+from foveate.cli_cost import cost
 from foveate.cli_nano import nano_app
 from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
 from foveate.errors import FoveateError, InputError
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(nano_app, name="nano")
 app.add_typer(bench_app, name="bench")
 app.command()(guarded(codebook))
+app.command()(cost)
 
 _errors = Console(stderr=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +14,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.cost import Cost, Patches, check_known, kv_bytes, prefill_flops, probe_flops, vision_layers
-from foveate.encoder import EncoderReducer
-from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
+from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
+from foveate.cost.arms import arm_cost
+from foveate.engines.hf import Separators, Settings, apply, base_model, decide, look, select
 from foveate.errors import UnsupportedModelError
 from foveate.families import FAMILIES, Family, family_of
-from foveate.grids import crop_budgets, middle
+from foveate.grids import middle
 from foveate.loading import encoder_view, model_inputs, prompt_for
-from foveate.probes import Attention, Embeddings
+from foveate.probes import Attention
 from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
 from foveate.tokens import Span, VisualTokens
@@ -97,7 +96,7 @@ class Arm:
     seconds
         Median time of each stage and of their sum.
     cost
-        FLOPs of the prefill, or `None` for a text model whose FLOPs are not known.
+        FLOPs of the prefill, or `None` if they are not known.
     kv_bytes
         Bytes of the prompt's KV cache.
     """
@@ -330,47 +329,15 @@ def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dic
 
 
 def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
-    config = job.model.config
+    model = base_model(job.model)
+    method = None if result.stock else reducer
     try:
-        check_known(config)
+        anatomy = anatomy_of(model.config, type(model))
+        work = work_of(anatomy, job.inputs, job.spans)
+        kept = sum(map(len, result.selection))
+        return arm_cost(anatomy, work, job.text_tokens, method, kept, result.decision_flops)
     except UnsupportedModelError:
         return None
-    patches = _rows(job)
-    rows: Sequence[Patches] = patches
-    kept, projected, probes = sum(map(len, result.selection)), None, 0
-    if reducer is None or result.stock:
-        projected = sum(patches)
-    elif reducer.stage == "pixels":
-        rows = [math.prod(grid) for span in job.spans for grid, _ in reducer.plan(span)]  # type: ignore[attr-defined]
-    elif isinstance(reducer, EncoderReducer):
-        rows = _lengths(job, reducer, patches[0])
-    else:
-        probes = probe_flops(config, probes_of([reducer]), patches)
-        projected = job.visual_tokens if reducer.merges == "embeddings" or Embeddings() in reducer.probes() else None
-    try:
-        return prefill_flops(
-            config, job.visual_tokens, job.text_tokens, kept, rows=rows, projected=projected,
-            early_exit=not result.stock, selection=probes + result.decision_flops,
-        )  # fmt: skip
-    except UnsupportedModelError:
-        return None
-
-
-def _rows(job: Job) -> list[int]:
-    """Return the patches of each picture that goes through the vision tower."""
-    *batch, _, height, width = job.inputs["pixel_values"].shape
-    patch = job.model.config.vision_config.patch_size
-    return [(height // patch) * (width // patch)] * math.prod(batch)
-
-
-def _lengths(job: Job, reducer: EncoderReducer, patches: int) -> list[Patches]:
-    """Return the tokens of each picture in each layer of the vision tower."""
-    layers, rows = vision_layers(job.model.config), []
-    for span in job.spans:
-        for crop, _, count in crop_budgets(span, reducer.keep, reducer.name):
-            padding = patches - len(crop)
-            rows.append([(padding + a, padding + b) for a, b in reducer.lengths(len(crop), count, layers)])
-    return rows  # type: ignore[return-value]
 
 
 def _saliency(reducer: Reducer | None, tokens: VisualTokens | None) -> list[Tensor] | None:

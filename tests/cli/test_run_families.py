@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 import tiny
-from foveate.families import family_of
+from foveate.families import FAMILIES, family_of
 from foveate.reducer import load_reducer
 from foveate.report import report
 from foveate.run import Job, baselines, measure
@@ -23,16 +23,23 @@ def _job(name: str, *parts: tiny.Part) -> Job:
     return Job(model, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(model, inputs), 5)
 
 
-COUNTED = ["llava", "llava_next", "video_llava", "vipllava"]
-"""Families whose FLOPs are known."""
-OTHERS = [name for name in tiny.FAMILIES if name not in COUNTED]
+READING = ["llava", "llava_next", "video_llava", "vipllava"]
+"""Families on which a method that reads attention is tried."""
+OTHERS = [name for name in tiny.FAMILIES if name not in READING]
+COUNTED = [
+    (name, method)
+    for name in tiny.FAMILIES
+    if name != "qwen3_5"  # torch's reference for its recurrent layers works in chunks, which cost more than the steps
+    for method in ("unpruned", "vispruner", "pool", "downsample")
+    if method == "unpruned" or FAMILIES[name].lacks(load_reducer(method, keep=0.25)) is None
+]
 
 
 def _picture(name: str) -> Any:
     return next(visual.what for visual in tiny.VISUALS[name] if "pixel_values" in tiny.sample(visual))
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("name", READING)
 def test_every_family_answers_as_generate_does(name: str) -> None:
     job = _job(name, _picture(name))
     reducer = foveate.VisPruner(keep=24)
@@ -54,7 +61,7 @@ def test_every_family_answers_as_generate_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_families_of_unknown_costs(name: str) -> None:
+def test_families_with_any_method(name: str) -> None:
     job = _job(name, _picture(name))
     reducer, said = foveate.methods.Random(keep=7), []
     methods = [reducer, *baselines(job, reducer, said.append)]
@@ -68,11 +75,13 @@ def test_families_of_unknown_costs(name: str) -> None:
         out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
         assert arm.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
         assert 0 < arm.kept <= 7
-        assert arm.cost is None
+        assert arm.cost is not None
+        assert stock.cost is not None
+        assert arm.cost.prefill < stock.cost.prefill
         assert arm.kv_bytes < stock.kv_bytes
         assert arm.seconds["vision"] > 0
     data = report(job, stock, pruned[0], pruned[1:])
-    assert data["flops"] == {"before": None, "after": None}
+    assert data["flops"]["after"] < data["flops"]["before"]
     assert data["kept"] == [span.kept.tolist() for span in pruned[0].selection]
     located = job.family.located(job.spans, (30, 60))
     assert all(crop.box is not None for span in located for crop in span.crops)
@@ -88,11 +97,10 @@ def test_baselines_that_do_not_run_are_named() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", COUNTED)
-@pytest.mark.parametrize("method", ["unpruned", "vispruner", "pool", "downsample"])
+@pytest.mark.parametrize(("name", "method"), [pytest.param(*case, marks=tiny.in_depth(case[0])) for case in COUNTED])
 def test_flops_are_those_that_run(name: str, method: str) -> None:
     job = _job(name, _picture(name))
-    reducer = None if method == "unpruned" else load_reducer(method, keep=24)
+    reducer = None if method == "unpruned" else load_reducer(method, keep=0.25)
     (arm,) = measure(job, [reducer], repeats=1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ready = job.inputs if reducer is None else foveate.reduce(job.model, job.inputs, reducer)

@@ -73,6 +73,10 @@ class MergedFamily(Family):
         """Return the patches of each picture, if the encoder packs pictures under a mask or pads them; else `None`."""
         return None
 
+    def patches_per_row(self, model: Any) -> int:
+        """Return how many patches are merged before the projector, to one row of it."""
+        return 1
+
     def lead(self, model: Any) -> int:
         """Return how many tokens stand before the patches of a picture in the encoder, such as ``[CLS]``."""
         return 0

@@ -35,6 +35,9 @@ class MRopeFamily(MergedFamily):
     def encoder(self, model: Any) -> nn.Module:
         return model.model.visual  # type: ignore[no-any-return]
 
+    def patches_per_row(self, model: Any) -> int:
+        return _merge(model) ** 2
+
     def side_inputs_of(self, kind: str) -> tuple[str, ...]:
         return (f"{kind}_grid_thw",)
 

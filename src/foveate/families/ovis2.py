@@ -84,6 +84,9 @@ class Ovis2(MergedFamily):
                     tiles.append((rows, bars // rows + 1))
         return tiles
 
+    def patches_per_row(self, model: Any) -> int:
+        return int(model.config.vision_config.hidden_stride) ** 2
+
     def encoder(self, model: Any) -> nn.Module:
         return model.model.vision_tower  # type: ignore[no-any-return]
 

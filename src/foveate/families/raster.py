@@ -30,6 +30,9 @@ class RasterFamily(MergedFamily):
     def block(self, model: Any) -> int:
         """Return how many patches a token is high and wide."""
 
+    def patches_per_row(self, model: Any) -> int:
+        return self.block(model) ** 2
+
     @abstractmethod
     def encode_smaller(self, model: Any, inputs: Mapping[str, Any], picture: int, grid: Grid) -> Tensor:
         """Encode one picture at a smaller grid of tokens ``(h, w)``, ``[h * w, D]``."""

@@ -37,6 +37,9 @@ class TiledFamily(MergedFamily):
     def block(self, model: Any) -> int:
         """Return how many rows (and columns) of patches make up a token."""
 
+    def patches_per_row(self, model: Any) -> int:
+        return self.block(model) ** 2
+
     @abstractmethod
     def same_picture(self, gap: Sequence[int], end: int | None) -> bool:
         """Return whether two tiles belong to one picture.

@@ -1,0 +1,148 @@
+"""The cost of a prefill with a method of any stage, or without one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from math import isqrt
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from foveate.cost.anatomy import Anatomy
+from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
+from foveate.cost.formulas import PerLayer
+from foveate.cost.imagined import imagined_tokens
+from foveate.cost.work import Work, measured
+from foveate.encoder import EncoderReducer
+from foveate.engines.hf import probes_of
+from foveate.families.base import Grid
+from foveate.families.llava_next_video import LlavaNextVideo
+from foveate.families.llava_onevision import LlavaOnevision
+from foveate.grids import crop_budgets
+from foveate.probes import Embeddings
+from foveate.reducer import Chain, Reducer, split
+
+
+def arm_cost(
+    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Reducer | None, kept: PerLayer, decision: int = 0
+) -> Cost:
+    """Count a prefill, stock or as foveate's engine runs it.
+
+    Parameters
+    ----------
+    reducer
+        The method; `None` for the stock model, which runs its whole tower, as it does if the method acts inside the
+        LLM alone.
+    kept
+        Visual tokens that the LLM gets, or that each of its layers gets.
+    decision
+        FLOPs of the method's decision.
+    """
+    reducer = None if reducer is None else _before(reducer)
+    rows: Sequence[Patches] = work.rows(anatomy)
+    windows, vision, projected, probes = work.windows(anatomy), work.measured, work.projected(anatomy), 0
+    if reducer is not None:
+        first = kept if isinstance(kept, int) else kept[0]
+        all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.probes()
+        if anatomy.projects_kept:
+            projected = work.tokens if all_projected else first
+        if reducer.stage == "pixels":
+            small = shrunk(anatomy, work, reducer)
+            rows, windows, vision = [math.prod(grid) for grid in small.pictures], small.windows(anatomy), small.measured
+            projected = small.projected(anatomy) if small.pictures and not anatomy.projects_kept else first
+        elif isinstance(reducer, EncoderReducer):
+            rows = encoder_rows(anatomy, work, reducer)
+        else:
+            probes = probe_flops(anatomy, probes_of([reducer]), work.rows(anatomy), windows)
+    return prefill_flops(
+        anatomy, work.tokens, text_tokens, kept, rows=rows, windows=windows, vision=vision, projected=projected,
+        early_exit=reducer is not None and anatomy.projects_kept, selection=probes + decision,
+    )  # fmt: skip
+
+
+def shrunk(anatomy: Anatomy, work: Work, reducer: Reducer) -> Work:
+    """Return the work that a method of the stage ``"pixels"`` leaves: smaller pictures, each by itself."""
+    pictures: list[Grid] = []
+    if anatomy.tower is None:
+        vision = 0
+        for span in work.spans:
+            for (small, _), (rows, columns) in zip(reducer.plan(span), [span.grid[1:]] * len(span.crops), strict=True):  # type: ignore[attr-defined]
+                height, width = work.size[0] // rows * small[0], work.size[1] // columns * small[1]
+                vision += measured(anatomy, {"pixel_values": torch.empty(1, 3, height, width, device="meta")})
+        return Work((), work.spans, 0, vision)
+    for span in work.spans:
+        side = isqrt(anatomy.merges) * _pooled_side(anatomy, span.kind)
+        pictures += [(h * side, w * side) for (h, w), _ in reducer.plan(span)]  # type: ignore[attr-defined]
+    return Work(tuple(pictures), work.spans)
+
+
+def _pooled_side(anatomy: Anatomy, kind: str) -> int:
+    """Return how many rows of patches are pooled to a row of tokens, beside those that merge before the projector."""
+    if kind == "video" and isinstance(anatomy.family, LlavaNextVideo):
+        return int(anatomy.model.config.spatial_pool_stride)
+    return 2 if kind == "video" and isinstance(anatomy.family, LlavaOnevision) else 1
+
+
+def encoder_rows(anatomy: Anatomy, work: Work, reducer: EncoderReducer) -> list[Patches]:
+    """Return the tokens of each picture in each layer of the vision tower that runs."""
+    assert anatomy.tower is not None
+    patches = math.prod(work.pictures[0]) if work.pictures else default_rows(anatomy, work.tokens)[0]
+    rows: list[Patches] = []
+    for span in work.spans:
+        for crop, _, count in crop_budgets(span, reducer.keep, reducer.name):
+            padding = patches - len(crop)
+            lengths = reducer.lengths(len(crop), count, anatomy.tower.read)
+            rows.append([(padding + a, padding + b) for a, b in lengths])
+    return rows
+
+
+def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[PerLayer, int]:
+    """Find out how many visual tokens a method keeps, and the FLOPs of its decision, without any image.
+
+    Methods before the LLM decide once on random tokens of the sizes that the model would give them, and what they
+    multiply is counted: it depends on sizes, not on values, but for methods with data-dependent loops.
+
+    Returns
+    -------
+    tuple
+        The number that the LLM gets, or that each of its layers gets with methods inside it, and the FLOPs.
+    """
+    _, inside = split(reducer.stages())
+    before = _before(reducer)
+    lengths, flops = [len(span) for span in work.spans], 0
+    if before is not None and not before.keeps_all(work.spans):
+        lengths, flops = _decided_before(anatomy, work, before, text_tokens)
+    if not inside:
+        return sum(lengths), flops
+    depth = len(anatomy.decoder)
+    images = [(span.kind, n) for span, n in zip(work.spans, lengths, strict=True)]
+    return [min(counts) for counts in zip(*(_schedule(r, depth, images) for r in inside), strict=True)], flops
+
+
+def _before(reducer: Reducer) -> Reducer | None:
+    """Return the part of a method that acts before the LLM."""
+    before, _ = split(reducer.stages())
+    return (before[0] if len(before) == 1 else Chain(*before)) if before else None
+
+
+def _schedule(reducer: Any, depth: int, images: Sequence[tuple[str, int]]) -> Sequence[int]:
+    total = sum(n for _, n in images)
+    if len(images) == 1 or reducer.adaptive:
+        return reducer.schedule(depth, total)  # type: ignore[no-any-return]
+    behind = dict(zip(reducer.boundaries(depth), reducer.counts(depth, images), strict=True))
+    return list(accumulate((behind.get(layer, total) for layer in range(depth)), min))
+
+
+def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:
+    if reducer.stage == "pixels":
+        return [sum(h * w for (h, w), _ in reducer.plan(span)) for span in work.spans], 0  # type: ignore[attr-defined]
+    if isinstance(reducer, EncoderReducer):
+        budgets = (crop_budgets(span, reducer.keep, reducer.name) for span in work.spans)
+        return [sum(min(count, len(crop)) for crop, _, count in crops) for crops in budgets], 0
+    tokens = imagined_tokens(anatomy, work.spans, probes_of([reducer]), text_tokens)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        chosen = reducer.select(tokens)
+    return [len(span) for span in chosen], int(counter.get_total_flops())

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from foveate.cost import fastv, kv_bytes, pyramiddrop
+from foveate.nano import WEIGHTS
+
+
+def test_one_document_with_all_figures(foveate: Any, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "cost.json"
+    data = foveate(
+        "cost", "--model", "nano", "--keep", "64", "--text-tokens", "12", "--formula", "fastv", "--out",
+        str(out), "--json",
+    ).json  # fmt: skip
+    assert json.loads(out.read_text()) == data
+    text = AutoConfig.from_pretrained(WEIGHTS).get_text_config()
+    before, after = data["before"], data["after"]
+    assert (before["visual_tokens"], after["visual_tokens"]) == (256, 64)
+    assert after["equivalent_tokens"] == {"input": 64, "output": 64}
+    assert after["kv_bytes"] == kv_bytes(text, 76)
+    assert after["macs"] == {"fastv": fastv(text, 64, 12), "pyramiddrop": pyramiddrop(text, 64)}
+    assert data["change"]["cost"] == after["macs"]["fastv"] / before["macs"]["fastv"] - 1
+    parts = ("vision", "projector", "selection", "prefill", "lm_head")
+    for arm in (before, after):
+        assert arm["flops"]["total"] == sum(arm["flops"][part] for part in parts)
+    assert after["flops"]["selection"] > 0
+    assert data["versions"]["transformers"]
+
+
+def test_table(foveate: Any) -> None:
+    shown = foveate("cost", "--model", "nano", "--keep", "64").out
+    for word in ("VisPruner", "vision, FLOPs", "decode, per token", "KV cache (bfloat16)", "256", "64"):
+        assert word in shown
+    assert "multiply-accumulates (pyramiddrop)" in foveate("cost", "--model", "nano", "--formula", "pyramiddrop").out
+
+
+def test_a_folder_with_a_configuration_alone(foveate: Any, tmp_path: Path) -> None:
+    AutoConfig.from_pretrained(WEIGHTS).save_pretrained(tmp_path)
+    named, folder = (foveate("cost", "--model", m, "--images", "2", "--json").json for m in ("nano", str(tmp_path)))
+    assert folder["before"]["visual_tokens"] == 512
+    assert {**named, "model": ""} == {**folder, "model": ""}
+
+
+def test_keeping_all_costs_what_the_stock_model_does(foveate: Any) -> None:
+    data = foveate("cost", "--model", "nano", "--keep", "1.0", "--json").json
+    assert data["before"] == data["after"]
+    assert data["change"]["cost"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "no-such-shape"), "built-in shapes are nano, llava-1.5-7b"),
+        (("--model", "nano", "--image-size", "large"), "WIDTHxHEIGHT"),
+        (("--model", "nano", "--formula", "sum"), "true, fastv, pyramiddrop"),
+        (("--model", "nano", "--dtype", "int8"), "dtype is float32"),
+        (("--model", "nano", "--frames", "4"), "take no videos"),
+        (("--model", "nano", "--images", "0"), "at least one image"),
+        (("--model", "nano", "--images", "3", "--visual-tokens", "256"), "equal parts"),
+        (("--model", "nano", "--keep", "coverage:0.9"), "depends on what an image shows"),
+        (("--model", "nano", "--method", "nothing"), "no method is called"),
+        (("--model", "internvl3-8b", "--method", "tome"), "tome needs"),
+    ],
+)
+def test_one_line_about_mistakes(foveate: Any, arguments: tuple[str, ...], message: str) -> None:
+    result = foveate("cost", *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) == 1
