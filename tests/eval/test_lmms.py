@@ -56,18 +56,20 @@ def test_sizes_are_positive(wrong):
 
 def test_the_summary_counts_tokens_in_the_order_of_the_documents():
     def row(doc_id, kept, *seconds):
-        counts = [{"visual_tokens": 256, "kept_tokens": kept, "seconds": s, "output_tokens": 1} for s in seconds]
+        same = {"visual_tokens": 256, "kept_tokens": kept, "equivalent_tokens": kept + 8.0, "output_tokens": 1}
+        counts = [{**same, "seconds": s} for s in seconds]
         return {"doc_id": doc_id, "token_counts": counts}
 
     samples = {"gqa": [row(10, 30, 1.0), row(2, 34, 0.5)], "choice": [row(0, 32, 0.25, 0.25)]}
     assert lmms.summary(samples) == {
         "tasks": {
             "gqa": {
-                "samples": 2, "visual_tokens": 256, "kept_tokens": 32, "kept_per_sample": [34, 30],
-                "model_seconds": 1.5,
+                "samples": 2, "visual_tokens": 256, "kept_tokens": 32, "equivalent_tokens": 40,
+                "kept_per_sample": [34, 30], "model_seconds": 1.5,
             },
             "choice": {
-                "samples": 1, "visual_tokens": 256, "kept_tokens": 32, "kept_per_sample": [32], "model_seconds": 0.5,
+                "samples": 1, "visual_tokens": 256, "kept_tokens": 32, "equivalent_tokens": 40,
+                "kept_per_sample": [32], "model_seconds": 0.5,
             },
         }
     }  # fmt: skip

@@ -19,10 +19,11 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 import foveate
-from foveate import VisPruner, nano
+from foveate import Chain, VisPruner, nano
 from foveate.errors import FoveateError, InputError, UnknownNameError
 from foveate.eval import lmms
 from foveate.eval.lmms_model import ChatFoveate, SimpleFoveate
+from foveate.methods.fastv import FastV
 from foveate.nano.evaluate import Condition, Runner, Tally, evaluate
 
 TASKS = Path(__file__).resolve().parents[2] / "examples/lmms-eval"
@@ -91,7 +92,8 @@ def test_kept_tokens_are_logged_with_every_sample(outcomes):
         for sample in samples:
             (counts,) = sample["token_counts"]
             words = len(sample["doc"]["text"].replace("?", "").split())
-            assert counts["input_tokens"] == 1 + kept + words
+            assert counts["input_tokens"] == 1 + 256 + words
+            assert counts["equivalent_tokens"] == counts["kept_tokens"] == kept
             assert counts["output_tokens"] == 2  # the word, and the end
 
 
@@ -125,6 +127,36 @@ def test_given_answers_can_be_scored(place, outcomes):
 def request(kind, task, doc_id, *arguments):
     meta = {"task": task, "doc_id": doc_id, "repeats": 1, "split": "test"}
     return Instance(request_type=kind, arguments=(*arguments, doc_id, task, "test"), idx=0, metadata=meta)
+
+
+INSIDE = [(FastV(layer=2, keep=16), 256), (Chain(VisPruner(keep=64), FastV(layer=2, keep=16)), 64)]
+
+
+@pytest.mark.parametrize(("reducer", "before"), INSIDE, ids=["inside", "chain"])
+def test_tokens_of_methods_inside_the_llm_are_counted_by_layer(scenes, reducer, before):
+    adapter = SimpleFoveate("nano", reducer, batch_size=2)
+    adapter.task_dict["t"] = {"test": [scene.image for scene in scenes]}
+    asked = [
+        request("generate_until", "t", i, words, {"max_new_tokens": 2}, lambda doc: [doc])
+        for i, words in enumerate(["where is the key?", "is there a cup?"])
+    ]
+    for found in adapter.generate_until(asked):
+        counts = found.token_counts
+        assert (counts.visual_tokens, counts.kept_tokens) == (256, 16)
+        assert counts.equivalent_tokens == (before * 2 + 16 * 2) / 4
+
+
+def test_scores_do_not_depend_on_the_batch_inside_the_llm(scenes):
+    words = ["where is the key?", "is there a cup?", "is the red star left of the cup?"]
+    scores = []
+    for size in (1, 3):
+        adapter = SimpleFoveate("nano", INSIDE[1][0], batch_size=size)
+        adapter.task_dict["t"] = {"test": [scene.image for scene in scenes]}
+        asked = [request("loglikelihood", "t", i, w, "a red star", lambda doc: [doc]) for i, w in enumerate(words)]
+        scores.append([found.text for found in adapter.loglikelihood(asked)])
+    for (loss, greedy), (other, same) in zip(*scores, strict=True):
+        assert loss == pytest.approx(other, abs=1e-3)
+        assert greedy == same
 
 
 @pytest.mark.parametrize("arm", REDUCERS)

@@ -156,12 +156,17 @@ def run(
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
     from lmms_eval.tasks import TaskManager
+    from loguru import logger
 
     if include_path is not None and not Path(include_path).is_dir():
         raise InputError(f"no folder with tasks at {str(include_path)!r}")
     if not tasks:
         raise InputError("no task is named: pass names such as gqa or pope")
-    manager = TaskManager("WARNING", include_path=None if include_path is None else str(include_path))
+    logger.disable("lmms_eval.tasks")  # it names every file that is no task, whatever verbosity it is given
+    try:
+        manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    finally:
+        logger.enable("lmms_eval.tasks")
     if unknown := [name for name in tasks if not manager.match_tasks([name])]:
         raise UnknownNameError(
             f"lmms-eval knows no task called {', '.join(unknown)}: `lmms-eval tasks list` lists them, and an include "
@@ -184,7 +189,7 @@ def _evaluate(adapter: Any, tasks: Sequence[str], manager: Any, limit: int | Non
         raise
     except RetryError as error:
         cause = error.last_attempt.exception()
-        raise FoveateError(f"lmms-eval cannot get the data of {', '.join(tasks)}: {cause}") from error
+        raise FoveateError(f"lmms-eval failed on {', '.join(tasks)}: {type(cause).__name__}: {cause}") from error
     except AssertionError as error:
         hint = "" if adapter.is_simple else " (tasks that score given answers need simple=True)"
         raise FoveateError(f"lmms-eval cannot run {', '.join(tasks)}: {error}{hint}") from error
@@ -205,20 +210,19 @@ def summary(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     Returns
     -------
     dict
-        ``"tasks"``: per task the number of samples, mean ``"visual_tokens"`` before the reduction, mean
-        ``"kept_tokens"``, ``"kept_per_sample"`` in the order of the task's documents, and the ``"model_seconds"`` of
-        all samples together, which is the time of encoding, selecting and answering without that of the data.
+        ``"tasks"``: per task the number of samples, means of ``"visual_tokens"``, ``"kept_tokens"`` and
+        ``"equivalent_tokens"`` (see `lmms_model.Counts`), ``"kept_per_sample"`` in the order of the task's documents,
+        and the ``"model_seconds"`` of all samples together, which is the time of encoding, selecting and answering
+        without that of reading and preparing the data.
     """
     tasks = {}
     for name, rows in samples.items():
         ordered = sorted(rows, key=lambda row: int(row["doc_id"]))
         counts = [row["token_counts"][0] for row in ordered]
-        kept = [count["kept_tokens"] for count in counts]
         tasks[name] = {
             "samples": len(ordered),
-            "visual_tokens": fmean(count["visual_tokens"] for count in counts),
-            "kept_tokens": fmean(kept),
-            "kept_per_sample": kept,
+            **{key: fmean(c[key] for c in counts) for key in ("visual_tokens", "kept_tokens", "equivalent_tokens")},
+            "kept_per_sample": [count["kept_tokens"] for count in counts],
             "model_seconds": round(sum(c["seconds"] for row in ordered for c in row["token_counts"]), 3),
         }
     return {"tasks": tasks}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from foveate.eval.lmms import make_reducer, provenance
 from foveate.families import family_of
 from foveate.loading import load_model
 from foveate.reducer import Reducer
+from foveate.selection import SpanSelection
 
 MAX_NEW_TOKENS = 1024
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -39,19 +40,24 @@ class Counts(TokenCounts):  # type: ignore[misc]
 
     Attributes
     ----------
+    input_tokens
+        Tokens of the whole prompt before the reduction, visual ones included.
     visual_tokens, kept_tokens
-        Visual tokens of the prompt before and after the reduction.
+        Visual tokens of the prompt before the reduction, and in the last layer of the LLM.
+    equivalent_tokens
+        Mean number of visual tokens over the layers of the LLM: `kept_tokens`, unless a method acts inside the LLM.
     seconds
         The request's share of the time that its batch spent in the model.
     """
 
     visual_tokens: int = 0
     kept_tokens: int = 0
+    equivalent_tokens: float = 0.0
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        own = {"visual_tokens": self.visual_tokens, "kept_tokens": self.kept_tokens, "seconds": self.seconds}
-        return {**super().to_dict(), **own}
+        """Return all counts as JSON-compatible data."""
+        return asdict(self)
 
 
 class SimpleFoveate(lmms):  # type: ignore[misc]
@@ -230,21 +236,34 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
 
     def _counts(self, inputs: Mapping[str, Any], lengths: Sequence[int], seconds: float) -> list[Counts]:
         """Count the tokens of each prompt of the batch that has just been run."""
-        visual, kept = [0] * len(lengths), [0] * len(lengths)
+        batch = len(lengths)
+        visual, kept, mean = [0] * batch, [0] * batch, [0.0] * batch
         if any(inputs.get(key) is not None for key in self._family.inputs):
             if self._handle is None:
                 for span in self._family.spans(self._model, inputs):
                     visual[span.sample] += len(span)
-                kept = visual
+                kept, mean = visual, [float(n) for n in visual]
             else:
                 chosen = self._handle.selections
                 visual = [sum(span.length for span in spans) for spans in chosen]
-                kept = [sum(map(len, spans)) for spans in chosen]
+                kept, mean = _sizes(chosen), self._equivalent(visual)
         whole = inputs["attention_mask"].sum(dim=1).tolist()
         return [
-            Counts(n - before + after, length, None, before, after, seconds)
-            for n, before, after, length in zip(whole, visual, kept, lengths, strict=True)
+            Counts(n, length, None, before, after, layers, seconds)
+            for n, before, after, layers, length in zip(whole, visual, kept, mean, lengths, strict=True)
         ]
+
+    def _equivalent(self, visual: Sequence[int]) -> list[float]:
+        """Return the mean number of visual tokens over the layers of the LLM, for each prompt of the last batch."""
+        assert self._handle is not None
+        given = self._handle.selection
+        left = list(visual) if given is None else _sizes(given.by_prompt(len(visual)))
+        cuts, depth = self._handle.layers, self._model.config.get_text_config().num_hidden_layers
+        totals = [0] * len(visual)
+        for layer in range(depth):
+            left = _sizes(cuts[layer]) if layer in cuts else left
+            totals = [total + n for total, n in zip(totals, left, strict=True)]
+        return [total / depth for total in totals]
 
     # Requests
 
@@ -323,6 +342,10 @@ def _is_image(visual: Any) -> bool:
     if isinstance(visual, str):
         return visual.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
     return not isinstance(visual, Mapping)
+
+
+def _sizes(prompts: Sequence[Sequence[SpanSelection]]) -> list[int]:
+    return [sum(map(len, spans)) for spans in prompts]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:
