@@ -69,6 +69,12 @@ def test_other_media_are_refused(processor):
         conversation(processor, [user({"type": "audio", "url": "a.wav"}, text("what is said?"))])
 
 
+@pytest.mark.parametrize(("source", "fault"), [([1, 2], "not list"), ("missing.png", "no image file")])
+def test_unusable_images_are_named(processor, source, fault):
+    with pytest.raises(InputError, match=fault):
+        conversation(processor, [user({"type": "image", "url": source}, text("what?"))])
+
+
 def test_without_a_chat_template_images_go_before_the_text(processor, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", None)
     talk = conversation(processor, [user(picture(), text("where is the key?"))])

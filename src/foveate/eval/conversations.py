@@ -97,7 +97,11 @@ def interleaved(content: Sequence[Part]) -> list[Part]:
 
 
 def _picture(source: Any) -> Image.Image:
-    return source.convert("RGB") if isinstance(source, Image.Image) else open_image(source)
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, str | Path):
+        return open_image(source)
+    raise InputError(f"an image is a picture of Pillow or the path of its file, not {type(source).__name__}")
 
 
 def _prompt(processor: Any, turns: Sequence[Message]) -> str:
