@@ -19,6 +19,7 @@ from foveate.cli_bench import bench_app
 from foveate.cli_codebook import codebook
 from foveate.cli_nano import nano_app
 from foveate.cli_tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
+from foveate.cli_view import view
 from foveate.errors import FoveateError, InputError
 from foveate.units import show_bytes, show_flops, show_time
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(nano_app, name="nano")
 app.add_typer(bench_app, name="bench")
 app.command()(guarded(codebook))
+app.command()(view)
 
 
 @app.command()

@@ -54,9 +54,7 @@ class Panel:
         return np.asarray(self.picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) / 255.0
 
 
-def panels(
-    pictures: Sequence[Sequence[Image.Image]], spans: Sequence[Span], long_side: int = 960
-) -> list[Panel]:
+def panels(pictures: Sequence[Sequence[Image.Image]], spans: Sequence[Span], long_side: int = 960) -> list[Panel]:
     """Return the panels of all spans in order.
 
     Parameters
