@@ -93,7 +93,7 @@ def build(
                     info="With spaces between them: tokens (64), shares (0.25), or adaptive (coverage:0.9)",
                 )  # fmt: skip
                 button = gr.Button("Compare", variant="primary")
-        result = gr.HTML(_EMPTY, elem_id="result")
+        result = gr.HTML(_EMPTY, elem_id="result", padding=False)
         fields = [shown, asked, chosen, keeps]
         gr.on([button.click, asked.submit, keeps.submit], run, fields, result, concurrency_limit=1, api_name="compare")
     return blocks
