@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli_tools import Json, guarded, print_json, write_json
+from foveate.cli_tools import Json, guarded, print_json, reducer_from, write_json
 from foveate.errors import InputError
+from foveate.units import show_bytes, show_flops
 
 PARTS = {
     "vision": "vision", "projector": "projector", "selection": "selection", "prefill": "LLM prefill",
@@ -48,7 +49,6 @@ def cost(
 ) -> None:
     """Count FLOPs, KV cache and equivalent tokens from a model's configuration; no weights are needed."""
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("counting"):
-        from foveate.cli import _reducer
         from foveate.cost import anatomy_of
         from foveate.cost.imagined import imagine
         from foveate.cost.report import report
@@ -56,7 +56,7 @@ def cost(
         from foveate.provenance import versions
 
         size = _size(image_size)
-        reducer = _reducer(method, keep, set_ or [])
+        reducer = reducer_from(method, keep, set_ or [])
         config, processor = load_shape(model)
         anatomy = anatomy_of(config)
         count = (0 if frames else 1) if images is None else images
@@ -82,7 +82,6 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _show(data: dict[str, Any]) -> None:
-    from foveate.cli import _bytes, _flops
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("", "unpruned", data["method"].partition("(")[0], "change"):
@@ -97,13 +96,17 @@ def _show(data: dict[str, Any]) -> None:
         for part, label in PARTS.items():
             style = None if part in ("total", "decode_per_token") else "dim"
             was, now = before["flops"][part], after["flops"][part]
-            table.add_row(f"{label}, FLOPs", _flops(was), _flops(now), _percent(change["flops"][part]), style=style)
+            table.add_row(
+                f"{label}, FLOPs", show_flops(was), show_flops(now), _percent(change["flops"][part]), style=style
+            )
     else:
         name = data["formula"]
         was, now = before["macs"][name], after["macs"][name]
-        table.add_row(f"multiply-accumulates ({name})", _flops(was), _flops(now), _percent(change["macs"][name]))
+        table.add_row(
+            f"multiply-accumulates ({name})", show_flops(was), show_flops(now), _percent(change["macs"][name])
+        )
     table.add_row(
-        f"KV cache ({data['dtype']})", _bytes(before["kv_bytes"]), _bytes(after["kv_bytes"]),
+        f"KV cache ({data['dtype']})", show_bytes(before["kv_bytes"]), show_bytes(after["kv_bytes"]),
         _percent(change["kv_bytes"]),
     )  # fmt: skip
     console = Console(highlight=False)

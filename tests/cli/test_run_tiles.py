@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,18 @@ def test_run_on_tiles(foveate: Any, tiled_folder: Path, photo: Path) -> None:
     assert result.json["flops"] == {"before": None, "after": None}
     assert Path("shown/overlay.png").stat().st_size > 10_000
     assert len(result.json["compare"]) == 6
+
+
+@pytest.mark.parametrize("tiled_folder", ["aya_vision"], indirect=True)
+def test_view_of_tiles_has_a_panel_for_the_overview_and_one_for_them(
+    foveate: Any, tiled_folder: Path, photo: Path
+) -> None:
+    args = ["--method", "prumerge", "--keep", "9", "--keep", "20", "--model", tiled_folder, "--repeats", "1"]
+    result = foveate("view", photo, "what is this", *args, "--max-new-tokens", "3", "--json", "--out", "shown")
+    assert result.code == 0, result.err
+    (method,) = result.json["methods"]
+    for arm in method["arms"]:
+        assert sum(arm["counts"].values()) == result.json["tokens"]["visual"] == len(arm["into"][0])
+    page = Path("shown/view.html").read_text(encoding="utf-8")
+    assert '"label": "overview"' in page
+    assert re.search(r'"label": "\d+ tiles"', page)

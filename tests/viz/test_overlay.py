@@ -10,7 +10,9 @@ from PIL import Image
 from foveate import FoveateError, Selection
 from foveate.selection import Merge, SpanSelection
 from foveate.tokens import Crop, Span
-from foveate.viz import draw, highlight, save
+from foveate.viz import draw, save
+from foveate.viz.fate import Fate, fate
+from foveate.viz.overlay import highlight
 
 
 def _span(kind: str, crops: tuple[Crop, ...], length: int) -> Span:
@@ -27,9 +29,13 @@ def _tiled_span() -> Span:
     return _span("image", (Crop(torch.arange(16), (4, 4)), *tiles), 48)
 
 
+def _fate(length: int, kept: list[int]) -> Fate:
+    return fate(SpanSelection(length, torch.tensor(kept)))
+
+
 def test_highlight_dims_what_is_dropped() -> None:
     picture = np.full((40, 40, 3), (0.9, 0.5, 0.2))
-    out = highlight(picture, _image_span().crops, torch.tensor([0, 5]))
+    out = highlight(picture, _image_span().crops, _fate(16, [0, 5]))
     np.testing.assert_array_equal(out[:10, :10], picture[:10, :10])
     np.testing.assert_array_equal(out[10:20, 10:20], picture[10:20, 10:20])
     dropped = out[25, 25]
@@ -40,7 +46,7 @@ def test_highlight_dims_what_is_dropped() -> None:
 def test_highlight_places_tiles_by_their_boxes() -> None:
     picture = np.ones((40, 80, 3))
     span = _tiled_span()
-    out = highlight(picture, span.crops[1:], torch.tensor([16 + 15, 32]))
+    out = highlight(picture, span.crops[1:], _fate(48, [16 + 15, 32]))
     assert out[35, 35].min() == 1
     assert out[5, 45].min() == 1
     assert out[5, 5].max() < 1
@@ -69,7 +75,7 @@ def test_merged_tokens_are_named_as_such() -> None:
     merge = Merge(torch.zeros(16, dtype=torch.long), torch.arange(16), torch.full((16,), 1 / 16))
     chosen = Selection((SpanSelection(16, torch.tensor([5]), merge),))
     figure = draw([[Image.new("RGB", (8, 8))]], [_image_span()], chosen)
-    assert figure.axes[0].get_title("left") == "16 tokens merged into 1"
+    assert figure.axes[0].get_title("left") == "kept 1, merged 15 of 16 tokens"
 
 
 def test_crops_without_a_grid_cannot_be_drawn() -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from foveate.budget import parse_keep
 from foveate.cli_tools import write_json
 from foveate.errors import FoveateError, InputError, UnknownNameError
 from foveate.provenance import machine, versions
 from foveate.reducer import Reducer, load_reducer
-from foveate.run import parse_keep
 
 if TYPE_CHECKING:
     from foveate.engines.hf import Separators

@@ -1,5 +1,5 @@
 """Pictures of what a method kept."""
 
-from foveate.viz.overlay import draw, highlight, save
+from foveate.viz.overlay import draw, save
 
-__all__ = ["draw", "highlight", "save"]
+__all__ = ["draw", "save"]
