@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,8 +18,9 @@ from rich.table import Table
 from foveate.cli_bench import bench_app
 from foveate.cli_codebook import codebook
 from foveate.cli_nano import nano_app
-from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
+from foveate.cli_tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
 from foveate.errors import FoveateError, InputError
+from foveate.units import show_bytes, show_flops, show_time
 
 if TYPE_CHECKING:
     from foveate.engines.hf import Separators
@@ -33,8 +33,6 @@ app = typer.Typer(
 app.add_typer(nano_app, name="nano")
 app.add_typer(bench_app, name="bench")
 app.command()(guarded(codebook))
-
-_errors = Console(stderr=True)
 
 
 @app.command()
@@ -65,7 +63,7 @@ def run(
 ) -> None:
     """Ask a model about an image, unpruned and pruned, and measure both."""
     with contextlib.redirect_stdout(sys.stderr):
-        reducer = _reducer(method, keep, set_ or [])
+        reducer = reducer_from(method, keep, set_ or [])
         from foveate import run as job_module
         from foveate.engines.hf import Settings
         from foveate.loading import open_image, prompt_for
@@ -75,10 +73,10 @@ def run(
         picture = open_image(image)
         if prompt_template is not None:
             prompt_for(None, question, prompt_template)
-        loaded, processor = _load(model, dtype, device_map, attn)
+        loaded, processor = load(model, dtype, device_map, attn)
         job = job_module.prepare(loaded, processor, picture, question, prompt_template, max_new_tokens)
-        others = job_module.baselines(job, reducer, _errors.print) if compare else []
-        with _errors.status("running") as status:
+        others = job_module.baselines(job, reducer, ERRORS.print) if compare else []
+        with ERRORS.status("running") as status:
             arms = [None, reducer, *others]
             unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)
             data = job_module.report(job, unpruned, pruned, rest)
@@ -94,48 +92,6 @@ def run(
         print_json(data)
     else:
         _show(data, unpruned, pruned)
-
-
-def _reducer(method: str, keep: str | None, settings: list[str]) -> Any:
-    from foveate.reducer import load_reducer
-    from foveate.run import parse_keep
-
-    config: dict[str, Any] = dict(map(_setting, settings))
-    if keep is not None or not method.endswith(".json"):
-        config["keep"] = parse_keep("0.25" if keep is None else keep)
-    try:
-        return load_reducer(method, **config)
-    except FoveateError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot read the method from {method!r}: {error.strerror}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{method!r} does not describe a method: {error}") from error
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """Read ``name=value``; a value that is no JSON is a word."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise InputError(f"--set takes name=value, such as important_ratio=0.3, not {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-
-
-def _load(model: str, dtype: str, device_map: str | None, attn: str | None) -> tuple[Any, Any]:
-    from foveate.loading import load_model
-
-    started = time.perf_counter()
-    _errors.print(f"loading {escape(model)}", highlight=False)
-    loaded, processor = load_model(model, dtype, device_map, attn)
-    size, kind = loaded.num_parameters() / 1e6, str(loaded.dtype).removeprefix("torch.")
-    _errors.print(
-        f"{type(loaded).__name__}, {size:,.1f} M parameters, {kind} on {loaded.device}, attention "
-        f"{loaded.config._attn_implementation}, loaded in {time.perf_counter() - started:.1f} s", highlight=False,
-    )  # fmt: skip
-    return loaded, processor
 
 
 def _draw(path: Path, job: Any, pruned: Any, picture: Any, question: str, data: dict[str, Any]) -> None:
@@ -163,16 +119,16 @@ def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("visual tokens", str(unpruned.kept), str(pruned.kept), _change(unpruned.kept, pruned.kept))
     if unpruned.cost is not None:
-        table.add_row(*_row("prefill FLOPs", unpruned.cost.total, pruned.cost.total, _flops))
+        table.add_row(*_row("prefill FLOPs", unpruned.cost.total, pruned.cost.total, show_flops))
         for part in ("vision", "projector", "selection", "prefill", "lm_head"):
             label = {"prefill": "LLM", "lm_head": "LM head"}.get(part, part)
             table.add_row(
-                *_row(f"  {label}", getattr(unpruned.cost, part), getattr(pruned.cost, part), _flops), style="dim"
+                *_row(f"  {label}", getattr(unpruned.cost, part), getattr(pruned.cost, part), show_flops), style="dim"
             )
-    table.add_row(*_row("KV cache", unpruned.kv_bytes, pruned.kv_bytes, _bytes))
-    table.add_row(*_row("time", unpruned.seconds["total"], pruned.seconds["total"], _time))
+    table.add_row(*_row("KV cache", unpruned.kv_bytes, pruned.kv_bytes, show_bytes))
+    table.add_row(*_row("time", unpruned.seconds["total"], pruned.seconds["total"], show_time))
     for stage in ("vision", "select", "prefill", "decode"):
-        table.add_row(*_row(f"  {stage}", unpruned.seconds[stage], pruned.seconds[stage], _time), style="dim")
+        table.add_row(*_row(f"  {stage}", unpruned.seconds[stage], pruned.seconds[stage], show_time), style="dim")
     table.add_row("answer tokens", str(unpruned.answer_tokens), str(pruned.answer_tokens), "")
     agrees = "the same" if pruned.answer == unpruned.answer else "differs"
     console.print(f"\n[bold]{escape(data['question'])}[/bold]")
@@ -195,8 +151,8 @@ def _comparison(rows: list[dict[str, Any]], reference: str) -> Table:
         seconds, mark = row["seconds"], "" if row["answer"] == reference else "  (differs)"
         table.add_row(
             escape(row["method"].partition("(")[0]), str(row["tokens"]),
-            "unknown" if row["flops"] is None else _flops(row["flops"]),
-            _time(seconds["total"] - seconds["decode"]), _time(seconds["total"]), escape(row["answer"]) + mark,
+            "unknown" if row["flops"] is None else show_flops(row["flops"]),
+            show_time(seconds["total"] - seconds["decode"]), show_time(seconds["total"]), escape(row["answer"]) + mark,
         )  # fmt: skip
     return table
 
@@ -207,25 +163,6 @@ def _row(label: str, before: float, after: float, unit: Callable[[float], str]) 
 
 def _change(before: float, after: float) -> str:
     return f"{after / before - 1:+.1%}" if before else ""
-
-
-def _scaled(value: float, units: tuple[str, ...], step: float) -> str:
-    power = 0
-    while value >= step and power < len(units) - 1:
-        value, power = value / step, power + 1
-    return f"{value:.3g} {units[power]}" if value < 999.5 else f"{value:.0f} {units[power]}"
-
-
-def _flops(value: float) -> str:
-    return _scaled(value, ("", "k", "M", "G", "T", "P"), 1000)
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, ("B", "KiB", "MiB", "GiB"), 1024)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 @app.command()

@@ -1,20 +1,28 @@
-"""What the commands share: errors, JSON, folders."""
+"""What the commands share: errors, JSON, folders, models and methods by name, figures with units."""
 
 from __future__ import annotations
 
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from foveate.errors import FoveateError, InputError
 
+if TYPE_CHECKING:
+    from foveate.reducer import Reducer
+
 P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+ERRORS = Console(stderr=True)
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -61,3 +69,47 @@ def write_json(path: Path, data: Any) -> None:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
+    """Build a method from a name or a JSON file, a budget and ``name=value`` settings."""
+    from foveate.reducer import load_reducer
+    from foveate.run import parse_keep
+
+    config: dict[str, Any] = dict(map(_setting, settings))
+    if keep is not None or not method.endswith(".json"):
+        config["keep"] = parse_keep("0.25" if keep is None else keep)
+    try:
+        return load_reducer(method, **config)
+    except FoveateError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read the method from {method!r}: {error.strerror}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{method!r} does not describe a method: {error}") from error
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Read ``name=value``; a value that is no JSON is a word."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise InputError(f"--set takes name=value, such as important_ratio=0.3, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def load(model: str, dtype: str, device_map: str | None, attn: str | None) -> tuple[Any, Any]:
+    """Load a model and its processor, saying on standard error what came of it."""
+    from foveate.loading import load_model
+
+    started = time.perf_counter()
+    ERRORS.print(f"loading {escape(model)}", highlight=False)
+    loaded, processor = load_model(model, dtype, device_map, attn)
+    size, kind = loaded.num_parameters() / 1e6, str(loaded.dtype).removeprefix("torch.")
+    ERRORS.print(
+        f"{type(loaded).__name__}, {size:,.1f} M parameters, {kind} on {loaded.device}, attention "
+        f"{loaded.config._attn_implementation}, loaded in {time.perf_counter() - started:.1f} s", highlight=False,
+    )  # fmt: skip
+    return loaded, processor

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.generation.streamers import BaseStreamer
 
 from foveate.budget import Budget, Keep
 from foveate.cost import Cost, Patches, check_known, kv_bytes, prefill_flops, probe_flops, vision_layers
 from foveate.encoder import EncoderReducer
-from foveate.engines.hf import Separators, Settings, apply, decide, look, probes_of, select
+from foveate.engines.hf import Reduced, Separators, Settings, apply, decide, look, probes_of, select
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.grids import crop_budgets
@@ -26,10 +25,10 @@ from foveate.loading import model_inputs, prompt_for
 from foveate.probes import Attention, Embeddings
 from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
+from foveate.timing import STAGES, Clock, FirstToken, Meter
 from foveate.tokens import Span, VisualTokens
 
 BASELINES = ("random", "uniform", "pool", "downsample")
-STAGES = ("vision", "select", "prefill", "decode")
 Say = Callable[[str], None]
 
 
@@ -231,67 +230,56 @@ class _Result:
     stock: bool
 
 
-class _Watch:
-    """Adds up the time of stages, waiting for the device at each stop."""
-
-    def __init__(self, device: torch.device):
-        self._device, self.seconds = device, dict.fromkeys(STAGES, 0.0)
-        self._last = self._now()
-
-    def stop(self, stage: str) -> None:
-        now = self._now()
-        self.seconds[stage] += now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-class _FirstToken(BaseStreamer):  # type: ignore[misc]
-    """Stops the prefill when the first token of the answer arrives."""
-
-    def __init__(self, watch: _Watch):
-        self._watch, self._calls = watch, 0
-
-    def put(self, value: Tensor) -> None:
-        self._calls += 1
-        if self._calls == 2:  # the first call brings the prompt
-            self._watch.stop("prefill")
-
-    def end(self) -> None:
-        self._watch.stop("decode")
-
-
 @torch.no_grad()
 def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
-    watch, tokens, flops = _Watch(job.model.device), None, 0
+    clock, tokens, counter = Clock(job.model.device), None, FlopCounterMode(display=False)
     stock = settings is None or settings.reducer.keeps_all(job.spans)
     ready: Mapping[str, Any]
     if settings is None or stock:
         selection = identity(job.spans)
         ready = _encode_stock(job)
-        watch.stop("vision")
+        clock.stop("vision")
     else:
-        spans = job.family.spans(job.model, job.inputs)  # part of the work: the generic family encodes to find them
-        if settings.reducer.stage == "pixels":
-            selection, embeds = select(job.model, job.family, job.inputs, spans, settings)
-        else:
-            tokens = look(job.model, job.family, job.inputs, spans, [settings.reducer])
-            watch.stop("vision")
-            selection, flops = _decide(tokens, settings, count)
-            watch.stop("select")
-            embeds = job.family.embed(job.model, tokens, selection, settings.reducer.merges)
-        watch.stop("vision")
-        ready = apply(job.model, job.family, job.inputs, spans, selection, embeds, settings.positions)
-        watch.stop("select")
+        ready, selection, tokens = encode_reduced(job, settings, clock, counter if count else None)
     prompt = ready["input_ids"].shape[1]
     out = job.model.generate(
-        **ready, max_new_tokens=job.max_new_tokens, do_sample=False, num_beams=1, streamer=_FirstToken(watch)
+        **ready, max_new_tokens=job.max_new_tokens, do_sample=False, num_beams=1, streamer=FirstToken(clock)
     )
     answer = job.processor.tokenizer.decode(out[0, prompt:], skip_special_tokens=True).strip()
-    return _Result(answer, out.shape[1] - prompt, selection, tokens, watch.seconds, flops, stock)
+    flops = counter.get_total_flops()
+    return _Result(answer, out.shape[1] - prompt, selection, tokens, clock.seconds, flops, stock)
+
+
+def encode_reduced(
+    job: Job, settings: Settings, meter: Meter, deciding: AbstractContextManager[Any] | None = None
+) -> tuple[Reduced, Selection, VisualTokens | None]:
+    """Reduce a job's inputs as `foveate.reduce` does, and report the ends of ``"vision"`` and ``"select"``.
+
+    Parameters
+    ----------
+    deciding
+        Entered while the method decides.
+
+    Returns
+    -------
+    tuple
+        Inputs for ``generate``, the selection, and what the method saw (`None` if it encodes smaller pictures).
+    """
+    model, family, inputs, tokens = job.model, job.family, job.inputs, None
+    spans = family.spans(model, inputs)  # part of the work: the generic family encodes to find them
+    if settings.reducer.stage == "pixels":
+        selection, embeds = select(model, family, inputs, spans, settings)
+    else:
+        tokens = look(model, family, inputs, spans, [settings.reducer])
+        meter.stop("vision")
+        with deciding or nullcontext():
+            selection = decide(tokens, settings)
+        meter.stop("select")
+        embeds = family.embed(model, tokens, selection, settings.reducer.merges)
+    meter.stop("vision")
+    ready = apply(model, family, inputs, spans, selection, embeds, settings.positions)
+    meter.stop("select")
+    return ready, selection, tokens
 
 
 def _encode_stock(job: Job) -> dict[str, Any]:
@@ -305,14 +293,6 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     for key in (*job.family.inputs, *job.family.side_inputs):
         inputs.pop(key, None)
     return {**inputs, "mm_encoder_outputs": {"image": outputs}}
-
-
-def _decide(tokens: VisualTokens, settings: Settings, count: bool) -> tuple[Selection, int]:
-    if not count:
-        return decide(tokens, settings), 0
-    with FlopCounterMode(display=False) as counter:
-        selection = decide(tokens, settings)
-    return selection, counter.get_total_flops()
 
 
 def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dict[str, float]]) -> Arm:
