@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from foveate import compatibility
+from foveate.bench.report import markdown
 from foveate.nano.card import tables
 from foveate.nano.comparison import END, START, table
 from foveate.reducer import get_method
@@ -55,3 +56,12 @@ def test_the_model_card_shows_the_results():
     page = (ROOT / "docs/nano.md").read_text(encoding="utf-8")
     for name, shown in tables([result]).items():
         assert f"<!-- nano-{name} -->\n{shown}\n<!-- /nano-{name} -->" in page
+
+
+def test_the_page_on_speed_shows_the_results():
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    files = sorted(ROOT.glob("results/bench-*.json"))
+    assert files
+    for file in files:
+        shown = markdown(json.loads(file.read_text(encoding="utf-8")))
+        assert f"<!-- {file.stem} -->\n{shown}\n<!-- /{file.stem} -->" in page, f"run: foveate bench report {file}"

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +14,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foveate.cli_tools import ERRORS, Json, guarded, load, print_json, reducer_from, write_json
+from foveate.cli_tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, write_json
 from foveate.errors import InputError
 from foveate.units import show_bytes
 
 LAYERS = 4
 """Layers of the LLM of a shape unless told otherwise."""
+
+
+class Clocks(str, Enum):
+    wall, cpu = "wall", "cpu"
+
 
 bench_app = typer.Typer(help="Measure time and memory.", no_args_is_help=True)
 
@@ -51,6 +57,19 @@ def selection(
         print_json(result)
     else:
         _show(result)
+
+
+@bench_app.command()
+@guarded
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What `bench model --out` wrote.")],
+    page: Annotated[Path, typer.Option(help="Markdown page with a pair of marker lines for each, named as its file.")],
+    as_json: Json = False,
+) -> None:
+    """Put the results of `bench model` into a page."""
+    from foveate.bench.report import write_report
+
+    fill_page(page, lambda: write_report(results, page), "not results of `foveate bench model`", as_json)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -97,6 +116,7 @@ def model(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Turns, in each of which every arm runs once.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  [default: torch's own]")] = None,
+    clock: Annotated[Clocks, typer.Option(help="cpu: processor time of one thread, on a busy machine.")] = Clocks.wall,
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for a plot, as PNG.")] = None,
     as_json: Json = False,
@@ -117,7 +137,11 @@ def model(
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
         arms = bench.arms_of(job, Settings.make(reducer, None, "drop", {}, job.family))
         with ERRORS.status("starting") as status:
-            result = {"command": _command(context), "model": model, **bench.measure(arms, repeats, status.update)}
+            result = {
+                "command": _command(context),
+                "model": model,
+                **bench.measure(arms, repeats, clock.value, status.update),
+            }
         if model in SHAPES:
             result["config"]["tied"] = tied
         if out is not None:
@@ -164,6 +188,7 @@ def _command(context: typer.Context) -> str:
         if source is None or source.name != "COMMANDLINE":
             continue
         for item in value if isinstance(value, list | tuple) else [value]:
+            item = item.value if isinstance(item, Enum) else item
             if isinstance(item, bool):
                 words.append(parameter.opts[0] if item else (parameter.secondary_opts or [""])[0])
             else:

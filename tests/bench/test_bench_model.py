@@ -1,6 +1,8 @@
 """The bench of whole models: shapes with random weights, arms, memory, and what is made of the times."""
 
 import functools
+import json
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import foveate
 from foveate.bench import arms, shapes
 from foveate.bench.memory import MemoryMeter
 from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, measure
+from foveate.bench.report import markdown, write_report
 from foveate.engines.attach import attached
 from foveate.engines.hf import Settings
 from foveate.errors import InputError, UnknownNameError, UnsupportedModelError
@@ -182,11 +185,11 @@ def test_memory_is_the_peak_of_each_stage():
 
 def test_the_result_says_what_was_measured():
     said = []
-    result = measure(arms_of(job(), settings(keep=9)), 2, said.append)
+    result = measure(arms_of(job(), settings(keep=9)), 2, say=said.append)
     assert said[-1] == "turn 2 of 2"
     assert result["config"] == {
         "visual_tokens": 64, "text_tokens": 9, "answer_tokens": 4, "layers": 3, "dtype": "float32",
-        "attention": "sdpa", "turns": 2,
+        "attention": "sdpa", "turns": 2, "clock": "wall",
     }  # fmt: skip
     rows = {row["arm"]: row for row in result["arms"]}
     assert rows["unpruned"]["kv_bytes"] == 2 * 3 * (73 + 3) * 16 * 4
@@ -258,6 +261,19 @@ def test_summaries():
     assert summary([i / 1000 for i in range(1, 21)]) == {"median_ms": 10.5, "p90_ms": 19.0}
 
 
+def test_processor_time_leaves_waiting_out():
+    wall, own = (Clock(torch.device("cpu"), now) for now in (time.perf_counter, time.process_time))
+    time.sleep(0.2)
+    wall.stop("vision")
+    own.stop("vision")
+    assert wall.seconds["vision"] >= 0.2
+    assert own.seconds["vision"] < 0.1
+    with threads(2), pytest.raises(InputError, match="use 1 thread"):
+        measure([arms.unpruned(job())], clock="cpu")
+    with threads(1):
+        assert measure([arms.unpruned(job())], 1, "cpu")["config"]["clock"] == "cpu"
+
+
 def test_threads_are_restored():
     before = torch.get_num_threads()
     with threads(before + 1):
@@ -279,3 +295,40 @@ def test_the_first_token_ends_the_prefill():
         streamer.put(torch.zeros(1))
     streamer.end()
     assert stopped == ["prefill", "decode"]
+
+
+def test_a_report_says_what_holds(tmp_path):
+    rows = [
+        {
+            **row, "kv_bytes": 2**20, "peak_bytes": {**row["peak_bytes"], "total": 2**21},
+            "time": {stage: {"median_ms": 1200.0, "p90_ms": 1300.4} for stage in (*STAGES, "first_token")},
+        }
+        for row in ROWS
+    ]  # fmt: skip
+    config = {
+        "visual_tokens": 100, "text_tokens": 5, "layers": 3, "dtype": "float32", "attention": "sdpa", "turns": 3,
+        "clock": "wall",
+    }  # fmt: skip
+    result = {
+        "command": "foveate bench model", "config": config, "arms": rows,
+        "machine": {"processor": "one", "threads": 1}, "comparisons": comparisons(ROWS, TIMES, 100, 7),
+    }  # fmt: skip
+    file, page = tmp_path / "bench-x.json", tmp_path / "page.md"
+    file.write_text(json.dumps(result))
+    page.write_text("a\n<!-- bench-x -->\nold\n<!-- /bench-x -->\nb\n")
+    write_report([file], page)
+    text = page.read_text()
+    assert text == f"a\n<!-- bench-x -->\n{markdown(result)}\n<!-- /bench-x -->\nb\n"
+    assert "| naive | 20 | 1,200 | 1,200 | 1,200 | 1,200 | 1,200 (1,300) | 50 B, 2 MiB | 1 MiB |" in text
+    judged = [line for line in text.splitlines() if line.endswith(("holds |", "missed |"))]
+    held = {line.split(" | ")[0].strip("| "): line for line in judged}
+    assert len(held) == 6
+    assert held["vision with the probe / same layers without"].endswith("at most 1.02 | 1.250 | missed |")
+    assert held["vision with the probe / unpruned"].endswith("at most 1.0 | 1.000 | holds |")
+    assert held["prefill time saved / predicted by FLOPs"].endswith("at least 0.9 | 0.889 | missed |")
+    assert held["vision and selection, naive way / method"].endswith("at least 1.12 | 2.000 | holds |")
+    assert "prefill 80.0% shorter, where FLOPs predict 90.0%" in text
+    assert "5 dropped tokens against the unpruned model, 7 to pay" in text
+    page.write_text("nothing")
+    with pytest.raises(foveate.FoveateError, match="no place for 'bench-x'"):
+        write_report([file], page)

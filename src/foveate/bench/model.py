@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
 
 from foveate.bench import arms as ways
 from foveate.bench.arms import Arm
 from foveate.bench.memory import MemoryMeter
 from foveate.cost import prefill_flops
 from foveate.engines.hf import Settings
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.provenance import machine, versions
 from foveate.run import Job
 from foveate.timing import STAGES, Clock, summary
 
 FIRST_TOKEN = ("vision", "select", "prefill")
+ClockName: TypeAlias = Literal["wall", "cpu"]
 Say = Callable[[str], None]
 Times = Mapping[str, Sequence[Mapping[str, float]]]
 """Seconds by stage, of each turn, of each arm."""
@@ -36,7 +41,9 @@ def arms_of(job: Job, settings: Settings) -> list[Arm]:
     return found
 
 
-def measure(arms: Sequence[Arm], repeats: int = 5, say: Say = lambda _: None) -> dict[str, Any]:
+def measure(
+    arms: Sequence[Arm], repeats: int = 5, clock: ClockName = "wall", say: Say = lambda _: None
+) -> dict[str, Any]:
     """Measure arms of one job.
 
     Every arm runs once to warm up and once for its memory. Then all take turns, each turn beginning with another one,
@@ -48,6 +55,9 @@ def measure(arms: Sequence[Arm], repeats: int = 5, say: Say = lambda _: None) ->
         Of distinct names.
     repeats
         Turns.
+    clock
+        ``"cpu"`` counts processor time, which other programs on the machine do not lengthen. It is for one thread,
+        whose wall-clock time on an idle machine it equals, and for models on the CPU.
 
     Returns
     -------
@@ -55,10 +65,13 @@ def measure(arms: Sequence[Arm], repeats: int = 5, say: Say = lambda _: None) ->
         The configuration of the job, versions and machine, a row per arm, and `comparisons` of the arms.
     """
     job = arms[0].job
+    if clock == "cpu" and (torch.get_num_threads() > 1 or job.model.device.type != "cpu"):
+        raise InputError("processor time is the time of a run only with one thread and without a GPU: use 1 thread")
+    start = partial(Clock, job.model.device, time.process_time if clock == "cpu" else time.perf_counter)
     memory, caches = {}, {}
     for arm in arms:
         say(f"warming up: {arm.name}")
-        arm.run(lambda: Clock(job.model.device))
+        arm.run(start)
         meter, out = arm.run(lambda: MemoryMeter(job.model.device))
         memory[arm.name], caches[arm.name] = meter.peaks(), cache_bytes(out.past_key_values)
     times: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
@@ -66,14 +79,14 @@ def measure(arms: Sequence[Arm], repeats: int = 5, say: Say = lambda _: None) ->
         say(f"turn {turn + 1} of {repeats}")
         first = turn % len(arms)
         for arm in [*arms[first:], *arms[:first]]:
-            times[arm.name].append(arm.run(lambda: Clock(job.model.device))[0].seconds)
+            times[arm.name].append(arm.run(start)[0].seconds)
     rows = [_row(arm, times[arm.name], memory[arm.name], caches[arm.name]) for arm in arms]
     return {
         "config": {
             "visual_tokens": job.visual_tokens, "text_tokens": job.text_tokens, "answer_tokens": job.max_new_tokens,
             "layers": job.model.config.get_text_config().num_hidden_layers,
             "dtype": str(job.model.dtype).removeprefix("torch."),
-            "attention": job.model.config._attn_implementation, "turns": repeats,
+            "attention": job.model.config._attn_implementation, "turns": repeats, "clock": clock,
         },
         "machine": machine(),
         "versions": versions(),
