@@ -46,8 +46,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure arms of one job.
 
-    Every arm runs once to warm up and once for its memory. Then all take turns, each turn beginning with another one,
-    so that a machine that slows down slows all of them.
+    Every arm runs once for its memory, which warms it up. Then all take turns, each turn beginning with another one, so
+    that a machine that slows down slows all of them.
 
     Parameters
     ----------
@@ -70,8 +70,7 @@ def measure(
     start = partial(Clock, job.model.device, time.process_time if clock == "cpu" else time.perf_counter)
     memory, caches = {}, {}
     for arm in arms:
-        say(f"warming up: {arm.name}")
-        arm.run(start)
+        say(f"memory: {arm.name}")
         meter, out = arm.run(lambda: MemoryMeter(job.model.device))
         memory[arm.name], caches[arm.name] = meter.peaks(), cache_bytes(out.past_key_values)
     times: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
