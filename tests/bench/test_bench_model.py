@@ -166,6 +166,17 @@ def test_a_chain_is_controlled_at_ratio_1():
     assert arm.run(clock)[1].sequences.shape[1] == 73 + 4
 
 
+def test_attached_arms_are_measured_beside_an_attached_oracle():
+    """As methods inside the LLM are; here one before it, of which vision and prefill cannot be told apart."""
+    found = [arms.unpruned(job())]
+    for name, method in (("method", "vispruner"), ("oracle", "random")):
+        found.append(arms.attached(name, job(), settings(method, keep=9), 64))
+    result = measure(found, 2)
+    assert [row["kv_bytes"] for row in result["arms"]] == [2 * 3 * (n + 3) * 16 * 4 for n in (73, 18, 18)]
+    assert set(result["comparisons"]) == {"first_token_of_oracle", "first_token", "total"}
+    assert attached(job().model) is None
+
+
 def test_memory_is_the_peak_of_each_stage():
     meter = MemoryMeter(torch.device("cpu"))
     first = torch.empty(1000, 1000)
@@ -238,11 +249,16 @@ def test_comparisons_by_hand():
     }  # fmt: skip
 
 
-def test_arms_of_methods_inside_the_llm_have_no_flops_before_it():
+def test_comparisons_of_fewer_arms():
     some = [row for row in ROWS if row["arm"] in ("unpruned", "method")]
     found = comparisons([{**row, "prefill_flops": None} for row in some], TIMES, 100, 7)
     assert found["prefill"] == {"saved": 0.8}
     assert not {"naive", "break_even", "probes", "attached_at_ratio_1"} & set(found)
+
+
+def test_scoring_inside_the_llm_is_a_share_of_the_unpruned_prefill():
+    times = {**TIMES, "method": turns((1.0, 0.0, 2.3, 3.5), (2.0, 0.0, 4.6, 7.0), (1.0, 0.0, 2.3, 3.5))}
+    assert comparisons(ROWS, times, 100, 7)["prefill_beyond_oracle"] == 0.03
 
 
 def test_break_even_of_methods_that_come_late():

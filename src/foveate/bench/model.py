@@ -163,17 +163,19 @@ def comparisons(rows: Sequence[Mapping[str, Any]], times: Times, visual_tokens: 
         "first_token": ("method", "unpruned", FIRST_TOKEN),
         "total": ("method", "unpruned", STAGES),
     }
+    # What reduces before the LLM inside an attachment does not report where vision ends.
+    split = {name for name in arm if all(turn["vision"] > 0 for turn in times[name])}
     for key, (one, other, stages) in compared.items():
-        if one in arm and other in arm:
+        if {one, other} <= (split if stages == ("vision",) else arm.keys()):
             found[key] = round(ratio(times[one], times[other], stages), 4)
-    if {"method", "unpruned"} <= arm.keys():
+    if {"method", "unpruned"} <= split:
         found["prefill"] = _prefill(arm, times)
-    if {"method", "unpruned", "oracle"} <= arm.keys():
+    if {"method", "unpruned", "oracle"} <= split:
         prefill = ("prefill",)
         beyond = ratio(times["method"], times["unpruned"], prefill) - ratio(times["oracle"], times["unpruned"], prefill)
         found["prefill_beyond_oracle"] = round(beyond, 4)
         found["break_even"] = break_even(times, visual_tokens - arm["method"]["tokens"], visual_tokens, steps)
-    if {"method", "naive"} <= arm.keys():
+    if {"method", "naive"} <= split:
         stages = ("vision", "select")
         found["naive"] = {
             "vision_and_select": round(ratio(times["naive"], times["method"], stages), 4),
