@@ -116,7 +116,7 @@ def model(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Turns, in each of which every arm runs once.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  [default: torch's own]")] = None,
-    clock: Annotated[Clocks, typer.Option(help="cpu: processor time of one thread, on a busy machine.")] = Clocks.wall,
+    clock: Annotated[Clocks, typer.Option(help="cpu: processor time of one thread, for busy machines.")] = Clocks.wall,
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for a plot, as PNG.")] = None,
     as_json: Json = False,
@@ -127,7 +127,7 @@ def model(
     from foveate.engines.hf import Settings
     from foveate.timing import threads as torch_threads
 
-    with contextlib.redirect_stdout(sys.stderr), torch_threads(threads):
+    with contextlib.redirect_stdout(sys.stderr), torch_threads(threads or (1 if clock is Clocks.cpu else None)):
         reducer = reducer_from(method, keep, set_ or [])
         if model in SHAPES:
             _refuse(context, ("image", "question"), f"{model!r} has random weights and no processor")
@@ -137,11 +137,8 @@ def model(
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
         arms = bench.arms_of(job, Settings.make(reducer, None, "drop", {}, job.family))
         with ERRORS.status("starting") as status:
-            result = {
-                "command": _command(context),
-                "model": model,
-                **bench.measure(arms, repeats, clock.value, status.update),
-            }
+            measured = bench.measure(arms, repeats, clock.value, status.update)
+        result = {"command": _command(context), "model": model, **measured}
         if model in SHAPES:
             result["config"]["tied"] = tied
         if out is not None:
@@ -219,9 +216,8 @@ def _show_model(result: dict[str, Any]) -> None:
     for row in result["arms"]:
         times = [row["time"][stage]["median_ms"] for stage in stages] + [row["time"]["first_token"]["p90_ms"]]
         sizes = show_bytes(row["peak_bytes"]["total"]), show_bytes(row["kv_bytes"])
-        table.add_row(
-            row["arm"], str(row["tokens"]), *(f"{ms:.0f}" if ms >= 1e3 else f"{ms:.1f}" for ms in times), *sizes
-        )
+        shown = [f"{ms:.0f}" if ms >= 1e3 else f"{ms:.1f}" for ms in times]
+        table.add_row(row["arm"], str(row["tokens"]), *shown, *sizes)
     console = Console(highlight=False)
     console.print(table)
     for line in _told(result["comparisons"]):
