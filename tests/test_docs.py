@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from foveate import compatibility
-from foveate.cost.report import markdown
+from foveate.bench.report import markdown as speed_table
+from foveate.cost.report import markdown as cost_table
 from foveate.nano.card import tables
 from foveate.nano.comparison import END, START, table
 from foveate.reducer import get_method
@@ -66,4 +67,13 @@ def test_the_page_on_costs_shows_the_results():
     ]  # fmt: skip
     results = [json.loads((ROOT / f"results/cost-{name}.json").read_text(encoding="utf-8")) for name in names]
     page = (ROOT / "docs/cost.md").read_text(encoding="utf-8")
-    assert f"<!-- cost-table -->\n{markdown(results)}\n<!-- /cost-table -->" in page
+    assert f"<!-- cost-table -->\n{cost_table(results)}\n<!-- /cost-table -->" in page
+
+
+def test_the_page_on_speed_shows_the_results():
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    files = sorted(ROOT.glob("results/bench-*.json"))
+    assert files
+    for file in files:
+        shown = speed_table(json.loads(file.read_text(encoding="utf-8")))
+        assert f"<!-- {file.stem} -->\n{shown}\n<!-- /{file.stem} -->" in page, f"run: foveate bench report {file}"

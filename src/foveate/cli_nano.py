@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foveate.cli_tools import Json, guarded, make_folder, print_json, write_json
+from foveate.cli_tools import Json, fill_page, guarded, make_folder, print_json, write_json
 from foveate.errors import FoveateError, InputError
 
 nano_app = typer.Typer(
@@ -121,7 +120,7 @@ def report(
     """Put the table of a comparison into a page."""
     from foveate.nano.comparison import write_table
 
-    _fill(page, lambda: write_table(result, page), f"{str(result)!r} is no result of a comparison", as_json)
+    fill_page(page, lambda: write_table(result, page), f"{str(result)!r} is no result of a comparison", as_json)
 
 
 @nano_app.command()
@@ -134,23 +133,7 @@ def card(
     """Put the tables of the model card into a page."""
     from foveate.nano.card import write_card
 
-    _fill(page, lambda: write_card(results, page), "not results of `foveate nano eval`", as_json)
-
-
-def _fill(page: Path, write: Callable[[], None], fault: str, as_json: bool) -> None:
-    """Run what puts results into a page, and say where they are; `fault` names unusable results."""
-    try:
-        write()
-    except OSError as error:
-        raise InputError(f"cannot use {error.filename!r}: {error.strerror}") from error
-    except FoveateError:
-        raise
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{fault}: {error}") from error
-    if as_json:
-        print_json({"page": str(page)})
-    else:
-        print(f"the results are in {page}")
+    fill_page(page, lambda: write_card(results, page), "not results of `foveate nano eval`", as_json)
 
 
 def _weights(model: Path | None) -> Path:

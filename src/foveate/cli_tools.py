@@ -113,3 +113,19 @@ def load(model: str, dtype: str, device_map: str | None, attn: str | None) -> tu
         f"{loaded.config._attn_implementation}, loaded in {time.perf_counter() - started:.1f} s", highlight=False,
     )  # fmt: skip
     return loaded, processor
+
+
+def fill_page(page: Path, write: Callable[[], None], fault: str, as_json: bool) -> None:
+    """Run what puts results into a page, and say where they are; `fault` names unusable results."""
+    try:
+        write()
+    except OSError as error:
+        raise InputError(f"cannot use {error.filename!r}: {error.strerror}") from error
+    except FoveateError:
+        raise
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{fault}: {error}") from error
+    if as_json:
+        print_json({"page": str(page)})
+    else:
+        print(f"the results are in {page}")

@@ -20,6 +20,8 @@ def report(job: Job, unpruned: Arm, pruned: Arm, others: Sequence[Arm] = ()) -> 
         "answer_tokens": {"before": unpruned.answer_tokens, "after": pruned.answer_tokens},
         "method": repr(pruned.reducer),
         "tokens": {"before": unpruned.kept, "after": pruned.kept, "text": job.text_tokens, "spans": spans},
+        "layers": {"before": list(unpruned.layers), "after": list(pruned.layers)},
+        "equivalent_tokens": {"before": unpruned.equivalent, "after": pruned.equivalent},
         "flops": {"before": unpruned.to_dict()["flops"], "after": pruned.to_dict()["flops"]},
         "flops_by_part": {
             when: arm.cost and arm.cost.to_dict() for when, arm in (("before", unpruned), ("after", pruned))

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.generation.streamers import BaseStreamer
 
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
 from foveate.cost.arms import arm_cost
-from foveate.engines.hf import Separators, Settings, apply, base_model, decide, look, select
+from foveate.engines.attach import attach
+from foveate.engines.given import Shown, given, priors_of
+from foveate.engines.hf import Reduced, Separators, Settings, apply, base_model, decide, look, select, shown_to_llm
 from foveate.errors import UnsupportedModelError
 from foveate.families import FAMILIES, Family, family_of
 from foveate.grids import middle
@@ -24,10 +26,10 @@ from foveate.loading import encoder_view, model_inputs, prompt_for
 from foveate.probes import Attention
 from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
+from foveate.timing import STAGES, Clock, FirstToken, Meter
 from foveate.tokens import Span, VisualTokens
 
 BASELINES = ("random", "uniform", "pool", "downsample")
-STAGES = ("vision", "select", "prefill", "decode")
 Say = Callable[[str], None]
 
 
@@ -95,6 +97,8 @@ class Arm:
         The attention that the method read, ``[n]`` per crop, if any.
     seconds
         Median time of each stage and of their sum.
+    layers
+        The visual tokens that each layer of the LLM receives.
     cost
         FLOPs of the prefill, or `None` if they are not known.
     kv_bytes
@@ -107,13 +111,19 @@ class Arm:
     selection: Selection
     saliency: list[Tensor] | None
     seconds: dict[str, float]
+    layers: tuple[int, ...]
     cost: Cost | None
     kv_bytes: int
 
     @property
     def kept(self) -> int:
-        """Number of visual tokens that the LLM gets."""
+        """Number of visual tokens that are left, in the last layer of the LLM."""
         return sum(map(len, self.selection))
+
+    @property
+    def equivalent(self) -> float:
+        """Mean over the layers of the visual tokens that they receive."""
+        return statistics.fmean(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-compatible data."""
@@ -122,6 +132,7 @@ class Arm:
             "answer": self.answer,
             "answer_tokens": self.answer_tokens,
             "tokens": self.kept,
+            "equivalent_tokens": self.equivalent,
             "flops": None if self.cost is None else self.cost.total,
             "kv_bytes": self.kv_bytes,
             "seconds": self.seconds,
@@ -227,72 +238,90 @@ class _Result:
     answer_tokens: int
     selection: Selection
     tokens: VisualTokens | None
+    layers: tuple[int, ...]
     seconds: dict[str, float]
     decision_flops: int
     stock: bool
 
 
-class _Watch:
-    """Adds up the time of stages, waiting for the device at each stop."""
-
-    def __init__(self, device: torch.device):
-        self._device, self.seconds = device, dict.fromkeys(STAGES, 0.0)
-        self._last = self._now()
-
-    def stop(self, stage: str) -> None:
-        now = self._now()
-        self.seconds[stage] += now - self._last
-        self._last = now
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-
-class _FirstToken(BaseStreamer):  # type: ignore[misc]
-    """Stops the prefill when the first token of the answer arrives."""
-
-    def __init__(self, watch: _Watch):
-        self._watch, self._calls = watch, 0
-
-    def put(self, value: Tensor) -> None:
-        self._calls += 1
-        if self._calls == 2:  # the first call brings the prompt
-            self._watch.stop("prefill")
-
-    def end(self) -> None:
-        self._watch.stop("decode")
-
-
 @torch.no_grad()
 def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
-    watch, tokens, flops = _Watch(job.model.device), None, 0
+    clock, tokens, counter = Clock(job.model.device), None, FlopCounterMode(display=False)
     stock = settings is None or settings.reducer.keeps_all(job.spans)
     ready: Mapping[str, Any]
     if settings is None or stock:
         selection = identity(job.spans)
         ready = _encode_stock(job)
-        watch.stop("vision")
+        clock.stop("vision")
+    elif settings.before is None and not any(r.needs for r in settings.inside):
+        selection, shown = identity(job.spans), shown_whole(job)
+        ready = _encode_stock(job)
+        clock.stop("vision")
     else:
-        spans = job.family.spans(job.model, job.inputs)  # part of the work: the generic family encodes to find them
-        if settings.reducer.stage == "pixels":
-            selection, embeds, _ = select(job.model, job.family, job.inputs, spans, settings)
-        else:
-            tokens = look(job.model, job.family, job.inputs, spans, [settings.reducer])
-            watch.stop("vision")
-            selection, flops = _decide(tokens, settings, count)
-            watch.stop("select")
-            embeds = job.family.embed(job.model, tokens, selection, settings.reducer.merges)
-        watch.stop("vision")
-        ready = apply(job.model, job.family, job.inputs, spans, selection, embeds, settings.positions)
-        watch.stop("select")
-    prompt = ready["input_ids"].shape[1]
-    out = job.model.generate(
-        **ready, max_new_tokens=job.max_new_tokens, do_sample=False, num_beams=1, streamer=_FirstToken(watch)
-    )
+        reduced, selection, tokens = encode_reduced(job, settings, clock, counter if count else None)
+        ready, shown = reduced, shown_to_llm(job.inputs, reduced)
+    prompt, depth = ready["input_ids"].shape[1], job.model.config.get_text_config().num_hidden_layers
+    layers = (sum(map(len, selection)),) * depth
+    options = {"max_new_tokens": job.max_new_tokens, "do_sample": False, "num_beams": 1, "streamer": FirstToken(clock)}
+    if settings is None or stock or not settings.inside:
+        out = job.model.generate(**ready, **options)
+    else:
+        with attach(job.model, settings.inside_alone, positions=settings.inside_positions) as handle:
+            handle.expect(shown)
+            out = job.model.generate(**ready, **options)
+            left = {boundary: sum(map(len, rows[0])) for boundary, rows in handle.layers.items()}
+            selection = Selection(tuple(handle.selections[0]))
+        layers = layer_counts(layers, left)
     answer = job.processor.tokenizer.decode(out[0, prompt:], skip_special_tokens=True).strip()
-    return _Result(answer, out.shape[1] - prompt, selection, tokens, watch.seconds, flops, stock)
+    flops = counter.get_total_flops()
+    return _Result(answer, out.shape[1] - prompt, selection, tokens, layers, clock.seconds, flops, stock)
+
+
+def layer_counts(entering: Sequence[int], left: Mapping[int, int]) -> tuple[int, ...]:
+    """Return what each layer receives of what the LLM is given, if so many tokens are left behind some boundaries."""
+    return tuple(accumulate((left.get(layer, count) for layer, count in enumerate(entering)), min))
+
+
+def shown_whole(job: Job) -> Shown:
+    """Describe what the LLM is given if nothing is dropped before it."""
+    ids = job.inputs["input_ids"]
+    spans = job.family.spans(job.model, job.inputs)
+    return Shown(given(spans, job.inputs.get("attention_mask"), ids.shape[1], ids.device), *ids.shape)
+
+
+def encode_reduced(
+    job: Job, settings: Settings, meter: Meter, deciding: AbstractContextManager[Any] | None = None
+) -> tuple[Reduced, Selection, VisualTokens | None]:
+    """Reduce a job's inputs as `foveate.reduce` does, and report the ends of ``"vision"`` and ``"select"``.
+
+    Parameters
+    ----------
+    deciding
+        Entered while the method decides.
+
+    Returns
+    -------
+    tuple
+        Inputs for ``generate``, the selection, and what the method saw (`None` if it encodes smaller pictures).
+    """
+    model, family, inputs, tokens = job.model, job.family, job.inputs, None
+    before, judging = settings.before, [r for r in settings.inside if r.needs]
+    spans = family.spans(model, inputs)  # part of the work: the generic family encodes to find them
+    if before is not None and before.stage == "pixels":
+        selection, embeds, _ = select(model, family, inputs, spans, settings)
+    else:
+        tokens = look(model, family, inputs, spans, [r for r in (before, *judging) if r is not None])
+        meter.stop("vision")
+        with deciding or nullcontext():
+            selection = decide(tokens, settings)
+        meter.stop("select")
+        embeds = family.embed(model, tokens, selection, None if before is None else before.merges)
+    meter.stop("vision")
+    ready = apply(model, family, inputs, spans, selection, embeds, settings.positions)
+    if tokens is not None:
+        ready.priors = priors_of(judging, tokens, selection)
+    meter.stop("select")
+    return ready, selection, tokens
 
 
 def _encode_stock(job: Job) -> dict[str, Any]:
@@ -307,24 +336,15 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     return {**inputs, "mm_encoder_outputs": outputs}
 
 
-def _decide(tokens: VisualTokens, settings: Settings, count: bool) -> tuple[Selection, int]:
-    if not count:
-        return decide(tokens, settings), 0
-    with FlopCounterMode(display=False) as counter:
-        selection = decide(tokens, settings)
-    return selection, counter.get_total_flops()
-
-
 def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dict[str, float]]) -> Arm:
     seconds = {stage: statistics.median(t[stage] for t in times) for stage in STAGES}
     seconds["total"] = statistics.median(sum(t.values()) for t in times)
-    kept = sum(map(len, result.selection))
     size = torch.finfo(job.model.dtype).bits // 8
-    cache = kv_bytes(job.model.config.get_text_config(), job.text_tokens + kept, size)
+    cache = kv_bytes(job.model.config.get_text_config(), [job.text_tokens + n for n in result.layers], size)
     saliency = _saliency(reducer, result.tokens)
     cost = _cost(job, reducer, result)
     return Arm(
-        reducer, result.answer, result.answer_tokens, result.selection, saliency, seconds, cost, cache
+        reducer, result.answer, result.answer_tokens, result.selection, saliency, seconds, result.layers, cost, cache
     )  # fmt: skip
 
 
@@ -334,8 +354,7 @@ def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
     try:
         anatomy = anatomy_of(model.config, type(model))
         work = work_of(anatomy, job.inputs, job.spans)
-        kept = sum(map(len, result.selection))
-        return arm_cost(anatomy, work, job.text_tokens, method, kept, result.decision_flops)
+        return arm_cost(anatomy, work, job.text_tokens, method, result.layers, result.decision_flops)
     except UnsupportedModelError:
         return None
 

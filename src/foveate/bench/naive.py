@@ -32,6 +32,8 @@ def _crop(features: Tensor, saliency: Tensor, count: int, ratio: float, step: in
     important = int(count * ratio)
     order = saliency.float().argsort(descending=True, stable=True)
     kept, rest = order[:important], order[important:]
+    if important == count:
+        return kept.sort().values
     while (surplus := len(rest) - (count - important)) > 0:
         even, odd = rest[0::2], rest[1::2]
         one, other = (torch.nn.functional.normalize(features[i].float(), dim=-1) for i in (even, odd))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from foveate.methods import VisPruner
 from foveate.probes import Attention, Features
 from foveate.provenance import machine, versions
 from foveate.reducer import Reducer
+from foveate.timing import summary
+from foveate.timing import threads as torch_threads
 from foveate.tokens import CropBatch, VisualTokens
 
 GRIDS = ((24, 24), (32, 32), (48, 60))
@@ -58,7 +59,7 @@ def selection(
     """
     timed = [r for r in reducers if r.stage == "before_llm"]
     rows: list[dict[str, Any]] = []
-    with _threads(threads):
+    with torch_threads(threads):
         for grid in grids:
             for batch in batches:
                 say(f"{grid[0] * grid[1]} tokens, {batch} at once")
@@ -105,18 +106,15 @@ def _time(reducer: Reducer, tokens: VisualTokens) -> float:
 def _row(
     reducer: Reducer, grid: tuple[int, int], batch: int, seconds: Sequence[float], reference: float
 ) -> dict[str, Any]:
-    ordered = sorted(seconds)
-    median = statistics.median(ordered)
     return {
         "method": reducer.name,
         "reducer": repr(reducer),
         "tokens": grid[0] * grid[1],
         "grid": list(grid),
         "batch": batch,
-        "median_ms": round(1e3 * median, 3),
-        "p90_ms": round(1e3 * ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))], 3),
-        "runs": len(ordered),
-        "of_vispruner": round(median / reference, 2),
+        **summary(seconds),
+        "runs": len(seconds),
+        "of_vispruner": round(statistics.median(seconds) / reference, 2),
     }
 
 
@@ -183,13 +181,3 @@ def _pick(features: Tensor, saliency: Tensor, count: int) -> Tensor:
     planes: dict[Any, Tensor] = {Features(): features, Attention(): saliency}
     crops = CropBatch(None, (0,) * len(features), features.shape[1], features.device, planes)
     return VisPruner(keep=count).pick(crops, count).sort().values
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -26,6 +26,7 @@ from foveate.engines.hf import (
     pad_id,
     reduce_with,
     rotary_axes,
+    shown_to_llm,
     with_positions,
 )
 from foveate.engines.in_llm import Layers, refuse
@@ -120,6 +121,11 @@ class Handle:
             return {}
         rows = {boundary: self._pass.selections(left) for boundary, left in self._pass.cuts}
         return {boundary: each[:: len(each) // max(self._batch, 1)] for boundary, each in rows.items()}
+
+    def expect(self, shown: Shown) -> None:
+        """Say what the next call gives the LLM, where its inputs are encoded already."""
+        self._local.shown = shown
+        self._batch = shown.batch
 
     def detach(self) -> None:
         """Restore the model exactly. Detaching twice does no harm."""
@@ -257,12 +263,7 @@ class Handle:
         """Let the methods before the LLM act, and note for those inside it what is left."""
         out = reduce_with(self._model, self._family, inputs, settings)
         if self._layers is not None and out.compaction is not None:
-            ids = out["input_ids"]
-            width = inputs["input_ids"].shape[1]
-            prompts = given(
-                out.spans, inputs.get("attention_mask"), width, ids.device, out.selection, out.compaction, out.priors
-            )
-            self._local.shown = Shown(prompts, *ids.shape)
+            self._local.shown = shown_to_llm(inputs, out)
         return out
 
     def _show(self, inputs: Mapping[str, Any], filled: int) -> None:

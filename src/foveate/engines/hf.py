@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.coverage import SALIENCY, with_coverage
 from foveate.encoder import EncoderReducer
 from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan, position_behind
-from foveate.engines.given import priors_of
+from foveate.engines.given import Shown, given, priors_of
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.in_llm import InLlmReducer
@@ -76,6 +76,11 @@ class Settings:
         """The part of the method that acts before the LLM."""
         before, _ = split(self.reducer.stages())
         return (before[0] if len(before) == 1 else Chain(*before)) if before else None
+
+    @property
+    def inside_alone(self) -> Reducer:
+        """The method without the parts that act before the LLM."""
+        return self.inside[0] if len(self.inside) == 1 else Chain(*self.inside)
 
     @property
     def inside(self) -> tuple[InLlmReducer, ...]:
@@ -183,7 +188,6 @@ def reduce_with(model: Any, family: Family, inputs: Mapping[str, Any], settings:
         return out
     selection, embeds, tokens = select(model, family, inputs, spans, settings)
     out = apply(model, family, inputs, spans, selection, embeds, settings.positions)
-    out.spans = tuple(spans)
     if tokens is not None:
         out.priors = priors_of(judging, tokens, selection)
     return out
@@ -314,8 +318,16 @@ def apply(
         # Without a mask, transformers takes gaps between positions for the borders of packed prompts.
         out["attention_mask"] = torch.ones_like(out["input_ids"])
     out["mm_encoder_outputs"] = family.encoder_outputs(spans, embeds)
-    out.selection, out.compaction = selection, compaction
+    out.selection, out.compaction, out.spans = selection, compaction, tuple(spans)
     return out
+
+
+def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Shown:
+    """Describe to methods inside the LLM what methods before it have left of some inputs."""
+    ids, mask = reduced["input_ids"], inputs.get("attention_mask")
+    width = inputs["input_ids"].shape[1]
+    prompts = given(reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors)
+    return Shown(prompts, *ids.shape)
 
 
 def with_positions(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from foveate.errors import FoveateError
 from foveate.methods import Random, VisPruner
 from foveate.nano.gates import DRAWS
 from foveate.nano.questions import ASKED_KINDS
+from foveate.pages import fill
 from foveate.reducer import Reducer
 
 Result = dict[str, Any]
@@ -42,14 +41,8 @@ def write_card(results: Sequence[Path], page: Path) -> None:
     FoveateError
         If the page has no place for one of the tables.
     """
-    text = page.read_text(encoding="utf-8")
-    for name, table in tables([json.loads(path.read_text(encoding="utf-8")) for path in results]).items():
-        pattern = re.compile(f"(<!-- nano-{name} -->\n).*?(<!-- /nano-{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise FoveateError(f"{page} has no place for the table {name!r}: add the lines <!-- nano-{name} --> and "
-                               f"<!-- /nano-{name} -->")  # fmt: skip
-        text = pattern.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)  # type: ignore[misc]
-    page.write_text(text, encoding="utf-8")
+    found = tables([json.loads(path.read_text(encoding="utf-8")) for path in results])
+    fill(page, {f"nano-{name}": table for name, table in found.items()})
 
 
 def tables(results: Sequence[Result]) -> dict[str, str]:

@@ -1,0 +1,230 @@
+"""Arms: the ways to run one job that a bench measures in turn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from foveate.bench.naive import plain_selection
+from foveate.engines.attach import attach
+from foveate.engines.hf import Settings, apply
+from foveate.errors import UnsupportedModelError
+from foveate.families.llava import feature_layers
+from foveate.methods import VisPruner
+from foveate.reducer import Chain, Reducer
+from foveate.run import Job, encode_reduced
+from foveate.selection import Selection, SpanSelection
+from foveate.timing import FirstToken, Meter
+
+M = TypeVar("M", bound=Meter)
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way to run a job.
+
+    Attributes
+    ----------
+    name
+        ``"unpruned"``, ``"ratio 1"``, ``"method"``, ``"oracle"`` or ``"naive"``.
+    job
+        What is run.
+    encode
+        Makes the inputs of ``generate`` from those of the job, and reports the ends of its stages.
+    tokens
+        Visual tokens that reach the LLM.
+    reducer
+        The method, if the arm has one.
+    around
+        What holds during a run and is not measured, such as an attachment.
+    """
+
+    name: str
+    job: Job
+    encode: Callable[[Meter], Mapping[str, Any]]
+    tokens: int
+    reducer: Reducer | None = None
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @torch.no_grad()
+    def run(self, start: Callable[[], M]) -> tuple[M, Any]:
+        """Run the job once, with an answer of ``max_new_tokens`` tokens.
+
+        Parameters
+        ----------
+        start
+            Makes the meter; what happens from then on is measured.
+
+        Returns
+        -------
+        tuple
+            The meter, and what ``generate`` returned.
+        """
+        length = self.job.max_new_tokens
+        with self.around():
+            meter = start()
+            with _encoder_reports(self.job.model, meter):
+                out = self.job.model.generate(
+                    **self.encode(meter), max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1,
+                    return_dict_in_generate=True, streamer=FirstToken(meter),
+                )  # fmt: skip
+        return meter, out
+
+
+@contextmanager
+def _encoder_reports(model: Any, meter: Meter) -> Iterator[None]:
+    """Let the model's own vision encoder report its end; what comes before it in a forward pass is prefill."""
+    owner = model.model if hasattr(model.model, "get_image_features") else model
+    encode = owner.get_image_features
+
+    @functools.wraps(encode)  # transformers reads its signature
+    def reporting(*args: Any, **kwargs: Any) -> Any:
+        meter.stop("prefill")
+        out = encode(*args, **kwargs)
+        meter.stop("vision")
+        return out
+
+    owner.get_image_features = reporting
+    try:
+        yield
+    finally:
+        del owner.get_image_features
+
+
+def unpruned(job: Job) -> Arm:
+    """Make the arm of the model as it is."""
+    return Arm("unpruned", job, lambda _: job.inputs, job.visual_tokens)
+
+
+def attached(name: str, job: Job, settings: Settings, tokens: int) -> Arm:
+    """Make an arm of a method that is attached to the model, as those that act inside the LLM are."""
+    return replace(
+        unpruned(job),
+        name=name,
+        tokens=tokens,
+        reducer=settings.reducer,
+        around=lambda: attach(
+            job.model, settings.reducer, positions=settings.positions, separators=settings.separators
+        ),
+    )
+
+
+def control(job: Job, settings: Settings) -> Arm:
+    """Make the arm of the method attached with a budget that covers everything."""
+    return attached("ratio 1", job, replace(settings, reducer=_whole(settings.reducer)), job.visual_tokens)
+
+
+def _whole(reducer: Reducer) -> Reducer:
+    return Chain(*map(_whole, reducer.reducers)) if isinstance(reducer, Chain) else replace(reducer, keep=1.0)
+
+
+def method(job: Job, settings: Settings) -> tuple[Arm, Selection]:
+    """Make the arm of a method that acts before the LLM, and return what it keeps of the job too."""
+    with torch.no_grad():
+        _, selection, _ = encode_reduced(job, settings, _Deaf())
+    encode = lambda meter: encode_reduced(job, settings, meter)[0]  # noqa: E731
+    return Arm("method", job, encode, sum(map(len, selection)), settings.reducer), selection
+
+
+class _Deaf(Meter):
+    """A meter that measures nothing."""
+
+    def stop(self, stage: str) -> None:
+        return
+
+
+@torch.no_grad()
+def oracle(job: Job, settings: Settings, selection: Selection, seed: int = 0) -> Arm:
+    """Make the arm that gets as many tokens as a selection keeps for free.
+
+    Which ones is drawn beforehand, and so is the compact prompt made: what is left to do is the encoder up to the last
+    layer that is read, without probes, the projection of the kept tokens, and the LLM.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model, family, inputs = job.model, job.family, job.inputs
+    spans = family.spans(model, inputs)
+    chosen = Selection(tuple(_drawn(span, generator) for span in selection))
+    tokens = family.encode(model, inputs, spans, ())
+    ready = apply(model, family, inputs, spans, chosen, family.embed(model, tokens, chosen, None), settings.positions)
+
+    def encode(meter: Meter) -> Mapping[str, Any]:
+        tokens = family.encode(model, inputs, spans, ())
+        embeds = family.embed(model, tokens, chosen, None)
+        outputs = family.encoder_outputs(spans, embeds)
+        meter.stop("vision")
+        return {**ready, "mm_encoder_outputs": outputs}
+
+    return Arm("oracle", job, encode, sum(map(len, chosen)))
+
+
+def _drawn(span: SpanSelection, generator: torch.Generator) -> SpanSelection:
+    kept = torch.randperm(span.length, generator=generator)[: len(span)].sort().values
+    return SpanSelection(span.length, kept.to(span.kept.device), sample=span.sample, kind=span.kind)
+
+
+def naive(job: Job, settings: Settings, count: int) -> Arm:
+    """Make the arm of VisPruner as it is written at first.
+
+    The whole vision tower runs with eager attention and returns all attention maps and hidden states; the selection is
+    the plain loop of `plain_selection`. The projection of the kept tokens and all behind it is as in the library.
+
+    Parameters
+    ----------
+    count
+        Tokens that stay of the picture.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the method is another one, or the model is not a LLaVA with a CLIP tower.
+    """
+    reducer, model, family = settings.reducer, job.model, job.family
+    if not naive_runs(job, reducer):
+        raise UnsupportedModelError(
+            f"the naive way is that of vispruner with a CLIP tower and one crop per image, as in LLaVA-1.5; not that "
+            f"of {reducer.name} on {family.name}"
+        )
+    assert isinstance(reducer, VisPruner)
+    tower, layer = model.model.vision_tower, feature_layers(model, job.inputs)[0]
+    own = tower.config._attn_implementation
+
+    @contextmanager
+    def eager() -> Iterator[None]:
+        tower.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            tower.set_attn_implementation(own)
+
+    def encode(meter: Meter) -> Mapping[str, Any]:
+        spans = family.spans(model, job.inputs)
+        seen = tower(job.inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+        features = seen.hidden_states[layer][:, 1:]
+        saliency = seen.attentions[layer][:, :, 0, 1:].mean(dim=1)
+        meter.stop("vision")
+        kept = plain_selection(features, saliency, count, reducer.important_ratio, reducer.step or features.shape[1])
+        meter.stop("select")
+        chosen = Selection(tuple(SpanSelection(len(s), k, sample=s.sample) for s, k in zip(spans, kept, strict=True)))
+        embeds = _projected(job, features, kept)
+        meter.stop("vision")
+        ready = apply(model, family, job.inputs, spans, chosen, embeds, settings.positions)
+        meter.stop("select")
+        return ready
+
+    return Arm("naive", job, encode, count * len(job.spans), reducer, eager)
+
+
+def naive_runs(job: Job, reducer: Reducer) -> bool:
+    """Return whether `naive` can run a method on a job."""
+    return isinstance(reducer, VisPruner) and job.family.name == "llava" and bool(job.family.cls(job.model))  # type: ignore[attr-defined]
+
+
+def _projected(job: Job, features: Tensor, kept: Tensor) -> list[Tensor]:
+    rows = torch.cat([x.index_select(0, k) for x, k in zip(features, kept, strict=True)])
+    return list(torch.split(job.family.project(job.model, rows), kept.shape[1]))

@@ -1,0 +1,113 @@
+"""Models of known shapes with random weights: as fast and as large as the real ones, without a download."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlavaConfig, LlavaNextConfig
+
+from foveate.errors import InputError, UnknownNameError
+from foveate.families import family_of
+from foveate.run import Job
+
+_BEFORE = 35
+"""Text tokens before the picture, as many as the system prompt of LLaVA-1.5 has."""
+
+
+def _vicuna(hidden: int = 4096, middle: int = 11008, layers: int = 32, heads: int = 32) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32064, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "llava-1.5-7b": lambda: LlavaConfig(text_config=_vicuna()),
+    "llava-1.5-13b": lambda: LlavaConfig(text_config=_vicuna(5120, 13824, 40, 40)),
+    "llava-next-7b": lambda: LlavaNextConfig(text_config=_vicuna()),
+}
+"""Configurations by name. The vision tower of all of them is CLIP-L/336."""
+
+
+def random_model(
+    config: Any, layers: int | None = None, tied: bool = True, dtype: str = "bfloat16", attn: str | None = None
+) -> Any:
+    """Make a model with random weights from the configuration of a LLaVA-like one.
+
+    Parameters
+    ----------
+    config
+        A configuration, or the name of one of `SHAPES`.
+    layers
+        Layers of the LLM; by default all that the configuration has.
+    tied
+        Let all layers of the LLM share the weights of one. Each still has its own cache and reads the weights anew, so
+        arithmetic and memory traffic are those of the whole model as long as one layer outgrows the processor's cache.
+    dtype
+        ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    attn
+        Attention implementation; by default that of `transformers`.
+
+    Returns
+    -------
+    PreTrainedModel
+        In evaluation mode, on the GPU if there is one.
+    """
+    if isinstance(config, str):
+        if config not in SHAPES:
+            raise UnknownNameError(f"no shape is called {config!r}; there are: {', '.join(SHAPES)}")
+        config = SHAPES[config]()
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise InputError(f"dtype is 'float32', 'bfloat16' or 'float16', not {dtype!r}")
+    depth = config.text_config.num_hidden_layers if layers is None else layers
+    if depth < 1:
+        raise InputError(f"an LLM has at least one layer, not {depth}")
+    config.text_config.num_hidden_layers = 1 if tied else depth
+    model = AutoModelForImageTextToText.from_config(
+        config, dtype=kind, **({"attn_implementation": attn} if attn else {})
+    )
+    if tied:
+        _repeat_layer(model, depth)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _repeat_layer(model: Any, depth: int) -> None:
+    stack = model.get_decoder().layers
+    shared = {id(p): p for p in stack[0].parameters()}
+    for number in range(1, depth):
+        layer = copy.deepcopy(stack[0], dict(shared))
+        layer.self_attn.layer_idx = number
+        stack.append(layer)
+    for config in (model.config.text_config, model.get_decoder().config):
+        config.num_hidden_layers = depth
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[0]] * depth
+
+
+@torch.no_grad()
+def random_job(model: Any, text_tokens: int = 64, max_new_tokens: int = 8, seed: int = 0) -> Job:
+    """Make a prompt of random words around one picture of noise, at the size that fills the model's vision tower.
+
+    For LLaVA-NeXT the picture has 2 x 2 tiles beside the whole.
+    """
+    if text_tokens < 2:
+        raise InputError(f"a prompt has at least two text tokens, one on each side of the picture, not {text_tokens}")
+    generator = torch.Generator().manual_seed(seed)
+    size, token = model.config.vision_config.image_size, model.config.image_token_id
+    inputs: dict[str, Any] = {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}
+    if model.config.model_type == "llava_next":
+        inputs["pixel_values"] = torch.randn(1, 5, 3, size, size, generator=generator)
+        inputs["image_sizes"] = torch.tensor([[2 * size, 2 * size]])
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
+    visual = sum(map(len, model.get_image_features(**inputs, return_dict=True).pooler_output))
+    before = min(_BEFORE, text_tokens - 1)
+    words = torch.randint(3, min(token, model.config.text_config.vocab_size), (text_tokens,), generator=generator)
+    ids = torch.cat([words[:before], torch.full((visual,), token), words[before:]])[None].to(model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
+    family = family_of(model)
+    return Job(model, None, family, inputs, family.spans(model, inputs), max_new_tokens)
