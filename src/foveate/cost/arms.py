@@ -15,6 +15,7 @@ from foveate.cost.anatomy import Anatomy
 from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
 from foveate.cost.formulas import PerLayer
 from foveate.cost.imagined import imagined_tokens
+from foveate.cost.inside import inside_flops
 from foveate.cost.work import Work, measured
 from foveate.encoder import EncoderReducer
 from foveate.engines.hf import probes_of
@@ -119,7 +120,8 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
         return sum(lengths), flops
     depth = len(anatomy.decoder)
     images = [(span.kind, n) for span, n in zip(work.spans, lengths, strict=True)]
-    return [min(counts) for counts in zip(*(_schedule(r, depth, images) for r in inside), strict=True)], flops
+    received = [min(counts) for counts in zip(*(_schedule(r, depth, images) for r in inside), strict=True)]
+    return received, flops + inside_flops(anatomy, inside, received, text_tokens, images)  # type: ignore[arg-type]
 
 
 def _before(reducer: Reducer) -> Reducer | None:
