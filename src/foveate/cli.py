@@ -135,6 +135,8 @@ def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
     for column in ("", "unpruned", name, "change"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("visual tokens", str(unpruned.kept), str(pruned.kept), _change(unpruned.kept, pruned.kept))
+    if pruned.equivalent != pruned.kept:
+        table.add_row(*_row("  mean over layers", unpruned.equivalent, pruned.equivalent, "{:.1f}".format), style="dim")
     if unpruned.cost is not None:
         table.add_row(*_row("prefill FLOPs", unpruned.cost.total, pruned.cost.total, show_flops))
         for part in ("vision", "projector", "selection", "prefill", "lm_head"):
@@ -149,8 +151,9 @@ def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
     table.add_row("answer tokens", str(unpruned.answer_tokens), str(pruned.answer_tokens), "")
     agrees = "the same" if pruned.answer == unpruned.answer else "differs"
     console.print(f"\n[bold]{escape(data['question'])}[/bold]")
-    console.print(f"  unpruned   {escape(unpruned.answer)}")
-    console.print(f"  {name:<9}  {escape(pruned.answer)}  [dim]({agrees})[/dim]\n")
+    width = max(len(name), len("unpruned"))
+    console.print(f"  {'unpruned':<{width}}  {escape(unpruned.answer)}")
+    console.print(f"  {name:<{width}}  {escape(pruned.answer)}  [dim]({agrees})[/dim]\n")
     console.print(table)
     if "compare" in data:
         console.print(_comparison(data["compare"], unpruned.answer))
@@ -167,7 +170,7 @@ def _comparison(rows: list[dict[str, Any]], reference: str) -> Table:
     for row in rows:
         seconds, mark = row["seconds"], "" if row["answer"] == reference else "  (differs)"
         table.add_row(
-            escape(row["method"].partition("(")[0]), str(row["tokens"]),
+            escape(row["method"].partition("(")[0]), f"{row['equivalent_tokens']:g}",
             "unknown" if row["flops"] is None else show_flops(row["flops"]),
             show_time(seconds["total"] - seconds["decode"]), show_time(seconds["total"]), escape(row["answer"]) + mark,
         )  # fmt: skip

@@ -16,12 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
 from foveate.cost.arms import arm_cost
+from foveate.cost.inside import inside_flops
 from foveate.engines.attach import attach
 from foveate.engines.given import Shown, given, priors_of
 from foveate.engines.hf import Reduced, Separators, Settings, apply, base_model, decide, look, select, shown_to_llm
 from foveate.errors import UnsupportedModelError
 from foveate.families import FAMILIES, Family, family_of
 from foveate.grids import middle
+from foveate.in_llm import InLlmReducer, schedule
 from foveate.loading import encoder_view, model_inputs, prompt_for
 from foveate.probes import Attention
 from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
@@ -214,10 +216,14 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
     """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
 
     Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
-    that `reducer` keeps in this job. Those that cannot run on the job are left out, and `say` gets a line about each.
+    that `reducer` keeps in this job; beside methods inside the LLM the share that its layers receive on average. Those
+    that cannot run on the job are left out, and `say` gets a line about each.
     """
     keep = reducer.keep
-    if reducer.coverages() or isinstance(reducer, Chain):
+    if any(isinstance(r, InLlmReducer) for r in reducer.stages()):
+        received = schedule(reducer, job.model.config.get_text_config().num_hidden_layers, job.visual_tokens)
+        keep = min(statistics.fmean(received) / job.visual_tokens, 1.0)
+    elif reducer.coverages() or isinstance(reducer, Chain):
         with torch.no_grad():
             tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
             keep = [len(chosen) for chosen in reducer.select(tokens)]
@@ -238,6 +244,7 @@ class _Result:
     answer_tokens: int
     selection: Selection
     tokens: VisualTokens | None
+    given: list[tuple[str, int]]
     layers: tuple[int, ...]
     seconds: dict[str, float]
     decision_flops: int
@@ -261,6 +268,7 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
         reduced, selection, tokens = encode_reduced(job, settings, clock, counter if count else None)
         ready, shown = reduced, shown_to_llm(job.inputs, reduced)
     prompt, depth = ready["input_ids"].shape[1], job.model.config.get_text_config().num_hidden_layers
+    given_images = [(chosen.kind, len(chosen)) for chosen in selection]
     layers = (sum(map(len, selection)),) * depth
     options = {"max_new_tokens": job.max_new_tokens, "do_sample": False, "num_beams": 1, "streamer": FirstToken(clock)}
     if settings is None or stock or not settings.inside:
@@ -274,7 +282,7 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
         layers = layer_counts(layers, left)
     answer = job.processor.tokenizer.decode(out[0, prompt:], skip_special_tokens=True).strip()
     flops = counter.get_total_flops()
-    return _Result(answer, out.shape[1] - prompt, selection, tokens, layers, clock.seconds, flops, stock)
+    return _Result(answer, out.shape[1] - prompt, selection, tokens, given_images, layers, clock.seconds, flops, stock)
 
 
 def layer_counts(entering: Sequence[int], left: Mapping[int, int]) -> tuple[int, ...]:
@@ -354,7 +362,10 @@ def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
     try:
         anatomy = anatomy_of(model.config, type(model))
         work = work_of(anatomy, job.inputs, job.spans)
-        return arm_cost(anatomy, work, job.text_tokens, method, result.layers, result.decision_flops)
+        inside = [] if method is None else [r for r in method.stages() if isinstance(r, InLlmReducer)]
+        decision = result.decision_flops
+        decision += inside_flops(anatomy, inside, result.layers, job.text_tokens, result.given)
+        return arm_cost(anatomy, work, job.text_tokens, method, result.layers, decision)
     except UnsupportedModelError:
         return None
 

@@ -8,6 +8,8 @@ from tower_cases import log_size, reference
 
 import foveate
 from foveate import Budget, Chain
+from foveate.cost import anatomy_of, work_of
+from foveate.cost.arms import encoder_rows
 from foveate.encoder import Inside, merged
 from foveate.errors import BudgetError, FoveateError, InputError, UnsupportedModelError
 from foveate.families import family_of
@@ -15,7 +17,6 @@ from foveate.families.llava import Llava
 from foveate.methods import ToMe, Uniform
 from foveate.methods.tome import bipartite_matching
 from foveate.probes import Keys
-from foveate.run import Job, _lengths
 from tiny import VISUALS, collate, embedded_rows, model, sample, samples
 
 FAMILIES = ["llava", "llava_next", "video_llava"]
@@ -237,9 +238,9 @@ def test_later_layers_have_fewer_tokens():
 def test_lengths_count_padding():
     net, inputs = model("llava_next"), collate([sample(4, VISUALS["llava_next"][0], 5, seed=1)])
     family = family_of(net)
-    job = Job(net, None, family, inputs, family.spans(net, inputs), 1)
-    crops = job.spans[0].crops
-    rows = _lengths(job, ToMe(keep=Budget(8, per="crop")), 64)
+    spans = family.spans(net, inputs)
+    crops, anatomy = spans[0].crops, anatomy_of(net.config, type(net))
+    rows = encoder_rows(anatomy, work_of(anatomy, inputs, spans), ToMe(keep=Budget(8, per="crop")))
     assert any(len(crop) < 64 for crop in crops)
     assert [row[-1] for row in rows] == [
         (64 - len(c) + -(-(len(c) + 8) // 2) - (len(c) - 8) % 2, 64 - len(c) + 8) for c in crops
@@ -259,7 +260,7 @@ def test_what_it_cannot_do_is_said(monkeypatch):
         foveate.reduce(net, inputs, ToMe(keep=Budget(9, per="joint")))
     with pytest.raises(BudgetError, match="use a count or a ratio"):
         foveate.reduce(net, inputs, ToMe(keep=Budget.coverage(0.9)))
-    with pytest.raises(FoveateError, match="before_llm"):
+    with pytest.raises(FoveateError, match="inside the LLM only"):
         Chain(ToMe(keep=9), Uniform(keep=4))
     with pytest.raises(UnsupportedModelError, match="reads 2 layers at once"):
         foveate.reduce(net, {**inputs, "vision_feature_layer": [-2, -1]}, ToMe(keep=9))
