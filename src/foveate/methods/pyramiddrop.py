@@ -73,7 +73,8 @@ class PyramidDrop(InLlmReducer):
                 raise FoveateError(f"the layers of pyramiddrop ascend from 1 on, not {self.layers!r}")
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        layers = self.layers or tuple(dict.fromkeys(round(depth * g / 4) for g in (1, 2, 3) if round(depth * g / 4)))
+        quarters = dict.fromkeys(round(depth * quarter / 4) for quarter in (1, 2, 3))
+        layers = self.layers or tuple(layer for layer in quarters if 0 < layer < depth)
         return tuple(boundary_in(depth, layer, self.name) for layer in layers)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
