@@ -217,7 +217,7 @@ def _show_model(result: dict[str, Any]) -> None:
         times = [row["time"][stage]["median_ms"] for stage in stages] + [row["time"]["first_token"]["p90_ms"]]
         sizes = show_bytes(row["peak_bytes"]["total"]), show_bytes(row["kv_bytes"])
         shown = [f"{ms:.0f}" if ms >= 1e3 else f"{ms:.1f}" for ms in times]
-        table.add_row(row["arm"], str(row["tokens"]), *shown, *sizes)
+        table.add_row(row["arm"], f"{row['tokens']:g}", *shown, *sizes)
     console = Console(highlight=False)
     console.print(table)
     for line in _told(result["comparisons"]):
@@ -245,7 +245,6 @@ def _told(found: dict[str, Any]) -> Iterator[str]:
         )
     if "break_even" in found:
         dropped, answer = (found["break_even"][key] for key in ("dropped_tokens", "answer_tokens"))
-        yield (
-            f"it pays from {'no number of' if dropped is None else f'{dropped:g}'} dropped tokens on, and from "
-            f"{'no number of' if answer is None else f'{answer:g}'} tokens of the answer on"
+        yield f"it pays from {'no number of' if dropped is None else f'{dropped:g}'} dropped tokens on" + (
+            "" if answer is None else f", and from {answer:g} tokens of the answer on"
         )

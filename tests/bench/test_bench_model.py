@@ -79,7 +79,7 @@ def test_jobs_hold_the_pictures_that_fill_the_tower():
 
 
 def test_shapes_are_those_of_the_models():
-    config = shapes.SHAPES["llava-1.5-13b"]()
+    config, _ = shapes.load_shape("llava-1.5-13b")
     assert (config.text_config.num_hidden_layers, config.text_config.hidden_size) == (40, 5120)
     vision = config.vision_config
     assert (vision.num_hidden_layers, vision.hidden_size, vision.image_size) == (24, 1024, 336)
@@ -170,11 +170,44 @@ def test_attached_arms_are_measured_beside_an_attached_oracle():
     """As methods inside the LLM are; here one before it, of which vision and prefill cannot be told apart."""
     found = [arms.unpruned(job())]
     for name, method in (("method", "vispruner"), ("oracle", "random")):
-        found.append(arms.attached(name, job(), settings(method, keep=9), 64))
+        found.append(arms.attached(name, job(), settings(method, keep=9), (9,) * 3))
     result = measure(found, 2)
     assert [row["kv_bytes"] for row in result["arms"]] == [2 * 3 * (n + 3) * 16 * 4 for n in (73, 18, 18)]
     assert set(result["comparisons"]) == {"first_token_of_oracle", "first_token", "total"}
     assert attached(job().model) is None
+
+
+def test_methods_inside_the_llm_have_an_oracle_at_their_layers():
+    found = arms_of(job(), settings("fastv", keep=10, layer=1))
+    assert [(arm.name, arm.received) for arm in found] == [
+        ("unpruned", (64,) * 3), ("ratio 1", (64,) * 3), ("method", (64, 10, 10)), ("oracle", (64, 10, 10))
+    ]  # fmt: skip
+    result = measure(found, 2)
+    rows = {row["arm"]: row for row in result["arms"]}
+    held = (73 + 3) + 2 * (19 + 3)
+    assert rows["method"]["kv_bytes"] == rows["oracle"]["kv_bytes"] == 2 * held * 16 * 4
+    assert rows["method"]["tokens"] == 28.0
+    assert rows["ratio 1"]["kv_bytes"] == rows["unpruned"]["kv_bytes"]
+    whole, cut = (rows[name]["prefill_flops"] for name in ("unpruned", "method"))
+    assert 0 < cut < whole
+    assert "prefill_beyond_oracle" in result["comparisons"]
+    assert "naive" not in result["comparisons"]
+
+
+def test_the_oracle_inside_the_llm_reads_nothing():
+    (_, _, _, free) = arms_of(job(), settings("fastv", keep=10, layer=1))
+    assert free.reducer.llm_probes() == ()
+    assert free.reducer.needs == ()
+    with arms.attach(job().model, free.reducer) as handle:
+        job().model.generate(**job().inputs, max_new_tokens=2)
+        (kept,) = handle.selections[0]
+    assert len(kept) == 10
+
+
+def test_chains_and_adaptive_methods_inside_the_llm_have_no_oracle():
+    chain = foveate.Chain(VisPruner(keep=0.5), foveate.load_reducer("fastv", keep=9, layer=1))
+    with pytest.raises(UnsupportedModelError, match="chain has no oracle"):
+        arms_of(job(), settings(chain))
 
 
 def test_memory_is_the_peak_of_each_stage():
@@ -323,7 +356,7 @@ def test_a_report_says_what_holds(tmp_path):
     ]  # fmt: skip
     config = {
         "visual_tokens": 100, "text_tokens": 5, "layers": 3, "dtype": "float32", "attention": "sdpa", "turns": 3,
-        "clock": "wall",
+        "clock": "wall", "answer_tokens": 8,
     }  # fmt: skip
     result = {
         "command": "foveate bench model", "config": config, "arms": rows,
@@ -338,7 +371,7 @@ def test_a_report_says_what_holds(tmp_path):
     assert "| naive | 20 | 1,200 | 1,200 | 1,200 | 1,200 | 1,200 (1,300) | 50 B, 2 MiB | 1 MiB |" in text
     judged = [line for line in text.splitlines() if line.endswith(("holds |", "missed |"))]
     held = {line.split(" | ")[0].strip("| "): line for line in judged}
-    assert len(held) == 6
+    assert len(held) == 7
     assert held["vision with the probe / same layers without"].endswith("at most 1.02 | 1.250 | missed |")
     assert held["vision with the probe / unpruned"].endswith("at most 1.0 | 1.000 | holds |")
     assert held["prefill time saved / predicted by FLOPs"].endswith("at least 0.9 | 0.889 | missed |")

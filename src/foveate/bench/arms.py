@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from foveate.engines.attach import attach
 from foveate.engines.hf import Settings, apply
 from foveate.errors import UnsupportedModelError
 from foveate.families.llava import feature_layers
+from foveate.in_llm import Images, InLlmReducer, LayerTokens
 from foveate.methods import VisPruner
 from foveate.reducer import Chain, Reducer
 from foveate.run import Job, encode_reduced
@@ -37,8 +40,8 @@ class Arm:
         What is run.
     encode
         Makes the inputs of ``generate`` from those of the job, and reports the ends of its stages.
-    tokens
-        Visual tokens that reach the LLM.
+    received
+        Visual tokens that each layer of the LLM receives.
     reducer
         The method, if the arm has one.
     around
@@ -48,9 +51,14 @@ class Arm:
     name: str
     job: Job
     encode: Callable[[Meter], Mapping[str, Any]]
-    tokens: int
+    received: Sequence[int]
     reducer: Reducer | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    @property
+    def tokens(self) -> float:
+        """Mean over the layers of the visual tokens that they receive."""
+        return statistics.mean(self.received)
 
     @torch.no_grad()
     def run(self, start: Callable[[], M]) -> tuple[M, Any]:
@@ -99,29 +107,82 @@ def _encoder_reports(model: Any, meter: Meter) -> Iterator[None]:
 
 def unpruned(job: Job) -> Arm:
     """Make the arm of the model as it is."""
-    return Arm("unpruned", job, lambda _: job.inputs, job.visual_tokens)
+    return Arm("unpruned", job, lambda _: job.inputs, _throughout(job, job.visual_tokens))
 
 
-def attached(name: str, job: Job, settings: Settings, tokens: int) -> Arm:
+def _throughout(job: Job, tokens: int) -> tuple[int, ...]:
+    return (tokens,) * depth_of(job)
+
+
+def depth_of(job: Job) -> int:
+    """Return the number of layers of a job's LLM."""
+    return int(job.model.config.get_text_config().num_hidden_layers)
+
+
+def attached(name: str, job: Job, settings: Settings, received: Sequence[int]) -> Arm:
     """Make an arm of a method that is attached to the model, as those that act inside the LLM are."""
-    return replace(
-        unpruned(job),
-        name=name,
-        tokens=tokens,
-        reducer=settings.reducer,
-        around=lambda: attach(
-            job.model, settings.reducer, positions=settings.positions, separators=settings.separators
-        ),
-    )
+    positions = settings.inside_positions if settings.inside else settings.positions
+    around = partial(attach, job.model, settings.reducer, positions=positions, separators=settings.separators)
+    return replace(unpruned(job), name=name, received=received, reducer=settings.reducer, around=around)
 
 
 def control(job: Job, settings: Settings) -> Arm:
     """Make the arm of the method attached with a budget that covers everything."""
-    return attached("ratio 1", job, replace(settings, reducer=_whole(settings.reducer)), job.visual_tokens)
+    return attached(
+        "ratio 1", job, replace(settings, reducer=_whole(settings.reducer)), _throughout(job, job.visual_tokens)
+    )
 
 
 def _whole(reducer: Reducer) -> Reducer:
-    return Chain(*map(_whole, reducer.reducers)) if isinstance(reducer, Chain) else replace(reducer, keep=1.0)
+    if isinstance(reducer, Chain):
+        return Chain(*map(_whole, reducer.reducers))
+    other = {"equivalent": None} if hasattr(reducer, "equivalent") else {}  # the other way to give a budget
+    return replace(reducer, keep=1.0, **other)
+
+
+def inside(job: Job, settings: Settings) -> list[Arm]:
+    """Make the arms of a method inside the LLM: the method, and an oracle that drops as many tokens at the same layers.
+
+    The oracle drops tokens without reading anything: which ones stay is known beforehand.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the method is a chain, or decides itself how many tokens stay.
+    """
+    reducer = settings.reducer
+    if not isinstance(reducer, InLlmReducer) or reducer.adaptive:
+        raise UnsupportedModelError(
+            f"{reducer.name} has no oracle: inside the LLM, single methods with a fixed number of tokens have one"
+        )
+    received = reducer.schedule(depth_of(job), job.visual_tokens)
+    free = replace(settings, reducer=_Free(keep=None, like=reducer))  # type: ignore[arg-type]
+    return [attached("method", job, settings, received), attached("oracle", job, free, received)]
+
+
+@dataclass(frozen=True)
+class _Free(InLlmReducer):
+    """Drops tokens where and as many as another method does, at random and without reading anything."""
+
+    like: InLlmReducer
+
+    name = "free"
+
+    def boundaries(self, depth: int) -> Sequence[int]:
+        return self.like.boundaries(depth)
+
+    def counts(self, depth: int, images: Images) -> Sequence[int]:
+        return self.like.counts(depth, images)
+
+    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+        return tokens.per_prompt(
+            lambda prompts, count: _ranks(prompts.size)[:count].to(prompts.device).expand(len(prompts.ordinals), -1)
+        )
+
+
+@functools.cache
+def _ranks(size: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))
 
 
 def method(job: Job, settings: Settings) -> tuple[Arm, Selection]:
@@ -129,7 +190,7 @@ def method(job: Job, settings: Settings) -> tuple[Arm, Selection]:
     with torch.no_grad():
         _, selection, _ = encode_reduced(job, settings, _Deaf())
     encode = lambda meter: encode_reduced(job, settings, meter)[0]  # noqa: E731
-    return Arm("method", job, encode, sum(map(len, selection)), settings.reducer), selection
+    return Arm("method", job, encode, _throughout(job, sum(map(len, selection))), settings.reducer), selection
 
 
 class _Deaf(Meter):
@@ -160,7 +221,7 @@ def oracle(job: Job, settings: Settings, selection: Selection, seed: int = 0) ->
         meter.stop("vision")
         return {**ready, "mm_encoder_outputs": outputs}
 
-    return Arm("oracle", job, encode, sum(map(len, chosen)))
+    return Arm("oracle", job, encode, _throughout(job, sum(map(len, chosen))))
 
 
 def _drawn(span: SpanSelection, generator: torch.Generator) -> SpanSelection:
@@ -217,7 +278,7 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
         meter.stop("select")
         return ready
 
-    return Arm("naive", job, encode, count * len(job.spans), reducer, eager)
+    return Arm("naive", job, encode, _throughout(job, count * len(job.spans)), reducer, eager)
 
 
 def naive_runs(job: Job, reducer: Reducer) -> bool:

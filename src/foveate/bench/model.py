@@ -31,9 +31,12 @@ def arms_of(job: Job, settings: Settings) -> list[Arm]:
     """Make the arms that a method is measured with.
 
     A method that acts before the LLM is measured beside the unpruned model, the unpruned model with the method
-    attached at ratio 1, the oracle, and, for VisPruner on a LLaVA, the naive way.
+    attached at ratio 1, the oracle, and, for VisPruner on a LLaVA, the naive way. One inside the LLM is attached, and
+    so is its oracle, which drops as many tokens at the same layers.
     """
     found = [ways.unpruned(job), ways.control(job, settings)]
+    if settings.inside:
+        return found + ways.inside(job, settings)
     own, selection = ways.method(job, settings)
     found += [own, ways.oracle(job, settings, selection)]
     if ways.naive_runs(job, settings.reducer):
@@ -83,7 +86,7 @@ def measure(
     return {
         "config": {
             "visual_tokens": job.visual_tokens, "text_tokens": job.text_tokens, "answer_tokens": job.max_new_tokens,
-            "layers": job.model.config.get_text_config().num_hidden_layers,
+            "layers": ways.depth_of(job),
             "dtype": str(job.model.dtype).removeprefix("torch."),
             "attention": job.model.config._attn_implementation, "turns": repeats, "clock": clock,
         },
@@ -105,7 +108,7 @@ def _row(arm: Arm, times: Sequence[Mapping[str, float]], memory: Mapping[str, in
     return {
         "arm": arm.name,
         "method": None if arm.reducer is None else repr(arm.reducer),
-        "tokens": arm.tokens,
+        "tokens": round(arm.tokens, 1),
         "time": {stage: summary([t[stage] for t in sums]) for stage in (*STAGES, "first_token", "total")},
         "peak_bytes": dict(memory),
         "kv_bytes": cache,
@@ -117,7 +120,7 @@ def _prefill_flops(arm: Arm) -> int | None:
     """FLOPs of the LLM's layers and of the logits of the prompt's last token; `None` if they are not known."""
     job = arm.job
     try:
-        cost = prefill_flops(job.model.config, job.visual_tokens, job.text_tokens, arm.tokens)
+        cost = prefill_flops(job.model.config, job.visual_tokens, job.text_tokens, arm.received)
     except UnsupportedModelError:
         return None
     return cost.prefill + cost.lm_head
@@ -198,7 +201,7 @@ def _prefill(arm: Mapping[str, Mapping[str, Any]], times: Times) -> dict[str, fl
     return {"saved": round(saved, 4), "predicted": round(predicted, 4), "reached": round(saved / predicted, 4)}
 
 
-def break_even(times: Times, dropped: int, most: int, steps: int) -> dict[str, float | None]:
+def break_even(times: Times, dropped: float, most: int, steps: int) -> dict[str, float | None]:
     """Say from what size on the method pays, taking prefill time as linear in the tokens that are dropped.
 
     Parameters

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlavaConfig, LlavaNextConfig
+from transformers import AutoModelForImageTextToText
 
+from foveate.cost.shapes import load_shape
 from foveate.errors import InputError, UnknownNameError
 from foveate.families import family_of
 from foveate.run import Job
@@ -17,19 +17,8 @@ _BEFORE = 35
 """Text tokens before the picture, as many as the system prompt of LLaVA-1.5 has."""
 
 
-def _vicuna(hidden: int = 4096, middle: int = 11008, layers: int = 32, heads: int = 32) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=32064, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads,
-    )  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], Any]] = {
-    "llava-1.5-7b": lambda: LlavaConfig(text_config=_vicuna()),
-    "llava-1.5-13b": lambda: LlavaConfig(text_config=_vicuna(5120, 13824, 40, 40)),
-    "llava-next-7b": lambda: LlavaNextConfig(text_config=_vicuna()),
-}
-"""Configurations by name. The vision tower of all of them is CLIP-L/336."""
+SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b")
+"""Shapes of `foveate.cost.shapes` for which `random_job` makes inputs."""
 
 
 def random_model(
@@ -59,7 +48,7 @@ def random_model(
     if isinstance(config, str):
         if config not in SHAPES:
             raise UnknownNameError(f"no shape is called {config!r}; there are: {', '.join(SHAPES)}")
-        config = SHAPES[config]()
+        config, _ = load_shape(config)
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype is 'float32', 'bfloat16' or 'float16', not {dtype!r}")

@@ -20,7 +20,7 @@ def draw(result: Mapping[str, Any], title: str = "") -> Figure:
     figure = Figure(figsize=(9, 0.55 * len(arms) + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    names = [f"{row['arm']}, {row['tokens']} tokens" for row in arms]
+    names = [f"{row['arm']}, {row['tokens']:g} tokens" for row in arms]
     left = [0.0] * len(arms)
     for stage in STAGES:
         widths = [row["time"][stage]["median_ms"] / 1e3 for row in arms]
