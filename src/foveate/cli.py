@@ -213,6 +213,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
 def _method_row(cls: Any) -> dict[str, Any]:
     from foveate.compatibility import NO, reads, runs
     from foveate.families import FAMILIES
+    from foveate.reducer import by_default
 
     parameters = {
         p.name: None if p.default is p.empty else json.dumps(p.default, default=str)
@@ -221,7 +222,7 @@ def _method_row(cls: Any) -> dict[str, Any]:
     merges = isinstance(cls.merges, str)
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,
-        "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(cls),
+        "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(by_default(cls.name)),
         "families": [name for name, family in FAMILIES.items() if runs(cls, family) != NO],
         "positions": cls.positions, "parameters": parameters,
         "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),

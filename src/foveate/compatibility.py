@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from foveate.families import FAMILIES, Family
+from foveate.in_llm import LayerAttention, LayerKeys, LayerStates, Prior
 from foveate.probes import Attention, ClsToken, Embeddings, Features, Keys, Query
 from foveate.reducer import Reducer, by_default, list_methods
 
@@ -72,13 +73,14 @@ def table() -> dict[str, Any]:
 
 def reads(method: Reducer | type[Reducer]) -> list[str]:
     """Return what a method reads besides the grid, in words."""
-    probes = method.probes() if isinstance(method, Reducer) else method.needs
+    probes = method.cues() if isinstance(method, Reducer) else method.needs
     return list(dict.fromkeys(_WORDS.get(type(probe), "attention layers") for probe in probes))
 
 
 _WORDS: dict[type, str] = {
     Features: "features", Embeddings: "embeddings", ClsToken: "the `[CLS]` token", Query: "the question",
-    Attention: "attention", Keys: "keys",
+    Attention: "attention", Keys: "keys", LayerAttention: "LLM attention", LayerKeys: "LLM keys",
+    LayerStates: "hidden states", Prior: "scores of the tokens before the LLM",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.budget import Keep, resolve
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.probes import LlmProbe
+from foveate.probes import LlmProbe, Probe
 from foveate.reducer import Reducer, Stage
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups, VisualTokens, merged_selection
@@ -200,6 +200,9 @@ class InLlmReducer(Reducer):
             The images of the prompt.
         """
 
+    def cues(self) -> tuple[Probe, ...]:
+        return (*self.probes(), *self.llm_probes())
+
     def llm_probes(self) -> tuple[LlmProbe, ...]:
         """Return the probes of the LLM that this configuration reads."""
         return self.reads
@@ -252,6 +255,9 @@ class StagedReducer(Reducer):
     @abstractmethod
     def stages(self) -> tuple[Reducer, ...]:
         """Return the method of each stage."""
+
+    def cues(self) -> tuple[Probe, ...]:
+        return tuple(dict.fromkeys(probe for part in self.stages() for probe in part.cues()))
 
     def select(self, tokens: VisualTokens) -> Selection:
         raise FoveateError(f"{self.name} selects stage by stage: use foveate.attach(model, ...)")

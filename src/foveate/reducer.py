@@ -82,6 +82,10 @@ class Reducer(ABC):
         """Return the probes that this configuration reads."""
         return self.needs
 
+    def cues(self) -> tuple[Probe, ...]:
+        """Return everything that the method reads, in all its stages."""
+        return tuple(dict.fromkeys(probe for part in self.stages() for probe in part.probes()))
+
     def stages(self) -> tuple[Reducer, ...]:
         """Return the methods of a single stage that this one is made of, in the order in which they act."""
         return (self,)

@@ -491,3 +491,11 @@ def test_chains_put_methods_inside_the_llm_last():
         out = generate(net, inputs)
     assert list(handle.layers) == [1, 3]
     close(torch.stack(out.logits, 1), layered_answer(net, inputs, handle.layers, answer_of(out, inputs), "original"))
+
+
+def test_an_engine_of_vllm_is_refused_with_the_alternative():
+    engine = type("LLM", (), {"__module__": "vllm.entrypoints.llm"})()
+    with pytest.raises(FoveateError, match=r"inside the LLM.*use a method that acts before the LLM: .*vispruner"):
+        foveate.attach(engine, FastV(keep=9))
+    with pytest.raises(FoveateError, match="models of transformers"):
+        foveate.attach(engine, VisPruner(keep=9))

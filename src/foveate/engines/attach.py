@@ -25,6 +25,7 @@ from foveate.engines.hf import (
     base_model,
     pad_id,
     reduce_with,
+    refuse_vllm,
     rotary_axes,
     shown_to_llm,
     with_positions,
@@ -33,7 +34,7 @@ from foveate.engines.in_llm import Layers, refuse
 from foveate.engines.layer_pass import Pass
 from foveate.errors import AttachError, InputError
 from foveate.families import Family, family_of
-from foveate.reducer import Positions, Reducer
+from foveate.reducer import Positions, Reducer, load_reducer
 from foveate.selection import Selection, SpanSelection
 
 
@@ -61,6 +62,7 @@ def attach(
     >>> handle.selections[0][0].kept  # doctest: +SKIP
     """
     model = base_model(model)
+    refuse_vllm(model, load_reducer(method, **config))
     family = family_of(model)
     settings = Settings.make(method, positions, separators, config, family)
     settings.reducer.check(model, family)

@@ -18,7 +18,17 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.in_llm import InLlmReducer
 from foveate.probes import Probe, Query
-from foveate.reducer import Chain, Positions, Reducer, by_default, identity, list_methods, load_reducer, split
+from foveate.reducer import (
+    Chain,
+    Positions,
+    Reducer,
+    by_default,
+    get_method,
+    identity,
+    list_methods,
+    load_reducer,
+    split,
+)
 from foveate.selection import Merge, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
 
@@ -164,6 +174,7 @@ def reduce(
         If placeholders and images do not match.
     """
     model = base_model(model)
+    refuse_vllm(model, load_reducer(method, **config))
     family = family_of(model)
     settings = Settings.make(method, positions, separators, config, family)
     if settings.inside:
@@ -357,6 +368,22 @@ def rotary_axes(positions: Tensor, batch: int) -> Tensor:
     """
     axes = positions[-3:] if positions.dim() == 3 else positions[None]
     return axes.expand(3, batch, -1)
+
+
+def refuse_vllm(model: Any, reducer: Reducer) -> None:
+    """Raise `UnsupportedModelError` for an engine of vLLM, which this one cannot run a method in."""
+    if type(model).__module__.partition(".")[0] != "vllm":
+        return
+    _, inside = split(reducer.stages())
+    if inside:
+        others = [n for n in list_methods() if n != "chain" and get_method(n).stage == "before_llm"]
+        raise UnsupportedModelError(
+            f"{inside[0].name} prunes inside the LLM, and vLLM cannot do that: use a method that acts before the LLM: "
+            f"{', '.join(others)}; or the transformers model"
+        )
+    raise UnsupportedModelError(
+        "reduce and attach take models of transformers, not engines of vLLM: load the model with transformers"
+    )
 
 
 def pad_id(model: Any) -> int:
