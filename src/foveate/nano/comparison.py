@@ -10,8 +10,9 @@ from typing import Any, Final
 from foveate.errors import FoveateError
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from foveate.nano import WEIGHTS
-from foveate.nano.evaluate import Condition, Tally, difference, pooled
+from foveate.nano.evaluate import Tally, difference, pooled
 from foveate.nano.gates import DRAWS, tallies
+from foveate.nano.runner import Condition
 from foveate.provenance import versions
 from foveate.reducer import Reducer
 
