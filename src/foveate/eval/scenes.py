@@ -43,7 +43,7 @@ class Entry:
     Attributes
     ----------
     method
-        A name of a method or the path of a file with one; `UNPRUNED`, or `BLIND`, which sees the image of another scene.
+        A name of a method or the path of a file with one; `UNPRUNED`, or `BLIND`, which sees another scene's image.
     budget
         Visual tokens, or for a method inside the LLM equivalent tokens; `None` for those two.
     reducers
@@ -122,10 +122,14 @@ def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
         raise InputError(f"{reducer.name} leaves images alone")
     with attach(model, reducer):
         pass  # raises if the model cannot run the method
-    draws = [reducer]
-    if "seed" in {field.name for field in fields(reducer)}:
-        draws = [load_reducer(reducer, seed=draw) for draw in range(DRAWS)]
-    return Entry(name, budget, tuple(draws))
+    return Entry(name, budget, draws(reducer))
+
+
+def draws(reducer: Reducer) -> tuple[Reducer, ...]:
+    """Return a method as often as it is run: one that draws once for each of `DRAWS` seeds."""
+    if "seed" not in {field.name for field in fields(reducer)}:
+        return (reducer,)
+    return tuple(load_reducer(reducer, seed=seed) for seed in range(DRAWS))
 
 
 def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
@@ -148,8 +152,8 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
         if sum(layers) <= budget * depth:
             return reducer
     raise InputError(
-        f"{reducer.name} with its defaults shows the {depth} layers at least {sum(layers) / depth:g} tokens in the mean, "
-        f"more than {budget}"
+        f"{reducer.name} with its defaults shows the {depth} layers at least {sum(layers) / depth:g} tokens in the "
+        f"mean, more than {budget}"
     )
 
 
@@ -174,7 +178,8 @@ def collect(
     processes
         Single-threaded processes that share the blocks.
     progress
-        Called with the answers of a block, counted in conditions times images: done, and of how many.
+        Called with the number of conditions times images that are done, and of how many; after each image, or with
+        several processes after each block.
 
     Returns
     -------
@@ -193,15 +198,23 @@ def collect(
     total = images * len(conditions)
     ready = total - BLOCK * sum(len(pending) for _, pending in jobs)
     progress(ready, total)
-    work = functools.partial(_block, seed=seed)
+
+    def advance(answers: int) -> None:
+        nonlocal ready
+        ready += answers
+        progress(ready, total)
+
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else nullcontext() as pool:
-        results = pool.map(work, jobs) if pool else map(work, jobs)
+        if pool is None:
+            results: Iterable[list[dict[str, Any]]] = (_block(job, seed, advance) for job in jobs)
+        else:
+            results = pool.map(functools.partial(_block, seed=seed), jobs)
         for (start, pending), lines in zip(jobs, results, strict=True):
             _append(rows, lines)
             done |= {(line["key"], start): line for line in lines}
-            ready += BLOCK * len(pending)
-            progress(ready, total)
+            if pool is not None:
+                advance(BLOCK * len(pending))
     starts = range(0, images, BLOCK)
     return {c.name: _joined([done[key, start] for start in starts]) for key, c in conditions.items()}
 
@@ -217,7 +230,9 @@ def _key(condition: Condition, seed: int, weights: str) -> str:
     return json.dumps([what, condition.positions, SPLIT, seed, weights], sort_keys=True)
 
 
-def _block(job: tuple[int, list[Condition]], seed: int) -> list[dict[str, Any]]:
+def _block(
+    job: tuple[int, list[Condition]], seed: int, advance: Callable[[int], None] = lambda answers: None
+) -> list[dict[str, Any]]:
     """Run conditions on one block of scenes; returns a line of the file for each."""
     torch.set_num_threads(1)
     start, pending = job
@@ -227,8 +242,9 @@ def _block(job: tuple[int, list[Condition]], seed: int) -> list[dict[str, Any]]:
     scenes = (nano.scene(SPLIT, seed, index) for index in range(start, start + BLOCK))
     parts: dict[str, list[Asked | None]] = defaultdict(list)
     for answered in ask_all(model, processor, scenes, conditions):
-        for name in (UNPRUNED, *(condition.name for condition in pending)):
+        for name in {UNPRUNED, *(condition.name for condition in pending)}:
             parts[name].append(answered.get(name))  # before the first scene there is no other image
+        advance(len(pending))
     commit, weights = versions()["commit"][:12], weights_digest()
     return [
         {"key": _key(c, seed, weights), "start": start, "commit": commit, **_line(c, parts[c.name], parts[UNPRUNED])}
@@ -237,17 +253,16 @@ def _block(job: tuple[int, list[Condition]], seed: int) -> list[dict[str, Any]]:
 
 
 def _line(condition: Condition, answered: Sequence[Asked | None], unpruned: Sequence[Asked | None]) -> dict[str, Any]:
-    """Return counts per image: of the kinds of questions as a string with a digit for each, there being a few of each."""
+    """Return counts per image: those by kind of question as a string with a digit for each kind."""
     line: dict[str, Any] = {"right": [_digits(one and one.right(), one) for one in answered]}
     if condition.reducer is None:
         line["asked"] = [_digits(one and [True] * len(one.questions), one) for one in answered]
     else:
         line["agreed"] = [
-            sum(map(str.__eq__, one.answers, other.answers))
+            sum(map(str.__eq__, one.answers, other.answers)) if one and other else 0
             for one, other in zip(answered, unpruned, strict=True)
-            if one and other
         ]
-        line["kept"] = round(sum(one.kept for one in answered if one) / len(answered), 3)
+        line["kept"] = round(float(np.mean([one.kept for one in answered if one])), 3)
     return line
 
 
