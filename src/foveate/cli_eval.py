@@ -158,7 +158,10 @@ def _list_published(method: str, as_json: bool) -> None:
         return
     _print_table(
         ["model", "tokens", "method", "benchmark", "value", "unit", "source", "known from"],
-        [[r.model, _tokens(r.budget), r.method, r.benchmark, f"{r.value:g}", r.unit, r.source, r.known] for r in rows],
+        [
+            [r.model, _tokens(r.budget, r.setting), r.method, r.benchmark, f"{r.value:g}", r.unit, r.source, r.known]
+            for r in rows
+        ],
     )
 
 
@@ -170,17 +173,19 @@ def _beside_paper(path: Path, as_json: bool) -> None:
         print_json(pairs)
         return
     _print_table(
-        ["method", "tokens", "benchmark", "ours", "on", "published", "on", "source"],
+        ["method", "benchmark", "ours", "tokens", "model", "published", "tokens", "model", "source", "known from"],
         [
-            [p["method"], _tokens(p["budget"]), p["benchmark"], f"{p['ours']:g}", p["model"], f"{p['published']:g}",
-             p["published_model"], p["source"]]
+            [
+                p["method"], p["benchmark"], f"{p['ours']:g}", f"{p['budget']:g}", p["model"], f"{p['published']:g}",
+                _tokens(p["published_budget"]), p["published_model"], p["source"], p["known"],
+            ]
             for p in pairs
         ],
     )  # fmt: skip
 
 
-def _tokens(budget: float | None) -> str:
-    return "" if budget is None else f"{budget:g}"
+def _tokens(budget: float | None, setting: str | None = None) -> str:
+    return ", ".join(part for part in (None if budget is None else f"{budget:g}", setting) if part)
 
 
 def _names(text: str | None) -> list[str]:
@@ -218,14 +223,15 @@ def _show(result: dict[str, Any]) -> None:
             str(row["budget"]), row["method"], f"{row['tokens']:g}",
             f"{row['relative']['average']:.1f} ± {row['relative']['error']:.1f}",
             f"{row['worst']['kind']} {row['worst']['relative']:.0f}", f"{row['loyalty']['agreement']:.1f}",
-            f"{100 * row['cost']['of_unpruned']:.0f} %", _p(row["against"].get("random")), _p(row["against"].get("best")),
+            f"{100 * row['cost']['of_unpruned']:.0f} %", _p(row["against"].get("random")),
+            _p(row["against"].get("best")),
         ]
         for row in result["rows"]
     ]  # fmt: skip
     head = ["budget", "method", "tokens", "relative average", "worst kind", "loyalty", "FLOPs", "p random", "p best"]
     _print_table(head, rows)
-    for name, reason in result["left_out"].items():
-        print(f"left out: {name}: {reason}")
+    for one in result["left_out"]:
+        print(f"left out: {one['method']} at {', '.join(map(str, one['budgets']))} tokens: {one['reason']}")
 
 
 def _p(gap: dict[str, Any] | None) -> str:

@@ -173,7 +173,8 @@ def _cost(arms: Sequence[Arm], whole: Sequence[Arm]) -> dict[str, Any]:
     own, base = flops(arms), flops(whole)
     kv, kv_base = (sum(arm.kv_bytes for arm in of) / len(of) for of in (arms, whole))
     return {
-        "flops": {name: round(value) for name, value in own.items()}, "of_unpruned": round(own["total"] / base["total"], 4),
+        "flops": {name: round(value) for name, value in own.items()},
+        "of_unpruned": round(own["total"] / base["total"], 4),
         "llm_of_unpruned": round(own["prefill"] / base["prefill"], 4), "kv_bytes": round(kv),
         "kv_of_unpruned": round(kv / kv_base, 4),
     }  # fmt: skip
@@ -209,8 +210,8 @@ def _about(result: Result) -> str:
     return (
         f"{config['questions']:,} questions about {config['images']} test images (seed {config['seed']}). All "
         f"{config['visual_tokens']} tokens: {full['accuracy']:.1f} ± {full['error']:.1f} % right; with the image of "
-        f"another scene, which tells what can be guessed: {blind['accuracy']:.1f} ± {blind['error']:.1f} %. Standard errors of "
-        f"the relative average are between {min(errors):.1f} and {max(errors):.1f}. Methods that draw show the mean of "
+        f"another scene, which tells what can be guessed: {blind['accuracy']:.1f} ± {blind['error']:.1f} %. Standard "
+        f"errors of the relative average are between {min(errors):.1f} and {max(errors):.1f}. Methods that draw show the mean of "
         f"{config['draws']} draws."
     )
 

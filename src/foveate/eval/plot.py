@@ -31,13 +31,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         lines.setdefault(row["method"], []).append(row)
-    leaders = dict.fromkeys(
-        max((row for row in result["rows"] if row["budget"] == budget), key=lambda row: row["relative"]["average"])[
-            "method"
-        ]
-        for budget in result["config"]["budgets"]
-    )
-    colors = {name: color for name, color in zip((n for n in leaders if n != ALWAYS), FRONT, strict=False)}
+    leaders = []
+    for budget in result["config"]["budgets"]:
+        rows = [row for row in result["rows"] if row["budget"] == budget]
+        leaders.append(max(rows, key=lambda row: row["relative"]["average"])["method"])
+    colors = dict(zip((name for name in dict.fromkeys(leaders) if name != ALWAYS), FRONT, strict=False))
     colors[ALWAYS] = ACCENT
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     axes = figure.add_subplot()
@@ -56,8 +54,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
                 color=style["color"], fontsize=9, fontweight="bold" if name in colors else "normal",
             )  # fmt: skip
     axes.axhline(100, color=INK, linewidth=0.8, linestyle=":")
-    axes.annotate("all tokens", (1, 100), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
-                  ha="right", color=INK, fontsize=9)  # fmt: skip
+    axes.annotate("all tokens", (1, 100), xycoords=("axes fraction", "data"), xytext=(-4, 4),
+                  textcoords="offset points", ha="right", color=INK, fontsize=9)  # fmt: skip
     axes.set_xlabel("FLOPs of a prompt, vision tower included, in % of the unpruned model")
     axes.set_ylabel("relative average, %")
     axes.margins(x=0.18)

@@ -85,7 +85,7 @@ class Answers:
 
 def entries(
     model: Any, methods: Sequence[str], budgets: Sequence[int], total: int
-) -> tuple[list[Entry], dict[str, str]]:
+) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Return what to compare: the given methods, or all if there are none, and always the baselines.
 
     Parameters
@@ -102,20 +102,31 @@ def entries(
     Returns
     -------
     tuple
-        The entries, and why methods are left out that were not asked for by name.
+        The entries; and for each method that cannot run, at some budgets or at all, those ``"budgets"`` and the
+        ``"reason"``.
+
+    Raises
+    ------
+    FoveateError
+        If a method that was asked for by name cannot run at any of the budgets.
     """
-    found, left_out = [Entry(UNPRUNED), Entry(BLIND)], {}
+    found, left_out = [Entry(UNPRUNED), Entry(BLIND)], []
     for name in dict.fromkeys([*BASELINES, *(methods or list_methods())]):
-        try:
-            found += [_entry(model, name, budget, total) for budget in budgets]
-        except FoveateError as error:
-            if name in methods:
-                raise
-            left_out[name] = str(error)
+        reasons: dict[str, list[int]] = {}
+        for budget in budgets:
+            try:
+                found.append(_entry(model, name, budget, total))
+            except FoveateError as error:
+                reasons.setdefault(str(error), []).append(budget)
+                if name in methods and sum(map(len, reasons.values())) == len(budgets):
+                    raise
+        left_out += [{"method": name, "budgets": lacking, "reason": reason} for reason, lacking in reasons.items()]
     return found, left_out
 
 
 def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
+    if budget >= total:
+        raise InputError(f"{budget} of {total} visual tokens leave nothing to reduce: keep fewer")
     depth = model.config.get_text_config().num_hidden_layers
     reducer = equal_tokens(name, budget, total, depth)
     if reducer.video_only:
