@@ -31,8 +31,6 @@ from foveate.provenance import versions
 from foveate.run import BASELINES, Arm, measure, prepare
 
 Result = dict[str, Any]
-SURE: Final = 0.05
-"""Level of significance."""
 COSTED: Final = 3
 """Scenes whose first question is run to count costs, which hardly differ between scenes."""
 
@@ -211,8 +209,8 @@ def _about(result: Result) -> str:
         f"{config['questions']:,} questions about {config['images']} test images (seed {config['seed']}). All "
         f"{config['visual_tokens']} tokens: {full['accuracy']:.1f} ± {full['error']:.1f} % right; with the image of "
         f"another scene, which tells what can be guessed: {blind['accuracy']:.1f} ± {blind['error']:.1f} %. Standard "
-        f"errors of the relative average are between {min(errors):.1f} and {max(errors):.1f}. Methods that draw show the mean of "
-        f"{config['draws']} draws."
+        f"errors of the relative average are between {min(errors):.1f} and {max(errors):.1f}. Methods that draw show "
+        f"the mean of {config['draws']} draws."
     )
 
 
