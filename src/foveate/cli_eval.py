@@ -132,14 +132,14 @@ def _benchmarks(
     model: str, tasks: str | None, methods: str | None, keep: str, batch_size: int, limit: int | None,
     out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    from foveate.eval import lmms
-    from foveate.run import parse_keep
-
     if tasks is None:
         raise InputError("name the benchmarks: --tasks gqa,pope,mme")
     names = _names(methods)
     if len(names) > 1:
         raise InputError(f"lmms-eval runs one method at a time, not {', '.join(names)}")
+    from foveate.eval import lmms  # type: ignore[attr-defined]
+    from foveate.run import parse_keep
+
     with contextlib.redirect_stdout(sys.stderr):
         result = lmms.run(
             model, tasks.split(","), names[0] if names else None, parse_keep(keep) if names else None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foveate import nano
 from foveate.errors import InputError
@@ -95,9 +96,10 @@ def table_rows(
         if not entry.reducers:
             continue
         draws = [answers[condition.name] for condition in entry.conditions()]
-        mean = sum(d.right for d in draws) / len(draws)
+        total = np.sum([d.right for d in draws], axis=0)
+        mean = total / len(draws)
         right[entry.method, entry.budget] = mean.sum(axis=1)
-        summary = Tally(sum(d.right for d in draws), len(draws) * unpruned.asked).summary()
+        summary = Tally(total, len(draws) * unpruned.asked).summary()
         kinds = {kind: _relative(mean, unpruned.right, kind) for kind in ASKED_KINDS}
         worst = min(kinds, key=lambda kind: kinds[kind])
         first = entry.reducers[0]
@@ -118,18 +120,18 @@ def table_rows(
     return sorted(rows, key=lambda row: (order.index(row["budget"]), -row["relative"]["average"]))
 
 
-def _relative(right: Counts, unpruned: Counts, kind: str) -> float:
+def _relative(right: NDArray[Any], unpruned: Counts, kind: str) -> float:
     column = QUESTION_KINDS.index(kind)
     return round(100 * float(right[:, column].sum() / unpruned[:, column].sum()), 2)
 
 
 def _loyalty(draws: Sequence[Answers], unpruned: Answers) -> dict[str, float]:
     asked = unpruned.asked.sum(axis=1)
-    found = clustered(sum(d.agreed for d in draws) / len(draws), asked)
+    found = clustered(np.mean([d.agreed for d in draws], axis=0), asked)
     return {"agreement": found["accuracy"], "error": found["error"]}
 
 
-def _compare(rows: list[dict[str, Any]], right: Mapping[Any, Counts], unpruned: Answers) -> None:
+def _compare(rows: list[dict[str, Any]], right: Mapping[Any, NDArray[Any]], unpruned: Answers) -> None:
     """Add each row's paired differences to the baselines and to the best row of the same budget."""
     best = max(rows, key=lambda row: row["relative"]["average"])["method"]
     asked = unpruned.asked.sum(axis=1)

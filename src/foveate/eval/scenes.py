@@ -108,8 +108,10 @@ def entries(
     Raises
     ------
     FoveateError
-        If a method that was asked for by name cannot run at any of the budgets.
+        If a method that was asked for by name cannot run at any of the budgets, or a budget leaves nothing to reduce.
     """
+    if max(budgets) >= total:
+        raise InputError(f"{max(budgets)} of {total} visual tokens leave nothing to reduce: keep fewer")
     found, left_out = [Entry(UNPRUNED), Entry(BLIND)], []
     for name in dict.fromkeys([*BASELINES, *(methods or list_methods())]):
         reasons: dict[str, list[int]] = {}
@@ -125,8 +127,6 @@ def entries(
 
 
 def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
-    if budget >= total:
-        raise InputError(f"{budget} of {total} visual tokens leave nothing to reduce: keep fewer")
     depth = model.config.get_text_config().num_hidden_layers
     reducer = equal_tokens(name, budget, total, depth)
     if reducer.video_only:
@@ -265,9 +265,9 @@ def _block(
 
 def _line(condition: Condition, answered: Sequence[Asked | None], unpruned: Sequence[Asked | None]) -> dict[str, Any]:
     """Return counts per image: those by kind of question as a string with a digit for each kind."""
-    line: dict[str, Any] = {"right": [_digits(one and one.right(), one) for one in answered]}
+    line: dict[str, Any] = {"right": [_digits(one, one.right() if one else ()) for one in answered]}
     if condition.reducer is None:
-        line["asked"] = [_digits(one and [True] * len(one.questions), one) for one in answered]
+        line["asked"] = [_digits(one, [True] * len(one.questions) if one else ()) for one in answered]
     else:
         line["agreed"] = [
             sum(map(str.__eq__, one.answers, other.answers)) if one and other else 0
@@ -277,9 +277,8 @@ def _line(condition: Condition, answered: Sequence[Asked | None], unpruned: Sequ
     return line
 
 
-def _digits(flags: Sequence[bool] | None, of: Asked | None) -> str:
-    counts = count_kinds(of.questions if of else (), flags or ())
-    return "".join(str(count) for count in counts)
+def _digits(asked: Asked | None, flags: Sequence[bool]) -> str:
+    return "".join(map(str, count_kinds(asked.questions if asked else (), flags)))
 
 
 @functools.cache
