@@ -32,8 +32,8 @@ from foveate.provenance import versions
 from foveate.run import BASELINES, Arm, measure, prepare
 
 Result = dict[str, Any]
-COSTED: Final = 3
-"""Scenes whose first question is run to count costs, which hardly differ between scenes."""
+COSTED: Final = 1
+"""Scenes whose first question is run to count costs; these hardly differ between scenes."""
 
 
 def leaderboard(

@@ -24,7 +24,7 @@ from foveate.errors import FoveateError, InputError
 from foveate.nano.evaluate import Asked, ask_all, count_kinds
 from foveate.nano.runner import Condition
 from foveate.provenance import versions
-from foveate.reducer import Reducer, list_methods, load_reducer
+from foveate.reducer import Reducer, get_method, list_methods, load_reducer
 from foveate.run import BASELINES
 
 SPLIT: Final = "test"
@@ -147,25 +147,22 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
     """Return a method with its defaults and `budget` equivalent tokens, the mean over the layers of the LLM.
 
     A method before the LLM keeps just that many. One inside the LLM shows its first layers more, and so keeps fewer
-    later: the most that its schedule allows.
+    later.
 
     Raises
     ------
-    InputError
-        If the first layers alone see more.
+    FoveateError
+        If its first layers alone see more, or `name` is neither a method nor a file with one.
     """
-    reducer = load_reducer(name, keep=budget)
-    if reducer.stage != "in_llm":
-        return reducer
-    for keep in range(budget, 0, -1):
-        reducer = load_reducer(name, keep=keep)
-        layers: tuple[int, ...] = reducer.schedule(depth, total)  # type: ignore[attr-defined]
-        if sum(layers) <= budget * depth:
-            return reducer
-    raise InputError(
-        f"{reducer.name} with its defaults shows the {depth} layers at least {sum(layers) / depth:g} tokens in the "
-        f"mean, more than {budget}"
-    )
+    try:
+        stage = (load_reducer(name) if name.endswith(".json") else get_method(name)).stage
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read a method from {name!r}: {error}") from error
+    if stage != "in_llm":
+        return load_reducer(name, keep=budget)
+    reducer = load_reducer(name, keep=None, equivalent=budget)
+    reducer.schedule(depth, total)  # type: ignore[attr-defined]  # raises if the budget is out of reach
+    return reducer
 
 
 def collect(
