@@ -137,8 +137,8 @@ def _benchmarks(
     names = _names(methods)
     if len(names) > 1:
         raise InputError(f"lmms-eval runs one method at a time, not {', '.join(names)}")
-    from foveate.eval import lmms  # type: ignore[attr-defined]
-    from foveate.run import parse_keep
+    from foveate.budget import parse_keep
+    from foveate.eval import lmms
 
     with contextlib.redirect_stdout(sys.stderr):
         result = lmms.run(
@@ -218,12 +218,14 @@ def _bar(what: str) -> Progress:
 
 
 def _show(result: dict[str, Any]) -> None:
+    from foveate.eval import leaderboard
+
     rows = [
         [
             str(row["budget"]), row["method"], f"{row['tokens']:g}",
             f"{row['relative']['average']:.1f} ± {row['relative']['error']:.1f}",
             f"{row['worst']['kind']} {row['worst']['relative']:.0f}", f"{row['loyalty']['agreement']:.1f}",
-            f"{100 * row['cost']['of_unpruned']:.0f} %", _p(row["against"].get("random")),
+            leaderboard.cost_share(row, "of_unpruned"), _p(row["against"].get("random")),
             _p(row["against"].get("best")),
         ]
         for row in result["rows"]

@@ -31,9 +31,10 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         PNG or SVG, by its ending.
     """
     lines: dict[str, list[Mapping[str, Any]]] = {}
-    for row in result["rows"]:
+    costed = [row for row in result["rows"] if row["cost"] is not None]
+    for row in costed:
         lines.setdefault(row["method"], []).append(row)
-    names = dict.fromkeys(name for name in _front(result["rows"]) if name != ALWAYS and name not in BASELINES)
+    names = dict.fromkeys(name for name in _front(costed) if name != ALWAYS and name not in BASELINES)
     colors = dict(zip(names, FRONT, strict=False))
     colors[ALWAYS] = ACCENT
     figure = Figure(figsize=(9, 5.4), layout="constrained")
