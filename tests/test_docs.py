@@ -11,9 +11,13 @@ import pytest
 from foveate import compatibility
 from foveate.bench.report import markdown as speed_table
 from foveate.cost.report import markdown as cost_table
+from foveate.eval import backbone, leaderboard
+from foveate.eval.leaderboard import table_rows
+from foveate.eval.scenes import BLOCK, UNPRUNED, Entry, collect, draws
 from foveate.nano.card import tables
-from foveate.nano.comparison import END, START, table
-from foveate.reducer import get_method
+from foveate.nano.comparison import MARKER, table
+from foveate.reducer import get_method, load_reducer
+from foveate.run import BASELINES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -21,8 +25,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 def test_the_readme_shows_the_table_of_the_results():
     result = json.loads((ROOT / "results/nano-comparison.json").read_text(encoding="utf-8"))
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
-    assert shown.strip() == table(result)
+    shown = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- {MARKER} -->\n{table(result)}\n<!-- /{MARKER} -->" in shown
 
 
 def test_the_table_of_methods_and_families_is_current():
@@ -77,3 +81,29 @@ def test_the_page_on_speed_shows_the_results():
     for file in files:
         shown = speed_table(json.loads(file.read_text(encoding="utf-8")))
         assert f"<!-- {file.stem} -->\n{shown}\n<!-- /{file.stem} -->" in page, f"run: foveate bench report {file}"
+
+
+@pytest.mark.parametrize(("file", "tables_of"), [
+    ("leaderboard", leaderboard.tables),
+    ("backbone", backbone.tables),
+])  # fmt: skip
+def test_the_leaderboard_shows_the_results(file, tables_of):
+    result = json.loads((ROOT / f"results/{file}.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/leaderboard.md").read_text(encoding="utf-8")
+    for name, shown in tables_of(result).items():
+        assert f"<!-- {name} -->\n{shown}\n<!-- /{name} -->" in page
+
+
+def test_the_leaderboard_follows_from_the_answers(monkeypatch):
+    monkeypatch.setattr("foveate.eval.scenes._block", lambda *_: pytest.fail("the file of answers lacks some"))
+    result = json.loads((ROOT / "results/leaderboard.json").read_text(encoding="utf-8"))
+    for line in (ROOT / "results/leaderboard.rows.jsonl").read_text(encoding="utf-8").splitlines():
+        assert len(json.loads(line)["right"]) == BLOCK
+    config = result["config"]
+    named = {row["method"]: row for row in result["rows"] if row["budget"] == config["budgets"][-1]}
+    kept = [Entry(UNPRUNED), *(Entry(n, config["budgets"][-1], draws(load_reducer(n, keep=config["budgets"][-1])))
+            for n in (*BASELINES, "vispruner", "divprune"))]  # fmt: skip
+    answers = collect(kept, config["images"], config["seed"], ROOT / "results/leaderboard.rows.jsonl")
+    for row in table_rows(kept, answers, {}):
+        for figure in ("tokens", "accuracy", "kinds", "relative", "worst", "loyalty"):
+            assert row[figure] == named[row["method"]][figure], (row["method"], figure)

@@ -18,6 +18,7 @@ from rich.table import Table
 from foveate.cli_bench import bench_app
 from foveate.cli_codebook import codebook
 from foveate.cli_cost import cost
+from foveate.cli_eval import evaluate
 from foveate.cli_nano import nano_app
 from foveate.cli_tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
 from foveate.cli_view import view
@@ -36,6 +37,7 @@ app.add_typer(nano_app, name="nano")
 app.add_typer(bench_app, name="bench")
 app.command()(guarded(codebook))
 app.command()(cost)
+app.command("eval")(evaluate)
 app.command()(view)
 
 

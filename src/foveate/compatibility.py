@@ -6,6 +6,7 @@ from typing import Any
 
 from foveate.families import FAMILIES, Family
 from foveate.in_llm import LayerAttention, LayerKeys, LayerStates, Prior
+from foveate.pages import markdown_table
 from foveate.probes import Attention, ClsToken, Embeddings, Features, Keys, Query
 from foveate.reducer import Reducer, by_default, list_methods
 
@@ -108,12 +109,7 @@ def page() -> str:
         for f in data["families"]
     ]  # fmt: skip
     return _PAGE.format(
-        facts=_markdown(["method", "paper", "stage", "reads", "merges", "complexity"], facts),
-        methods=_markdown(["method", *(f"`{f}`" for f in families)], methods),
-        families=_markdown(["family", *columns], given),
+        facts=markdown_table(["method", "paper", "stage", "reads", "merges", "complexity"], facts),
+        methods=markdown_table(["method", *(f"`{f}`" for f in families)], methods),
+        families=markdown_table(["family", *columns], given),
     )
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

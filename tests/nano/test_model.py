@@ -10,8 +10,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import foveate
 from foveate import VisPruner, nano
+from foveate.methods.cdpruner import CDPruner
 from foveate.methods.random import Random
-from foveate.nano.evaluate import Condition, Runner, Tally, difference, evaluate, question_prior
+from foveate.nano.evaluate import Tally, difference, evaluate, question_prior
+from foveate.nano.runner import Condition, Runner
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +99,31 @@ def test_answers_validation_scenes(loaded: tuple[Any, Any]) -> None:
     Condition("full"),
     Condition("original", VisPruner(keep=32), "original"),
     Condition("compact", VisPruner(keep=32), "compact"),
+    Condition("question", CDPruner(keep=32), "compact"),
 ])  # fmt: skip
 def test_shared_prefix_answers_as_generate_does(loaded: tuple[Any, Any], condition: Condition) -> None:
     model, processor = loaded
     runner = Runner(model, processor)
     for shown in nano.scenes(18, 3, "validation"):
         with torch.inference_mode():
-            inputs, tokens = runner.look(shown.image, [VisPruner(keep=32)])
-            cache, start = runner.prefix(inputs, tokens, condition)
-            shared = runner.answer(cache, start, shown.questions)
+            inputs, tokens = runner.look(shown.image, [condition.reducer or VisPruner(keep=32)])
+            shared, kept = runner.ask(inputs, tokens, condition, shown.questions)
+        assert kept == (256 if condition.reducer is None else 32)
         for question, found in zip(shown.questions, shared, strict=True):
             inputs = dict(processor(images=shown.image, text=f"<image> {question.text}", return_tensors="pt"))
             if condition.reducer is not None:
                 inputs = foveate.reduce(model, inputs, condition.reducer, positions=condition.positions)
             length = inputs["input_ids"].shape[1]
             assert processor.decode(model.generate(**inputs, max_new_tokens=1)[0, length:]) == found
+
+
+def test_attached_methods_answer_whole_prompts_alike(loaded: tuple[Any, Any]) -> None:
+    runner, condition = Runner(*loaded), Condition("compact", VisPruner(keep=32), "compact")
+    for shown in nano.scenes(18, 2, "validation"):
+        with torch.inference_mode():
+            inputs, tokens = runner.look(shown.image, [VisPruner(keep=32)])
+            shared, _ = runner.ask(inputs, tokens, condition, shown.questions)
+            assert runner.ask_attached(runner.prompts(inputs, shown.questions), condition) == shared
 
 
 def test_sample_is_answered_whole_and_pruned(loaded: tuple[Any, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from foveate.methods import Random, VisPruner
 from foveate.nano.gates import DRAWS
 from foveate.nano.questions import ASKED_KINDS
-from foveate.pages import fill
+from foveate.pages import fill, markdown_table
 from foveate.reducer import Reducer
 
 Result = dict[str, Any]
@@ -41,8 +41,8 @@ def write_card(results: Sequence[Path], page: Path) -> None:
     FoveateError
         If the page has no place for one of the tables.
     """
-    found = tables([json.loads(path.read_text(encoding="utf-8")) for path in results])
-    fill(page, {f"nano-{name}": table for name, table in found.items()})
+    shown = tables([json.loads(path.read_text(encoding="utf-8")) for path in results])
+    fill(page, {f"nano-{name}": table for name, table in shown.items()})
 
 
 def tables(results: Sequence[Result]) -> dict[str, str]:
@@ -58,11 +58,6 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
     }
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _accuracy(result: Result) -> str:
     rows = []
     for name, shown in SHOWN:
@@ -73,11 +68,11 @@ def _accuracy(result: Result) -> str:
         rows.append([label, every, *(f"{found[kind]['accuracy']:.1f}" for kind in ASKED_KINDS)])
     images, questions = result["config"]["images"], result["accuracy"]["full"]["all"]["questions"]
     about = f"{images:,} test scenes (seed {result['config']['seed']}), {questions:,} questions."
-    return _rows(["", "all", *ASKED_KINDS], rows) + "\n\n" + about
+    return markdown_table(["", "all", *ASKED_KINDS], rows) + "\n\n" + about
 
 
 def _pairs(result: Result) -> str:
-    return _rows(
+    return markdown_table(
         ["pair", "points"],
         [
             [name.replace("_", " "), f"{pair['points']:+.2f} ± {pair['error']:.2f}"]
@@ -87,7 +82,7 @@ def _pairs(result: Result) -> str:
 
 
 def _gates(result: Result) -> str:
-    return _rows(
+    return markdown_table(
         ["gate", "value", "must be", "reached"],
         [
             [name.replace("_", " "), f"{gate['value']}", f"{gate['rule']} {gate['limit']:g}", _verdict(gate)]
@@ -121,12 +116,12 @@ def _seeds(results: Sequence[Result]) -> str:
         "weakest kind",
         "gates missed",
     ]
-    return _rows(header, rows)
+    return markdown_table(header, rows)
 
 
 def _curve(result: Result, stage: str, columns: Sequence[str]) -> str:
     entries = [entry for entry in result["curve"] if entry["stage"] == stage]
-    return _rows(
+    return markdown_table(
         ["step", *(column.replace("center_f1", "centre") for column in columns)],
         [[str(entry["step"]), *(f"{100 * entry[column]:.1f}" for column in columns)] for entry in entries],
     )

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from foveate.errors import FoveateError
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from foveate.nano import WEIGHTS
-from foveate.nano.evaluate import Condition, Tally, difference, pooled
+from foveate.nano.evaluate import Tally, difference, pooled
 from foveate.nano.gates import DRAWS, tallies
+from foveate.nano.runner import Condition
+from foveate.pages import fill
 from foveate.provenance import versions
 from foveate.reducer import Reducer
 
 BUDGETS: Final = (128, 64, 32, 16)
 REFERENCE: Final = "vispruner"
-START, END = "<!-- nano-table -->", "<!-- /nano-table -->"
+MARKER = "nano-table"
 
 
 def methods(keep: int) -> dict[str, Sequence[Reducer]]:
@@ -107,10 +108,4 @@ def write_table(result_file: Path, page: Path) -> None:
     FoveateError
         If the page has no markers.
     """
-    text = page.read_text(encoding="utf-8")
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise FoveateError(f"{page} has no place for the table: it needs the lines {START} and {END}")
-    shown = table(json.loads(result_file.read_text(encoding="utf-8")))
-    page.write_text(f"{before}{START}\n{shown}\n{END}{after}", encoding="utf-8")
+    fill(page, {MARKER: table(json.loads(result_file.read_text(encoding="utf-8")))})

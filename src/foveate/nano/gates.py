@@ -17,7 +17,6 @@ from foveate.methods.random import Random
 from foveate.methods.vispruner import VisPruner
 from foveate.nano import WEIGHTS, scenes
 from foveate.nano.evaluate import (
-    Condition,
     Tally,
     difference,
     evaluate,
@@ -27,6 +26,7 @@ from foveate.nano.evaluate import (
 )
 from foveate.nano.questions import ASKED_KINDS, WITHHELD
 from foveate.nano.recipe import Recipe
+from foveate.nano.runner import Condition
 from foveate.nano.scenes import scene
 from foveate.provenance import versions
 

@@ -1,0 +1,249 @@
+"""The leaderboard: every method at every budget on the embedded model, its figures, its table and its plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foveate import nano
+from foveate.errors import InputError
+from foveate.eval.scenes import (
+    BLIND,
+    DRAWS,
+    SPLIT,
+    UNPRUNED,
+    Answers,
+    Counts,
+    Entry,
+    collect,
+    entries,
+    weights_digest,
+)
+from foveate.eval.statistics import FLIPS, RESAMPLES, holm, relative_average, sign_flip
+from foveate.nano.evaluate import Tally, clustered
+from foveate.nano.questions import ASKED_KINDS, QUESTION_KINDS
+from foveate.pages import markdown_table
+from foveate.provenance import versions
+from foveate.run import BASELINES, Arm, measure, prepare
+
+Result = dict[str, Any]
+COSTED: Final = 1
+"""Scenes whose first question is run to count costs; these hardly differ between scenes."""
+
+
+def leaderboard(
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    images: int,
+    seed: int,
+    rows: Path,
+    processes: int = 1,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Result:
+    """Run methods on test scenes, as far as that has not been done, and work out all figures.
+
+    Parameters
+    ----------
+    methods
+        Names of methods or files with one; all methods if empty. The baselines are always added.
+    budgets
+        Visual tokens to keep.
+    images, seed, rows, processes, progress
+        See `foveate.eval.scenes.collect`.
+
+    Returns
+    -------
+    dict
+        Plain values: configuration, versions, a row per method and budget, and why methods are left out.
+    """
+    model, processor = nano.load()
+    config = model.config
+    total = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    found, left_out = entries(model, methods, budgets, total)
+    answers = collect(found, images, seed, rows, processes, progress)
+    costs = _costs(model, processor, found, seed)
+    return {
+        "config": {
+            "model": "nano", "weights": weights_digest(), "split": SPLIT, "seed": seed, "images": images,
+            "questions": int(answers[UNPRUNED].asked.sum()), "draws": DRAWS, "budgets": list(budgets),
+            "visual_tokens": total, "dtype": "float32", "device": "cpu", "attention": config._attn_implementation,
+            "bootstrap_samples": RESAMPLES, "sign_flips": FLIPS,
+        },
+        "versions": versions(),
+        "unpruned": _plain(answers[UNPRUNED]) | {"cost": costs[UNPRUNED, None]},
+        "blind": _plain(answers[BLIND]),
+        "rows": table_rows(found, answers, costs),
+        "left_out": left_out,
+    }  # fmt: skip
+
+
+def _plain(answers: Answers) -> dict[str, Any]:
+    return Tally(answers.right, answers.asked).summary()
+
+
+def table_rows(
+    found: Sequence[Entry], answers: Mapping[str, Answers], costs: Mapping[Any, Any]
+) -> list[dict[str, Any]]:
+    """Work out the figures of each entry that has a method, best first within a budget."""
+    unpruned = answers[UNPRUNED]
+    rows, right = [], {}
+    for entry in found:
+        if not entry.reducers:
+            continue
+        draws = [answers[condition.name] for condition in entry.conditions()]
+        total = np.sum([d.right for d in draws], axis=0)
+        mean = total / len(draws)
+        right[entry.method, entry.budget] = mean.sum(axis=1)
+        summary = Tally(total, len(draws) * unpruned.asked).summary()
+        kinds = {kind: _relative(mean, unpruned.right, kind) for kind in ASKED_KINDS}
+        worst = min(kinds, key=lambda kind: kinds[kind])
+        first = entry.reducers[0]
+        rows.append({
+            "method": entry.method, "budget": entry.budget, "stage": first.stage, "query_aware": first.query_aware,
+            "merges": first.merges, "positions": first.positions, "reducers": [repr(r) for r in entry.reducers],
+            "tokens": round(float(np.mean([d.kept for d in draws])), 2),
+            "accuracy": summary.pop("all"),
+            "kinds": {kind: {**summary[kind], "relative": kinds[kind]} for kind in summary},
+            "relative": relative_average(mean, unpruned.right),
+            "worst": {"kind": worst, "relative": kinds[worst]},
+            "loyalty": _loyalty(draws, unpruned),
+            "cost": costs.get((entry.method, entry.budget)),
+        })  # fmt: skip
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        _compare([row for row in rows if row["budget"] == budget], right, unpruned)
+    order = list(dict.fromkeys(row["budget"] for row in rows))
+    return sorted(rows, key=lambda row: (order.index(row["budget"]), -row["relative"]["average"]))
+
+
+def _relative(right: NDArray[Any], unpruned: Counts, kind: str) -> float:
+    column = QUESTION_KINDS.index(kind)
+    return round(100 * float(right[:, column].sum() / unpruned[:, column].sum()), 2)
+
+
+def _loyalty(draws: Sequence[Answers], unpruned: Answers) -> dict[str, float]:
+    asked = unpruned.asked.sum(axis=1)
+    found = clustered(np.mean([d.agreed for d in draws], axis=0), asked)
+    return {"agreement": found["accuracy"], "error": found["error"]}
+
+
+def _compare(rows: list[dict[str, Any]], right: Mapping[Any, NDArray[Any]], unpruned: Answers) -> None:
+    """Add each row's paired differences to the baselines and to the best row of the same budget."""
+    best = max(rows, key=lambda row: row["relative"]["average"])["method"]
+    asked = unpruned.asked.sum(axis=1)
+    for row in rows:
+        row["against"] = {}
+    for label, other in {**{name: name for name in BASELINES}, "best": best}.items():
+        pairs = [(row, right[row["method"], row["budget"]] - right[other, row["budget"]]) for row in rows]
+        pairs = [(row, gap) for row, gap in pairs if row["method"] != other]
+        for (row, gap), p in zip(pairs, holm([sign_flip(gap) for _, gap in pairs]), strict=True):
+            found = clustered(gap, asked)
+            row["against"][label] = {
+                "method": other,
+                "points": found["accuracy"],
+                "error": found["error"],
+                "p": round(p, 5),
+            }
+
+
+def _costs(
+    model: Any, processor: Any, found: Sequence[Entry], seed: int
+) -> dict[tuple[str, int | None], dict[str, Any]]:
+    """Count the FLOPs and the KV cache of a prompt under each entry, means over a few scenes."""
+    shown = [nano.scene(SPLIT, seed, index) for index in range(COSTED)]
+    jobs = [prepare(model, processor, s.image, s.questions[0].text, max_new_tokens=1) for s in shown]
+    # `measure` counts the LLM's layers with one number of tokens, which is wrong for methods between them.
+    inside = [entry for entry in found if any(reducer.stage == "in_llm" for reducer in entry.reducers)]
+    listed = [entry for entry in found if entry.method != BLIND and entry not in inside]
+    reducers = [entry.reducers[0] if entry.reducers else None for entry in listed]
+    arms = [measure(job, reducers, repeats=0) for job in jobs]
+    whole = [job_arms[0] for job_arms in arms]
+    return {
+        (entry.method, entry.budget): _cost([job_arms[i] for job_arms in arms], whole) for i, entry in enumerate(listed)
+    }
+
+
+def _cost(arms: Sequence[Arm], whole: Sequence[Arm]) -> dict[str, Any]:
+    def flops(of: Sequence[Arm]) -> dict[str, float]:
+        parts = [arm.cost.to_dict() for arm in of if arm.cost is not None]
+        return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+    own, base = flops(arms), flops(whole)
+    kv, kv_base = (sum(arm.kv_bytes for arm in of) / len(of) for of in (arms, whole))
+    return {
+        "flops": {name: round(value) for name, value in own.items()},
+        "of_unpruned": round(own["total"] / base["total"], 4),
+        "llm_of_unpruned": round(own["prefill"] / base["prefill"], 4), "kv_bytes": round(kv),
+        "kv_of_unpruned": round(kv / kv_base, 4),
+    }  # fmt: skip
+
+
+def load(path: Path) -> Result:
+    """Read a leaderboard from its file.
+
+    Raises
+    ------
+    InputError
+        If the file holds none.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not {"config", "rows", "unpruned"} <= set(result):
+            raise ValueError("it lacks config, rows or unpruned")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{str(path)!r} holds no leaderboard: {error}") from error
+    return dict(result)
+
+
+def tables(result: Result) -> dict[str, str]:
+    """Return the Markdown of the page's tables, by the name of their place."""
+    return {"leaderboard-about": _about(result)} | {
+        f"leaderboard-{budget}": _table(result, budget) for budget in result["config"]["budgets"]
+    }
+
+
+def _about(result: Result) -> str:
+    config, full, blind = result["config"], result["unpruned"]["all"], result["blind"]["all"]
+    errors = [row["relative"]["error"] for row in result["rows"]]
+    return (
+        f"{config['questions']:,} questions about {config['images']} test images (seed {config['seed']}). All "
+        f"{config['visual_tokens']} tokens: {full['accuracy']:.1f} ± {full['error']:.1f} % right; with the image of "
+        f"another scene, which tells what can be guessed: {blind['accuracy']:.1f} ± {blind['error']:.1f} %. Standard "
+        f"errors of the relative average are between {min(errors):.1f} and {max(errors):.1f}. Methods that draw show "
+        f"the mean of {config['draws']} draws."
+    )
+
+
+def _table(result: Result, budget: int) -> str:
+    rows = [row for row in result["rows"] if row["budget"] == budget]
+    head = [
+        "method", "tokens", "relative average", "worst kind", *ASKED_KINDS, "loyalty", "FLOPs", "KV", "above random",
+        "p", "to the best", "p",
+    ]  # fmt: skip
+    return markdown_table(head, [_line(row) for row in rows])
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    relative, against = row["relative"], row["against"]
+    kinds = [f"{row['kinds'][kind]['relative']:.0f}" for kind in ASKED_KINDS]
+    return [
+        f"`{row['method']}`", f"{row['tokens']:g}", f"{relative['average']:.1f} ± {relative['error']:.1f}",
+        f"{row['worst']['kind']} {row['worst']['relative']:.0f}", *kinds, f"{row['loyalty']['agreement']:.1f}",
+        cost_share(row, "of_unpruned"), cost_share(row, "kv_of_unpruned"),
+        *_gap(against.get("random")), *_gap(against.get("best")),
+    ]  # fmt: skip
+
+
+def cost_share(row: Mapping[str, Any], name: str) -> str:
+    """Return a cost in percent of the unpruned model's, for a table."""
+    return "unknown" if row["cost"] is None else f"{100 * row['cost'][name]:.0f} %"
+
+
+def _gap(gap: Mapping[str, Any] | None) -> list[str]:
+    if gap is None:
+        return ["", ""]
+    return [f"{gap['points']:+.1f} ± {gap['error']:.1f}", "< 0.001" if gap["p"] < 0.001 else f"{gap['p']:.3f}"]

@@ -1,0 +1,172 @@
+"""Questions put to a model about an image, with as much work shared as a condition allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from foveate.engines.attach import attach
+from foveate.engines.hf import Settings, apply, decide, look, select
+from foveate.families import family_of
+from foveate.nano.questions import Question
+from foveate.reducer import Reducer, identity
+
+PROMPT: Final = "<image>"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One way to run the model.
+
+    Attributes
+    ----------
+    name : str
+        Key of the result.
+    reducer : Reducer or None
+        None keeps every token.
+    positions : str
+        ``"original"`` or ``"compact"``.
+    wrong_image : bool
+        Ask each scene's questions about the scene before it: what can be answered without seeing.
+    """
+
+    name: str
+    reducer: Reducer | None = None
+    positions: Literal["original", "compact"] = "original"
+    wrong_image: bool = False
+
+
+class Runner:
+    """Answers questions with work shared: the tower runs once per image, the visual prefix once per condition.
+
+    Parameters
+    ----------
+    model
+        A LLaVA-type model and its processor, such as ``foveate.nano.load()`` returns.
+    processor
+        See ``model``.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor, self.family = model, processor, family_of(model)
+
+    def look(self, image: Any, reducers: Iterable[Reducer]) -> tuple[dict[str, Any], Any]:
+        """Encode an image once, with every probe that one of the reducers needs that do not change this pass."""
+        inputs = dict(self.processor(images=image, text=PROMPT, return_tensors="pt").to(self.model.device))
+        spans = self.family.spans(self.model, inputs)
+        sharing = [reducer for reducer in reducers if reducer.stage not in ("encoder", "in_llm")]
+        return inputs, look(self.model, self.family, inputs, spans, sharing)
+
+    def prefix(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, int]:
+        """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
+        selection, embeds = self._kept(inputs, tokens, condition)
+        reduced = apply(self.model, self.family, inputs, tokens.spans, selection, embeds, condition.positions)
+        cache = self.model(**reduced, use_cache=True, logits_to_keep=1).past_key_values
+        full = inputs["input_ids"].shape[1]
+        return cache, full if condition.positions == "original" else int(reduced["input_ids"].shape[1])
+
+    def _kept(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, list[Tensor]]:
+        """Selection and embeddings under a condition; only methods that change pixels or encoder encode again."""
+        reducer = condition.reducer
+        if reducer is None:
+            selection = identity(tokens.spans)
+            return selection, self.family.embed(self.model, tokens, selection, None)
+        settings = Settings(reducer, condition.positions)
+        if reducer.stage in ("pixels", "encoder"):
+            selection, embeds, _ = select(self.model, self.family, inputs, tokens.spans, settings)
+            return selection, embeds
+        selection = decide(tokens, settings)
+        return selection, self.family.embed(self.model, tokens, selection, reducer.merges)
+
+    def ask(
+        self, inputs: Mapping[str, Any], tokens: Any, condition: Condition, questions: Sequence[Question]
+    ) -> tuple[list[str], float]:
+        """Answer questions about an image; returns the first word of each answer, and how many visual tokens are left.
+
+        Of a method inside the LLM these are its equivalent tokens, the mean over layers.
+        """
+        reducer = condition.reducer
+        if reducer is not None and (reducer.query_aware or reducer.stage == "in_llm"):
+            return self._ask_each(inputs, tokens, condition, questions)
+        cache, start = self.prefix(inputs, tokens, condition)
+        text = inputs["input_ids"].shape[1] - sum(map(len, tokens.spans))
+        kept = cache.get_seq_length() - text
+        return self.answer(cache, start, questions), float(kept)
+
+    def _ask_each(
+        self, inputs: Mapping[str, Any], tokens: Any, condition: Condition, questions: Sequence[Question]
+    ) -> tuple[list[str], float]:
+        """Answer with a selection for each question, as its words have a say in it."""
+        reducer = condition.reducer
+        assert reducer is not None
+        batch = self.prompts(inputs, questions)
+        if reducer.stage == "in_llm":
+            depth = self.model.config.get_text_config().num_hidden_layers
+            layers = reducer.schedule(depth, sum(map(len, tokens.spans)))  # type: ignore[attr-defined]
+            return self.ask_attached(batch, condition), sum(layers) / depth
+        spans, count = self.family.spans(self.model, batch), len(questions)
+        shown = replace(
+            tokens,
+            spans=spans,
+            planes={probe: plane * count for probe, plane in tokens.planes.items()},
+            hidden=tokens.hidden * count,
+            embedded=None if tokens.embedded is None else tokens.embedded * count,
+            queries=self.family.query(self.model, batch, spans),
+        )
+        selection = decide(shown, Settings(reducer, condition.positions))
+        embeds = self.family.embed(self.model, shown, selection, reducer.merges)
+        reduced = apply(self.model, self.family, batch, spans, selection, embeds, condition.positions)
+        return self._last_words(reduced), sum(map(len, selection)) / count
+
+    def ask_attached(self, batch: Mapping[str, Any], condition: Condition) -> list[str]:
+        """Answer a batch of whole prompts, padded on the left, with the condition's method attached to the model."""
+        with attach(self.model, condition.reducer, positions=condition.positions):  # type: ignore[arg-type]
+            return self._last_words(batch)
+
+    def _last_words(self, batch: Mapping[str, Any]) -> list[str]:
+        words: Tensor = self.model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
+        return [str(word) for word in self.processor.tokenizer.convert_ids_to_tokens(words.tolist())]
+
+    def prompts(self, inputs: Mapping[str, Any], questions: Sequence[Question]) -> dict[str, Any]:
+        """One prompt per question about the same image, padded on the left."""
+        head = inputs["input_ids"][0].tolist()
+        prompts = [head + self.processor.tokenizer(q.text, add_special_tokens=False)["input_ids"] for q in questions]
+        longest, pad = max(map(len, prompts)), self.processor.tokenizer.pad_token_id
+        rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+        masks = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        device, pixels = self.model.device, inputs["pixel_values"]
+        return {
+            "input_ids": torch.tensor(rows, device=device),
+            "attention_mask": torch.tensor(masks, device=device),
+            "pixel_values": pixels.expand(len(rows), *pixels.shape[1:]),
+        }
+
+    def answer(self, cache: Any, start: int, questions: Sequence[Question]) -> list[str]:
+        """First generated word of each question, all of them batched behind one prefix."""
+        texts = [self.processor.tokenizer(q.text, add_special_tokens=False)["input_ids"] for q in questions]
+        longest = max(map(len, texts))
+        pad = self.processor.tokenizer.pad_token_id
+        ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts], device=self.model.device)
+        positions = (start + torch.arange(longest, device=ids.device)).expand(len(ids), -1)
+        seen = cache.get_seq_length()
+        cache.batch_repeat_interleave(len(ids))
+        mask = torch.ones(len(ids), seen + longest, dtype=torch.int64, device=ids.device)
+        # Padding is on the right, where a causal model does not look.
+        logits = self.model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits
+        ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
+        words: Tensor = logits[torch.arange(len(ids), device=ids.device), ends].argmax(-1)
+        return [str(word) for word in self.processor.tokenizer.convert_ids_to_tokens(words.tolist())]
+
+
+def with_own_seed(condition: Condition, index: int) -> Condition:
+    """Give a reducer that draws another seed for each image; otherwise it would keep the same places everywhere."""
+    reducer = condition.reducer
+    if reducer is None or "seed" not in {field.name for field in fields(reducer)}:
+        return condition
+    return replace(condition, reducer=replace(reducer, seed=reducer.seed * 100_003 + index))  # type: ignore[call-arg,attr-defined]
