@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ from foveate.cost.imagined import imagine
 from foveate.cost.report import figures, report
 from foveate.cost.shapes import SHAPES, load_shape
 from foveate.families import family_of
-from foveate.reducer import Reducer
+from foveate.methods import FastV
 
 SEVEN = LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
 THIRTEEN = LlamaConfig(num_hidden_layers=40, hidden_size=5120, intermediate_size=13824, num_attention_heads=40)
@@ -210,25 +208,12 @@ def test_vispruners_published_flops() -> None:
     assert round(100 * (after / before - 1)) == -91
 
 
-@dataclass(frozen=True)
-class Halving(Reducer):
-    """Stands for methods inside the LLM: half of the tokens at the first layer's output, `keep` from the middle on."""
-
-    stage = "in_llm"
-    complexity = "O(S)"
-
-    def schedule(self, depth: int, tokens: int) -> tuple[int, ...]:
-        return (tokens, *[tokens // 2] * (depth // 2 - 1), *[int(self.keep)] * (depth - depth // 2))  # type: ignore
-
-    def select(self, tokens: Any) -> Any:
-        raise NotImplementedError
-
-
 def test_methods_inside_the_llm_report_their_schedule() -> None:
     config, _ = load_shape("llava-1.5-7b")
     anatomy = anatomy_of(config)
     work = imagine(anatomy, (336, 336), 1, 0)
-    data = report(anatomy, work, Halving(keep=64), 24)
+    cuts = foveate.Chain(FastV(keep=288, layer=1), FastV(keep=64, layer=16))
+    data = report(anatomy, work, cuts, 24)
     counts = [576] + [288] * 15 + [64] * 16
     after = data["after"]
     assert after["visual_tokens_per_layer"] == counts
@@ -243,7 +228,7 @@ def test_methods_inside_the_llm_report_their_schedule() -> None:
     assert after["flops"]["vision"] == data["before"]["flops"]["vision"]
     assert data["change"]["cost"] == data["change"]["flops"]["total"]
     assert (
-        report(anatomy, work, Halving(keep=64), 24, formula="pyramiddrop")["change"]["cost"]
+        report(anatomy, work, cuts, 24, formula="pyramiddrop")["change"]["cost"]
         == (data["change"]["macs"]["pyramiddrop"])
     )
 
@@ -378,5 +363,7 @@ def test_chains_and_several_images_inside_the_llm() -> None:
     chain = figures(anatomy, two, 40, foveate.Chain(VisPruner(keep=288), fastv_))
     assert chain.per_layer == _layers((576, 3), (128, 29))
     alone = figures(anatomy, two, 40, VisPruner(keep=288))
-    for part in ("vision", "projector", "selection"):
+    for part in ("vision", "projector"):
         assert chain.flops[part] == alone.flops[part]
+    # One row of attention over 576 visual and 40 other tokens.
+    assert chain.flops["selection"] == alone.flops["selection"] + 2 * (576 + 40) * 4096

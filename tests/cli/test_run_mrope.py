@@ -60,7 +60,7 @@ def test_run_on_the_models_own_processor(foveate: Any, ocr: Path, photo: Path) -
     _, h, w = span["grid"]
     assert span["before"] == h * w > 12 == span["after"]
     assert w > h  # as the picture
-    assert data["flops"] == {"before": None, "after": None}
+    assert all(flops > 0 for flops in data["flops"].values())
     assert [row["flops"] for row in data["compare"]] == [None] * 6
     assert Image.open(data["overlay"]).size > (100, 100)
 

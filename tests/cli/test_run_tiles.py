@@ -29,7 +29,7 @@ def test_run_on_tiles(foveate: Any, tiled_folder: Path, photo: Path) -> None:
     assert tiles > 2
     assert span["before"] == 16 * tiles
     assert span["after"] == 9
-    assert result.json["flops"] == {"before": None, "after": None}
+    assert all(flops > 0 for flops in result.json["flops"].values())
     assert Path("shown/overlay.png").stat().st_size > 10_000
     assert len(result.json["compare"]) == 6
 

@@ -66,9 +66,9 @@ def test_other_models_are_refused():
 
 def test_a_method_of_another_stage_is_refused():
     class Inner(Random):
-        stage, name = "in_llm", "inner"
+        stage, name = "projector", "inner"
 
-    with pytest.raises(UnsupportedModelError, match="'in_llm'"):
+    with pytest.raises(UnsupportedModelError, match="'projector'"):
         foveate.attach(model("llava"), Inner(keep=9))
 
 
