@@ -61,7 +61,7 @@ def test_run_on_the_models_own_processor(foveate: Any, ocr: Path, photo: Path) -
     assert span["before"] == h * w > 12 == span["after"]
     assert w > h  # as the picture
     assert all(flops > 0 for flops in data["flops"].values())
-    assert [row["flops"] for row in data["compare"]] == [None] * 6
+    assert all(row["flops"] > 0 for row in data["compare"])
     assert Image.open(data["overlay"]).size > (100, 100)
 
     text = foveate("run", photo, "what is this ?", *args[:-1])
