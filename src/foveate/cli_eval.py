@@ -99,7 +99,7 @@ def _scenes(
     write_json(out, result)
     if page is not None:
         _fill(page, leaderboard.tables(result))
-        plot(result, page.parent / "images" / "leaderboard.svg")
+        plot(result, page.parent / "images" / f"{page.stem}.svg")
     if as_json:
         print_json(result)
         return

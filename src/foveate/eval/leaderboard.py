@@ -156,9 +156,7 @@ def _costs(
     """Count the FLOPs and the KV cache of a prompt under each entry, means over a few scenes."""
     shown = [nano.scene(SPLIT, seed, index) for index in range(COSTED)]
     jobs = [prepare(model, processor, s.image, s.questions[0].text, max_new_tokens=1) for s in shown]
-    # `measure` counts the LLM's layers with one number of tokens, which is wrong for methods between them.
-    inside = [entry for entry in found if any(reducer.stage == "in_llm" for reducer in entry.reducers)]
-    listed = [entry for entry in found if entry.method != BLIND and entry not in inside]
+    listed = [entry for entry in found if entry.method != BLIND]
     reducers = [entry.reducers[0] if entry.reducers else None for entry in listed]
     arms = [measure(job, reducers, repeats=0) for job in jobs]
     whole = [job_arms[0] for job_arms in arms]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from foveate import nano
 from foveate.engines.attach import attach
 from foveate.errors import FoveateError, InputError
+from foveate.in_llm import schedule
 from foveate.nano.evaluate import Asked, ask_all, count_kinds
 from foveate.nano.runner import Condition
 from foveate.provenance import versions
@@ -155,13 +156,13 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
         If its first layers alone see more, or `name` is neither a method nor a file with one.
     """
     try:
-        stage = (load_reducer(name) if name.endswith(".json") else get_method(name)).stage
+        method = type(load_reducer(name)) if name.endswith(".json") else get_method(name)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read a method from {name!r}: {error}") from error
-    if stage != "in_llm":
+    if "equivalent" not in {field.name for field in fields(method)}:
         return load_reducer(name, keep=budget)
     reducer = load_reducer(name, keep=None, equivalent=budget)
-    reducer.schedule(depth, total)  # type: ignore[attr-defined]  # raises if the budget is out of reach
+    schedule(reducer, depth, total)  # raises if the budget is out of reach
     return reducer
 
 
