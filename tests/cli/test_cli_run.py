@@ -330,3 +330,32 @@ def test_example_runs_on_a_folder(folder: Path, photo: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "all tokens:" in done.stdout
     assert "16 of 64 tokens:" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["fastv", "chain"])
+def test_methods_inside_the_llm(foveate: Any, folder: Path, photo: Path, tmp_path: Path, method: str) -> None:
+    reducer: Any = library.methods.FastV(keep=8, layer=1)
+    if method == "chain":
+        reducer = library.Chain(library.VisPruner(keep=20), reducer)
+    reducer.save(tmp_path / "method.json")
+    args = ("run", photo, "what is this ?", "--model", folder, "--method", tmp_path / "method.json", *FAST, "--compare")
+    result = foveate(*args, "--json")
+    assert result.code == 0, result.err
+    data = result.json
+    given = 64 if method == "fastv" else 20
+    assert data["layers"] == {"before": [64, 64], "after": [given, 8]}
+    assert data["equivalent_tokens"] == {"before": 64.0, "after": (given + 8) / 2}
+    assert data["tokens"]["after"] == len(data["kept"][0]) == 8
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    text = data["tokens"]["text"]
+    assert data["kv_bytes"]["after"] == kv_bytes(model.config.text_config, [text + given, text + 8], 4)
+    assert data["flops_by_part"]["after"]["selection"] > 0
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=Image.open(photo), text="<image>\nwhat is this ?", return_tensors="pt")
+    with library.attach(model, reducer):
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert answer == data["answer"]
+    assert {round(row["equivalent_tokens"]) for row in data["compare"][2:]} <= {(given + 8) // 2, 30, 36, 12, 14}
+    shown = foveate(*args)
+    assert "mean over layers" in shown.out

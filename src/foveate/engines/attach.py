@@ -229,7 +229,8 @@ class Handle:
         filled = cache.get_seq_length() if cache is not None else 0
         if self.settings.before is None and not any(r.needs for r in self.settings.inside):
             self._show(inputs, filled)
-            return Reduced(inputs)
+            if not (filled and self._family.keeps_positions):
+                return Reduced(inputs)
         state = self._caches.get(cache) if filled else None
         if state is None and filled and any(inputs.get(key) is not None for key in self._family.inputs):
             state = self._unreduced(inputs, filled)
