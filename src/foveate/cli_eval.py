@@ -39,7 +39,10 @@ def evaluate(
     methods: Annotated[
         str | None, typer.Option("--methods", "--method", help="Names or JSON files, with commas.  [default: all]")
     ] = None,
-    keep: Annotated[str, typer.Option(help="Visual tokens to keep, with commas.")] = "64,32,16",
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Visual tokens to keep, with commas.  [default: 64,32,16]; lmms-eval: one budget."),
+    ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Scenes.  [default: 300, of a backbone 150]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Different seeds give different scenes.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Single-threaded processes.")] = 1,
@@ -60,6 +63,13 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lmms-eval: names of tasks, with commas.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="lmms-eval: questions at once.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="lmms-eval: questions per task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="lmms-eval: folder with further tasks.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="lmms-eval: file for every question, answer and kept tokens, as JSON lines.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="lmms-eval: auto, float32, bfloat16 or float16.")] = "auto",
+    attn: Annotated[str | None, typer.Option(help="lmms-eval: sdpa, eager, flash_attention_2.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="lmms-eval: as in transformers.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy: methods by budgets on scenes, a backbone, or public benchmarks; or show published numbers."""
@@ -67,20 +77,26 @@ def evaluate(
     given = [name for name, value in modes.items() if value is not None]
     if len(given) > 1 or (given and harness is Harness.lmms_eval):
         raise InputError(f"{given[0]} goes with neither --harness lmms-eval nor another of {', '.join(modes)}")
-    if harness is Harness.scenes and (tasks is not None or model != "nano" or limit is not None or batch_size != 1):
-        raise InputError(
-            "--model, --tasks, --batch-size and --limit are for public benchmarks: add --harness lmms-eval"
-        )
+    options = {
+        "batch_size": batch_size, "limit": limit, "out": out, "include_path": include_path, "samples": samples,
+        "dtype": dtype, "attn": attn, "device_map": device_map,
+    }  # fmt: skip
+    public = [tasks, limit, include_path, samples, attn, device_map]
+    if harness is Harness.scenes and (
+        any(option is not None for option in public) or (model, batch_size, dtype) != ("nano", 1, "auto")
+    ):
+        raise InputError("the options that begin with 'lmms-eval:' in --help need --harness lmms-eval")
+    budgets = keep or "64,32,16"
     if published is not None:
         _list_published(published, as_json)
     elif against_paper is not None:
         _beside_paper(against_paper, as_json)
     elif harness is Harness.lmms_eval:
-        _benchmarks(model, tasks, methods, keep, batch_size, limit, out, as_json)
+        _benchmarks(model, tasks, methods, keep, options, as_json)
     elif backbone is not None:
-        _backbone(methods, keep, images or 150, seed, out, page, as_json)
+        _backbone(methods, budgets, images or 150, seed, out, page, as_json)
     else:
-        _scenes(methods, keep, images or 300, seed, processes, out or Path("runs/leaderboard.json"), page, as_json)
+        _scenes(methods, budgets, images or 300, seed, processes, out or Path("runs/leaderboard.json"), page, as_json)
 
 
 def _scenes(
@@ -129,24 +145,32 @@ def _backbone(
 
 
 def _benchmarks(
-    model: str, tasks: str | None, methods: str | None, keep: str, batch_size: int, limit: int | None,
-    out: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: str, tasks: str | None, methods: str | None, keep: str | None, options: dict[str, Any], as_json: bool
+) -> None:
     if tasks is None:
         raise InputError("name the benchmarks: --tasks gqa,pope,mme")
     names = _names(methods)
     if len(names) > 1:
         raise InputError(f"lmms-eval runs one method at a time, not {', '.join(names)}")
+    if names and keep is None and not names[0].endswith(".json"):
+        raise InputError(f"give {names[0]} a budget: --keep 64")
     from foveate.budget import parse_keep
     from foveate.eval import lmms
 
     with contextlib.redirect_stdout(sys.stderr):
-        result = lmms.run(
-            model, tasks.split(","), names[0] if names else None, parse_keep(keep) if names else None,
-            batch_size=batch_size, limit=limit, out=out,
-        )  # fmt: skip
-    if result is not None and as_json:
+        budget = parse_keep(keep) if names and keep is not None else None
+        result = lmms.run(model, tasks.split(","), names[0] if names else None, budget, **options)
+    if result is None:
+        return
+    if as_json:
         print_json(result)
+    else:
+        rows = [[task, *pair] for task, found in result["results"].items() for pair in _metrics(found)]
+        _print_table(["task", "metric", "value"], rows)
+
+
+def _metrics(found: dict[str, Any]) -> list[list[str]]:
+    return [[name, f"{value:g}"] for name, value in found.items() if isinstance(value, int | float)]
 
 
 def _list_published(method: str, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from foveate.eval import leaderboard
     (["--methods", "nothing"], "no method is called 'nothing'"),
     (["--images", "30"], "multiple of"),
     (["--tasks", "gqa"], "--harness lmms-eval"),
+    (["--harness", "lmms-eval", "--tasks", "gqa", "--method", "vispruner"], "--keep 64"),
     (["--harness", "lmms-eval"], "--tasks"),
     (["--harness", "lmms-eval", "--published", "fastv"], "--published goes with neither"),
     (["--published", "fastv", "--backbone", "dinov2"], "--backbone goes with neither"),
@@ -90,7 +91,7 @@ def test_one_command_fills_the_page_and_draws_the_plot(foveate: Any, monkeypatch
     assert "old" not in page
     assert "| `vispruner` | 16 | 90.1 ± 0.5 |" in page
     assert page.endswith("end\n")
-    assert "<svg" in Path("images/leaderboard.svg").read_text()
+    assert "<svg" in Path("images/page.svg").read_text()
     assert json.loads(Path("board.json").read_text()) == _board() == foveate(*arguments, "--json").json
     Path("page.md").write_text("nothing")
     assert "has no place for" in foveate(*arguments).err
