@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.codebook import Builder, Codebook, Recipe, divergence, dpc_knn, neighbourhood, projector_hash, spread_ranks
+from foveate.clustering import dpc_knn
+from foveate.codebook import Builder, Codebook, Recipe, divergence, neighbourhood, projector_hash, spread_ranks
 from foveate.errors import FoveateError, InputError
 from foveate.families import family_of
 from tiny import PAD, VISUALS, collate, model, sample, samples
@@ -91,7 +92,7 @@ def test_clusters_equal_the_reference(size, neighbours, seed, data):
 def test_clusters_in_chunks(monkeypatch):
     points = torch.randn(50, 4)
     whole = dpc_knn(points, 7)
-    monkeypatch.setattr("foveate.codebook._ROWS", 8)
+    monkeypatch.setattr("foveate.clustering._ROWS", 8)
     for a, b in zip(whole, dpc_knn(points, 7), strict=True):
         assert torch.equal(a, b)
 

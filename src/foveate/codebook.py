@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from foveate.clustering import dpc_knn
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.grids import middle
 from foveate.probes import ClsToken, Embeddings, Features
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from foveate.families import Family
     from foveate.tokens import Crop, Span, VisualTokens
 
-_ROWS = 1024
 _SMALLEST_NORMAL = 2.0**-14  # of float16
 
 
@@ -139,57 +139,6 @@ def divergence(base: Tensor, other: Tensor, words: int = 10) -> Tensor:
     p, q = (x.gather(-1, best).double().log_softmax(dim=-1) for x in (base, other))
     mean = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype))
     return (0.5 * (p.exp() * (p - mean) + q.exp() * (q - mean))).mean(dim=-1)
-
-
-def dpc_knn(points: Tensor, clusters: int, neighbours: int = 5) -> tuple[Tensor, Tensor]:
-    """Cluster points around their density peaks.
-
-    The density of a point is ``exp(-mean(d^2))`` over its nearest neighbours, with distances ``d`` divided by the root
-    of the width. The centres are the points with the highest product of density and distance to the closest denser
-    point (for the densest one: to the furthest point); every point belongs to the closest centre. Ties go to the
-    lower index.
-
-    Parameters
-    ----------
-    points
-        ``[M, D]``.
-    clusters
-        Number of clusters, at most M.
-    neighbours
-        Number of nearest neighbours, without the point itself.
-
-    Returns
-    -------
-    tuple
-        Cluster of each point ``[M]``, and the centres ``[clusters]``, both int64.
-    """
-    size = len(points)
-    if not 1 <= clusters <= size:
-        raise InputError(f"{size} points make 1 to {size} clusters, not {clusters}")
-    x = points.double() / points.shape[1] ** 0.5
-    if size == 1:
-        return torch.zeros_like(x[:, 0], dtype=torch.long), torch.zeros_like(x[:, 0], dtype=torch.long)
-    nearest, furthest = [], []
-    for start in range(0, size, _ROWS):
-        distances = torch.cdist(x[start : start + _ROWS], x)
-        furthest.append(distances.amax(dim=1))
-        rows = torch.arange(len(distances), device=x.device)
-        distances[rows, rows + start] = torch.inf
-        nearest.append(distances.topk(min(neighbours, size - 1), largest=False).values.square().mean(dim=1))
-    density = -torch.cat(nearest)
-    order = density.argsort(descending=True, stable=True)
-    x_ranked, gaps = x[order], []
-    for start in range(0, size, _ROWS):
-        rows = torch.arange(start, min(start + _ROWS, size), device=x.device)
-        distances = torch.cdist(x_ranked[rows], x_ranked[: start + _ROWS])
-        denser = torch.arange(distances.shape[1], device=x.device) < rows[:, None]
-        gaps.append(distances.masked_fill(~denser, torch.inf).amin(dim=1))
-    gap = torch.empty_like(density).index_copy(0, order, torch.cat(gaps))
-    gap = torch.where(gap.isinf(), torch.cat(furthest), gap)
-    centres = (density.exp() * gap).argsort(descending=True, stable=True)[:clusters]
-    labels = torch.cat([torch.cdist(part, x[centres]).argmin(dim=1) for part in torch.split(x, _ROWS)])
-    labels[centres] = torch.arange(clusters, device=x.device)
-    return labels, centres
 
 
 def neighbourhood(place: int, grid: tuple[int, int]) -> list[int]:

@@ -98,7 +98,7 @@ class LayerTokens(VisualTokens):
     text
         Per prompt the hidden states ``[M, D]`` of the text behind the last image, at the boundary.
     frequencies
-        ``[d / 2]``: angular frequencies of the rotary embedding.
+        ``[d / 2]``: angular frequencies of the rotary embedding in front of the boundary; empty if there is none.
     """
 
     boundary: int = 0
@@ -316,6 +316,29 @@ def tokens_of(images: Images) -> int:
 def wanted_tokens(equivalent: int | float, images: Images) -> float:
     """Return the mean number of tokens per layer that an `equivalent` stands for: so many per image, or a share."""
     return equivalent * (tokens_of(images) if isinstance(equivalent, float) else len(images))
+
+
+def one_cut(
+    name: str, keep: Keep | None, equivalent: int | float | None, layer: int, depth: int, images: Images
+) -> int:
+    """Return how many tokens a method with a single cut in front of `layer` leaves of the images of a prompt.
+
+    Raises
+    ------
+    BudgetError
+        If the layers in front of the cut alone exceed the mean that `equivalent` asks for.
+    """
+    if equivalent is None:
+        assert keep is not None
+        return budget_of(keep, images)
+    given, wanted = tokens_of(images), wanted_tokens(equivalent, images)
+    kept = round((depth * wanted - given * layer) / (depth - layer))
+    if kept < 1:
+        raise BudgetError(
+            f"{name}(layer={layer}) cannot come down to {wanted:g} tokens per layer: the first {layer} of {depth} "
+            f"layers alone receive {given * layer / depth:g} on average; use an earlier layer"
+        )
+    return min(kept, given)
 
 
 def check_equivalent(name: str, keep: Keep | None, equivalent: int | float | None) -> None:

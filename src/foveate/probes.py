@@ -34,6 +34,14 @@ class ClsToken:
 
 
 @dataclass(frozen=True)
+class ClsSimilarity:
+    """Cosine of each patch's feature with that of the crop's ``[CLS]`` token, ``[N]`` float32 per crop.
+
+    Of the features that the projector reads; where there is no such token, with the mean feature of the crop.
+    """
+
+
+@dataclass(frozen=True)
 class Query:
     """The text of the prompt that follows its first image, as input embeddings ``[M, D]``; see `CropBatch.query`."""
 
@@ -152,7 +160,7 @@ class LlmProbe:
     """A cue inside the LLM, which methods of the stage ``"in_llm"`` read; see `foveate.in_llm`."""
 
 
-Probe: TypeAlias = Features | Embeddings | ClsToken | Query | Members | LayerProbe | LlmProbe
+Probe: TypeAlias = Features | Embeddings | ClsToken | ClsSimilarity | Query | Members | LayerProbe | LlmProbe
 
 
 @dataclass(frozen=True, eq=False)

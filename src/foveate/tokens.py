@@ -34,6 +34,9 @@ class Crop:
         First row and column of `grid` in the encoder's own grid (not zero where padding was cut off).
     encoder_row
         Which row of the encoder's batch it is.
+    cells
+        ``[n, 2]`` int64 on the CPU: row and column of each token in the grid that an earlier method has thinned out;
+        `None` while `grid` tells them, or if they are unknown.
     """
 
     index: Tensor
@@ -41,9 +44,23 @@ class Crop:
     box: tuple[float, float, float, float] | None = (0.0, 0.0, 1.0, 1.0)
     offset: tuple[int, int] = (0, 0)
     encoder_row: int = 0
+    cells: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.index.shape[0])
+
+    def places(self) -> Tensor | None:
+        """Return the row and the column of each token, ``[n, 2]`` int64 on the CPU, or `None` if they are unknown."""
+        if self.grid is None:
+            return self.cells
+        return torch.cartesian_prod(torch.arange(self.grid[0]), torch.arange(self.grid[1]))
+
+    def thinned(self, rank: Tensor, index: Tensor) -> Crop:
+        """Return the crop with some of its tokens ``[k]`` alone, which now lie at `index` ``[k]``."""
+        if len(rank) == len(self):
+            return replace(self, index=index)
+        cells = self.places()
+        return replace(self, index=index, grid=None, cells=None if cells is None else cells.index_select(0, rank))
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,10 +336,10 @@ class VisualTokens:
             for crop in span.crops:
                 index = crop.index.to(self.device)
                 rank = torch.isin(index, chosen.kept).nonzero().flatten()
-                grid = crop.grid if len(rank) == len(crop) else None
                 for x in planes.values():
                     x[c] = x[c].index_select(0, rank)
-                crops.append(replace(crop, index=index.index_select(0, rank).cpu(), grid=grid))
+                rank = rank.cpu()
+                crops.append(crop.thinned(rank, crop.index.index_select(0, rank)))
                 c += 1
             spans.append(replace(span, crops=tuple(crops)))
         return replace(self, spans=tuple(spans), planes=planes)

@@ -68,14 +68,9 @@ class Given:
             elif len(kept) == len(span):
                 crops += [replace(crop, index=crop.index + start) for crop in span.crops]
             else:
-                places = kept.cpu()
-                found = [torch.isin(places, crop.index).nonzero().flatten() for crop in span.crops]
-                crops += [Crop(index + start, None) for index in found]
+                crops += [left_of(crop, kept.cpu(), start) for crop in span.crops]
             start += len(kept)
-        if self.fixed:
-            whole, last = crops, len(self.columns) - 1
-            crops = [c if last not in c.index else Crop(c.index[c.index != last], None) for c in whole]
-        return tuple(crops)
+        return tuple(left_of(crop, torch.arange(self.free)) for crop in crops) if self.fixed else tuple(crops)
 
     def selection(self, origin: Tensor) -> list[SpanSelection]:
         """Return, per span, which of its tokens are left when those at `origin` among the n are."""
@@ -90,6 +85,18 @@ class Given:
     def repeated(self, times: int) -> list[Given]:
         """Return the prompt as often as it stands in a batch in which each prompt stands several times in a row."""
         return [replace(self, sample=self.sample * times + i) for i in range(times)]
+
+
+def left_of(crop: Crop, tokens: Tensor, start: int = 0) -> Crop:
+    """Return a crop with those of its tokens that are among some others, as positions among these from `start` on.
+
+    Parameters
+    ----------
+    tokens
+        ``[k]`` int64 on the CPU: positions in what the crop's positions refer to, ascending.
+    """
+    found = torch.isin(tokens, crop.index).nonzero().flatten()
+    return crop.thinned(torch.searchsorted(crop.index, tokens[found]), found + start)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from foveate.engines.given import Shown, given, priors_of
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.in_llm import InLlmReducer
-from foveate.probes import Probe, Query
+from foveate.probes import ClsSimilarity, ClsToken, Features, Probe, Query
+from foveate.ranking import cosine_matrix
 from foveate.reducer import (
     Chain,
     Positions,
@@ -239,10 +240,23 @@ def look(
             return family.encode_inside(model, inputs, spans, reducer)
     probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
-    tokens = family.encode(model, inputs, spans, probes)
+    tokens = family.encode(model, inputs, spans, (*probes, ClsToken()) if ClsSimilarity() in probes else probes)
+    if ClsSimilarity() in probes:
+        tokens = _with_cls_similarity(tokens)
     if Query() in probes:
         tokens = replace(tokens, queries=family.query(model, inputs, spans))
     return with_coverage(tokens, budgets) if budgets else tokens
+
+
+def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
+    """Compare the patches of each crop with its ``[CLS]`` token, for the probe `ClsSimilarity`."""
+    features, similarity = iter(tokens.probe(Features())), []
+    for span, hidden in zip(tokens.spans, tokens.hidden, strict=True):
+        for j in range(len(span.crops)):
+            patches = next(features).float()
+            cls = hidden[len(span) + j].float() if tokens.cls else patches.mean(dim=0)
+            similarity.append(cosine_matrix(patches[None], cls[None, None])[0, :, 0])
+    return replace(tokens, planes={**tokens.planes, ClsSimilarity(): similarity})
 
 
 def probes_of(reducers: Sequence[Reducer]) -> tuple[Probe, ...]:

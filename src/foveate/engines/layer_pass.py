@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from foveate.engines.given import Given
+from foveate.engines.given import Given, left_of
 from foveate.engines.masks import select_mask
 from foveate.engines.sight import Sight, peek
 from foveate.errors import InputError, UnsupportedModelError
@@ -202,7 +202,7 @@ class Pass:
         if len(origin) == self.prompts[prompt].free:
             return crops
         host = origin.cpu()
-        return tuple(Crop(torch.isin(host, crop.index).nonzero().flatten(), None) for crop in crops)
+        return tuple(left_of(crop, host) for crop in crops)
 
     def wanted(self, boundary: int) -> list[int]:
         """Return how many free visual tokens of each prompt are to be left behind a boundary."""

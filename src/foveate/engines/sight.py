@@ -103,7 +103,6 @@ class Sight:
                 for probe, rows in planes.items()
             }
         rows = self._rows("text")
-        rotary = getattr(run.engine.decoder, "rotary_emb", None)
         return LayerTokens(
             spans=spans,
             planes=planes,  # type: ignore[arg-type]
@@ -117,7 +116,7 @@ class Sight:
             rows=tuple(run.places(p.sample, x) for p, x in zip(run.prompts, rows, strict=True)),
             judging=tuple(self._judges.get(reducer, ())),
             text=tuple(hidden[p.sample, x] for p, x in zip(run.prompts, rows, strict=True) if reducer.reads_text),
-            frequencies=getattr(rotary, "inv_freq", torch.empty(0)),
+            frequencies=_frequencies(run.engine.decoder, boundary - 1).to(hidden.device),
         )
 
     def _visual(self) -> list[Tensor]:
@@ -183,6 +182,14 @@ class Sight:
 
     def _of_visual(self, x: Tensor) -> list[Tensor]:
         return [x[p.sample, places] for p, places in zip(self.run.prompts, self._visual(), strict=True)]
+
+
+def _frequencies(decoder: Any, layer: int) -> Tensor:
+    """Return the angular frequencies of a layer's rotary embedding, none if it has no such embedding."""
+    rotary, kinds = getattr(decoder, "rotary_emb", None), getattr(decoder.config, "layer_types", None)
+    own = getattr(rotary, f"{kinds[layer]}_inv_freq", None) if kinds else None
+    found: Tensor = getattr(rotary, "inv_freq", torch.empty(0)) if own is None else own
+    return found
 
 
 def reads_executed(reducer: InLlmReducer) -> bool:

@@ -22,9 +22,12 @@ from foveate.methods.prunesid import PruneSID
 from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
+from foveate.methods.sparsevlm import SparseVLM, SparseVLMPlus
+from foveate.methods.text_interaction import TextInteraction, TextInteractionImage, TextInteractionLLM
 from foveate.methods.todre import ToDRE
 from foveate.methods.tome import ToMe
 from foveate.methods.tops import TOPS
+from foveate.methods.topv import TopV
 from foveate.methods.uniform import Uniform
 from foveate.methods.vflowopt import VFlowOpt
 from foveate.methods.visiondrop import VisionDrop
@@ -58,8 +61,14 @@ __all__ = [
     "PruneSID",
     "PyramidDrop",
     "Random",
+    "SparseVLM",
+    "SparseVLMPlus",
+    "TextInteraction",
+    "TextInteractionImage",
+    "TextInteractionLLM",
     "ToDRE",
     "ToMe",
+    "TopV",
     "Uniform",
     "VFlowOpt",
     "VisPruner",
