@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.codebook import Codebook, projector_hash
 from foveate.encoder import EncoderReducer, Inside
 from foveate.families import family_of
-from foveate.probes import ClsToken, Embeddings, Features, Keys, Members, Query
+from foveate.probes import ClsToken, Embeddings, Features, Keys, LayerProbe, Members, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
 from tiny_families import TINIES, Tiny, Visual
@@ -66,6 +66,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("visiondrop", {}),
     ("prumerge", {}),
     ("prumerge+", {"neighbours": 5, "layer": -1}),
+    ("text_interaction_image", {"adaptive": False}),
+    ("text_interaction_image", {"adaptive": False, "similarity": "attention"}),
     ("vflowopt", {}),
     ("vflowopt", {"t": 1.2, "a": 2.5}),
     ("tome", {}),
@@ -123,6 +125,12 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"keep": 7, "layer": 3, "query": "all"}),
     ("pyramiddrop", {}),
     ("pyramiddrop", {"keep": 0.4, "layers": (1, 3)}),
+    ("sparsevlm", {"keep": 0.3}),
+    ("sparsevlm", {"keep": 0.5, "recycle": 0.0}),
+    ("sparsevlm+", {"keep": 0.3}),
+    ("topv", {"keep": 0.4, "layer": 1}),
+    ("topv", {"keep": 0.2, "layer": 2, "recovery": 0, "target": "output", "score": "cost"}),
+    ("text_interaction_llm", {"keep": 0.4, "layer": 1}),
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
 
@@ -253,7 +261,7 @@ FEATURES = (Features, Embeddings, Keys)
 def _width(probe: Any) -> tuple[int, ...]:
     if isinstance(probe, FEATURES):
         return (WIDTH,)
-    return (2,) if probe.stacked else ()
+    return (2,) if isinstance(probe, LayerProbe) and probe.stacked else ()
 
 
 def embedded_rows(reduced: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 from foveate.families import FAMILIES, Family
 from foveate.in_llm import LayerAttention, LayerKeys, LayerStates, Prior
 from foveate.pages import markdown_table
-from foveate.probes import Attention, ClsToken, Embeddings, Features, Keys, Query
+from foveate.probes import Attention, ClsSimilarity, ClsToken, Embeddings, Features, Keys, Query
 from foveate.reducer import Reducer, by_default, list_methods
 
 YES, SOME, NO = "yes", "some", "no"
@@ -80,6 +80,7 @@ def reads(method: Reducer | type[Reducer]) -> list[str]:
 
 _WORDS: dict[type, str] = {
     Features: "features", Embeddings: "embeddings", ClsToken: "the `[CLS]` token", Query: "the question",
+    ClsSimilarity: "similarity to `[CLS]`",
     Attention: "attention", Keys: "keys", LayerAttention: "LLM attention", LayerKeys: "LLM keys",
     LayerStates: "hidden states", Prior: "scores of the tokens before the LLM",
 }  # fmt: skip

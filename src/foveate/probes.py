@@ -37,7 +37,7 @@ class ClsToken:
 class ClsSimilarity:
     """Cosine of each patch's feature with that of the crop's ``[CLS]`` token, ``[N]`` float32 per crop.
 
-    Of the features that the projector reads; where there is no such token, with the mean feature of the crop.
+    Of the features that methods compare, see `Features`; where these have no such token, with their mean.
     """
 
 

@@ -17,7 +17,7 @@ NOT_ONE_GRAPH = {
     "chain": "does not compile to one graph: how many tokens of a crop are left to the next method depends on values",
 }
 """Methods whose `select` does not compile, and what their docstrings say about it."""
-WAITING = [("prumerge", {"adaptive": True}), ("vflowopt", {"a": 2.0, "exact": False})]
+WAITING = [("prumerge", {"adaptive": True}), ("text_interaction_image", {}), ("vflowopt", {"a": 2.0, "exact": False})]
 """Options that leave a number of tokens that depends on values."""
 
 one_graph = [

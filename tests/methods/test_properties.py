@@ -20,12 +20,12 @@ every_method = pytest.mark.parametrize("entry", METHODS, ids=method_id)
 per_token = pytest.mark.parametrize("entry", [m for m in METHODS if m[0] != "downsample"], ids=method_id)
 JOINT = (
     "random", "fastervlm", "vispruner", "vtc_cls", "holov", "mmr", "todre", "prunesid", "agilepruner", "fsr",
-    "divprune", "cdpruner", "scope", "mmtok", "tops", "dart", "gprune", "codebook",
+    "divprune", "cdpruner", "scope", "mmtok", "tops", "dart", "gprune", "codebook", "text_interaction_image",
 )  # fmt: skip
 """Methods that know no grid."""
 WITHOUT_PLACES = (
     "fastervlm", "vispruner", "vtc_cls", "mmr", "todre", "agilepruner", "fsr", "divprune", "cdpruner", "scope",
-    "mmtok", "tops", "dart", "gprune", "codebook",
+    "mmtok", "tops", "dart", "gprune", "codebook", "text_interaction_image",
 )  # fmt: skip
 """Methods that choose the same tokens wherever these are: ties apart, which random values do not have."""
 

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -69,7 +70,7 @@ class TextRated(InLlmReducer):
     def mean(self, depth: int, given: int, counts: Sequence[int]) -> float:
         """Return the mean number of tokens over the outputs of the layers, where a pruning layer counts as pruned."""
         borders = [0, *(b - 1 for b in self.boundaries(depth)), depth]
-        widths = [after - before for before, after in zip(borders, borders[1:], strict=False)]
+        widths = [after - before for before, after in pairwise(borders)]
         return sum(w * n for w, n in zip(widths, (given, *counts), strict=True)) / depth
 
     def published(self) -> bool:
@@ -122,7 +123,7 @@ class SparseVLM(TextRated):
     by cosine and adds up clusters; here as in its code numbers are fixed, distances are Euclidean and clusters
     averaged. No noise is added to densities: of equal ones, the first is higher. The code always drops at
     least one token. With several images their tokens compete and are clustered together, and the clusters lie behind
-    the last token. If no text token stands out, all of the text behind the image rates, without any the last token.
+    the last token. If two ways make the same number, more are kept by rank. If no text token stands out, all of the text behind the image rates, without any the last token.
     The places that `Handle.layers` names for clusters, and for kept tokens that make way for them, are stand-ins.
     """
 
@@ -229,7 +230,8 @@ def gravity(rows: Tensor, places: Tensor, frequencies: Tensor) -> Tensor:
         return torch.ones(len(places), len(rows), dtype=torch.float64, device=places.device)
     query, key = (x.double()[:, None] * frequencies.double() for x in (rows, places))
     cosines = key.cos() @ query.cos().T + key.sin() @ query.sin().T
-    return cosines * 2 / (2 * len(frequencies)) ** 0.5
+    found: Tensor = cosines * (2 / (2 * len(frequencies)) ** 0.5)
+    return found
 
 
 def priority_scores(attention: Tensor, raters: Tensor, pull: Tensor) -> Tensor:
