@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.probes import ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
+from foveate.probes import ClsSimilarity, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
 from foveate.tokens import Crop, Span, VisualTokens
 
 # CLIP-L/336 before a 7B language model.
@@ -46,6 +46,8 @@ def random_tokens(
             width = WIDTH if isinstance(probe, Features) else EMBEDDING
             groups = [torch.randint(len(centres), (n,), generator=generator) for _ in range(batch * parts)]
             planes[probe] = [centres[group, :width] + 0.7 * normal(n, width) for group in groups]
+        elif isinstance(probe, ClsSimilarity):
+            planes[probe] = [torch.rand(n, generator=generator) for _ in range(batch * parts)]
         elif isinstance(probe, LayerProbe):
             planes[probe] = [_layer_values(probe, normal(3, 1, HEADS, 1 + n, HEAD_SIZE)) for _ in range(batch * parts)]
     queries = tuple(normal(WORDS, EMBEDDING) for _ in range(batch)) if Query() in probes else None

@@ -28,7 +28,7 @@ from foveate.families.raster import RasterFamily
 from foveate.families.smolvlm import SmolVLM
 from foveate.families.tiled import crop_layout, tile_boxes
 from foveate.families.video_llava import VideoLlava
-from foveate.probes import Attention, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
+from foveate.probes import Attention, ClsSimilarity, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
 from foveate.tokens import Crop, Span, VisualTokens
 
 Size = tuple[int, int]
@@ -259,6 +259,8 @@ def imagined_tokens(
         if isinstance(probe, Features | Embeddings):
             width = features if isinstance(probe, Features) else embedding
             planes[probe] = [torch.randn(len(c), width, generator=generator) for c in crops]
+        elif isinstance(probe, ClsSimilarity):
+            planes[probe] = [torch.rand(len(c), generator=generator) for c in crops]
         elif isinstance(probe, LayerProbe):
             planes[probe] = [_layer_values(anatomy, probe, len(c), generator) for c in crops]
     query = torch.randn(max(1, text_tokens), embedding, generator=generator)

@@ -89,11 +89,11 @@ def _decision(
         return random(visual)
 
     side = int(visual**0.5)
-    grid = (side, side) if side * side == visual else None
+    grid = (side, side) if side * side == visual else (1, visual)
     crop = Crop(torch.arange(visual), grid if reducer.unit == "crop" else None)
     planes: dict[Probe, list[Tensor]] = {probe: [plane(probe)] for probe in reducer.llm_probes()}
     tokens = LayerTokens(
-        spans=(Span("image", 0, 0, torch.arange(visual), (1, *(grid or (1, visual))), (crop,)),),
+        spans=(Span("image", 0, 0, torch.arange(visual), (1, *grid), (crop,)),),
         planes=planes,
         device=torch.device("cpu"),
         boundary=boundary,
