@@ -9,7 +9,7 @@ from foveate import Budget, Chain, VisPruner
 from foveate.errors import InputError
 from foveate.grids import cells
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform
-from foveate.probes import LayerProbe, Members
+from foveate.probes import ClsSimilarity, LayerProbe, Members
 from tiny import FEATURES, METHODS, make, method_id, visual_tokens
 
 GRIDS = [(8, 8), (5, 7), (8, 1), (1, 6)]
@@ -102,7 +102,7 @@ def test_gpu_equals_cpu(entry):
     assert lists(reducer.select(moved)) == expected
 
 
-def changed(tokens, change, probes=(FEATURES, LayerProbe)):
+def changed(tokens, change, probes=(FEATURES, LayerProbe, ClsSimilarity)):
     """Return tokens whose probes of some kinds are changed."""
     planes = {
         probe: [change(x) if isinstance(probe, probes) and not isinstance(probe, Members) else x for x in plane]

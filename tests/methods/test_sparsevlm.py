@@ -82,6 +82,18 @@ def test_other_budgets_and_depths_meet_the_mean(method, depth, keep):
     assert len(reducer.boundaries(depth)) == 3
 
 
+@pytest.mark.parametrize("method", [SparseVLM, SparseVLMPlus])
+@pytest.mark.parametrize("depth", [4, 28, 32])
+@pytest.mark.parametrize("equivalent", [150, 192, 0.5])
+def test_equivalent_tokens_are_what_layers_receive(method, depth, equivalent):
+    reducer = method(equivalent=equivalent)
+    wanted = equivalent if isinstance(equivalent, int) else 288
+    if depth == 4 and equivalent == 150:
+        with pytest.raises(BudgetError, match="no less than"):
+            method(equivalent=100).counts(depth, IMAGE)
+    assert received(reducer, depth) == pytest.approx(wanted, abs=0.8)
+
+
 def test_without_recycling_the_mean_is_met_all_the_same():
     reducer = SparseVLM(keep=64, recycle=0.0)
     counts = reducer.counts(32, IMAGE)
@@ -96,6 +108,11 @@ def test_budgets_that_cannot_be_met(method):
     assert method(keep=600).counts(32, IMAGE) == (576, 576, 576)
     with pytest.raises(UnsupportedModelError, match="three layers"):
         method(keep=64).boundaries(3)
+
+
+def test_a_budget_is_needed():
+    with pytest.raises(FoveateError, match="needs a budget"):
+        SparseVLM()
 
 
 def test_recycle_is_a_share():

@@ -12,9 +12,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.budget import Keep
 from foveate.clustering import dpc_knn
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerStates, LayerTokens, budget_of, tokens_of
+from foveate.in_llm import (
+    Images,
+    InLlmReducer,
+    LayerAttention,
+    LayerStates,
+    LayerTokens,
+    budget_of,
+    check_equivalent,
+    tokens_of,
+    wanted_tokens,
+)
 from foveate.ranking import RESOLUTION, descending, make_room, top
 from foveate.reducer import register
 from foveate.selection import Selection
@@ -30,9 +41,16 @@ LAYERS, DEPTH, TOKENS = (2, 6, 15), 32, 576
 class TextRated(InLlmReducer):
     """What both versions share: the layers, the budgets, and the text tokens whose attention counts."""
 
+    keep: Keep | None = None  # type: ignore[assignment]
+    equivalent: int | float | None = None
+
     lists: ClassVar[Mapping[int, tuple[int, int, int]]]
     """By mean number of tokens, how many are kept by rank behind each of `LAYERS`."""
     query_aware = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_equivalent(self.name, self.keep, self.equivalent)
 
     def boundaries(self, depth: int) -> Sequence[int]:
         cuts = [round(layer * depth / DEPTH) + 1 for layer in LAYERS]
@@ -41,10 +59,10 @@ class TextRated(InLlmReducer):
         return cuts
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
-        given, wanted = tokens_of(images), budget_of(self.keep, images)
+        given, wanted = tokens_of(images), self._wanted(images)
         if wanted >= given:
             return (given,) * len(LAYERS)
-        if depth == DEPTH and self.published():
+        if depth == DEPTH and self.equivalent is None and self.published():
             for target, kept in self.lists.items():
                 if wanted == round(given * target / TOKENS):
                     return self._left(given, [k / TOKENS for k in kept])
@@ -58,7 +76,7 @@ class TextRated(InLlmReducer):
         least = self.mean(depth, given, at(0.0))
         if wanted < least:
             raise BudgetError(
-                f"{self.name} cannot come down to {wanted} of {given} tokens per layer: in an LLM of {depth} layers "
+                f"{self.name} cannot come down to {wanted:g} of {given} tokens per layer: in an LLM of {depth} layers "
                 f"its first cut allows no less than {math.ceil(least)}; use a larger budget"
             )
         low, high = 0.0, len(corners) - 1.0
@@ -68,10 +86,20 @@ class TextRated(InLlmReducer):
         return at(high)
 
     def mean(self, depth: int, given: int, counts: Sequence[int]) -> float:
-        """Return the mean number of tokens over the outputs of the layers, where a pruning layer counts as pruned."""
-        borders = [0, *(b - 1 for b in self.boundaries(depth)), depth]
+        """Return the mean number of tokens over the layers, as the budget counts it.
+
+        With `keep` a layer counts by what it hands on, so that a pruning layer counts as pruned; with `equivalent` by
+        what it receives.
+        """
+        borders = [0, *(b - int(self.equivalent is None) for b in self.boundaries(depth)), depth]
         widths = [after - before for before, after in pairwise(borders)]
         return sum(w * n for w, n in zip(widths, (given, *counts), strict=True)) / depth
+
+    def _wanted(self, images: Images) -> float:
+        if self.equivalent is not None:
+            return wanted_tokens(self.equivalent, images)
+        assert self.keep is not None
+        return budget_of(self.keep, images)
 
     def published(self) -> bool:
         """Return whether the lists are those of this configuration."""
@@ -110,6 +138,8 @@ class SparseVLM(TextRated):
     keep
         The budget: the mean number of tokens over all layers. As in the paper, a layer behind which tokens are dropped
         counts as if they had not been in it; `schedule` tells what each layer receives.
+    equivalent
+        Instead of `keep`: how many tokens per image (or which share) the layers receive on average. No official list.
     recycle
         Share of the dropped tokens that are clustered, about ten to a cluster; 0 drops all of them.
 
@@ -189,7 +219,7 @@ class SparseVLMPlus(TextRated):
 
     Parameters
     ----------
-    keep
+    keep, equivalent
         The budget, as that of `SparseVLM`.
 
     Notes
