@@ -53,8 +53,9 @@ class TextInteractionImage(Reducer):
 
     Notes
     -----
-    Where the curve has no knee (straight or concave), all tokens count as in front of it. Each crop has its own curve,
-    with joint budgets all crops of an image together. See `TextInteraction`.
+    The cosine may rank background first, where encoders store what concerns the whole image: on `nano` the attention
+    serves better. Where the curve has no knee (straight or concave), all tokens count as in front of it. Each crop has
+    its own curve, with joint budgets all crops of an image together. See `TextInteraction`.
     """
 
     adaptive: bool = True
