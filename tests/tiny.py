@@ -123,6 +123,11 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"keep": 7, "layer": 3, "query": "all"}),
     ("pyramiddrop", {}),
     ("pyramiddrop", {"keep": 0.4, "layers": (1, 3)}),
+    ("visiondrop_llm", {"keep": 0.5}),
+    ("visiondrop_llm", {"keep": 0.45, "layers": (1,), "contextual_ratio": 0.0, "rows": "visible"}),
+    ("todre_exit", {"tau": 0.86}),
+    ("vflowopt_llm", {"keep": 0.4}),
+    ("vflowopt_llm", {"keep": 0.6, "t": 1.2, "layers": (2,)}),
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
 

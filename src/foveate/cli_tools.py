@@ -74,10 +74,10 @@ def write_json(path: Path, data: Any) -> None:
 def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
     """Build a method from a name or a JSON file, a budget and ``name=value`` settings."""
     from foveate.budget import parse_keep
-    from foveate.reducer import load_reducer
+    from foveate.reducer import get_method, load_reducer
 
     config: dict[str, Any] = dict(map(_setting, settings))
-    if keep is not None or not method.endswith(".json"):
+    if keep is not None or not (method.endswith(".json") or not get_method(method).budgeted):
         config["keep"] = parse_keep("0.25" if keep is None else keep)
     try:
         return load_reducer(method, **config)

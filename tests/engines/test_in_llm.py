@@ -130,14 +130,20 @@ def test_implementations_and_precisions(inside, positions, attention, dtype):
         close(torch.stack(out.logits, 1), expected, 1e-4 if dtype == torch.float32 else 0.15)
 
 
+def other(span):
+    """Return the tokens next to those kept, or all instead of none and none instead of all."""
+    if 0 < len(span) < span.length:
+        return (span.kept + 1) % span.length
+    return torch.arange(0 if len(span) else span.length)
+
+
 @methods
 def test_the_oracle_tells_selections_apart(inside):
     reducer = make(inside)
     net, inputs = deep_model("llava"), collate(samples("llava"))
     with foveate.attach(net, reducer) as handle:
         out = generate(net, inputs)
-    wrong = {b: [[SpanSelection(s.length, (s.kept + 1) % s.length) for s in row] for row in rows]
-             for b, rows in handle.layers.items()}  # fmt: skip
+    wrong = {b: [[SpanSelection(s.length, other(s)) for s in row] for row in rows] for b, rows in handle.layers.items()}
     answer = answer_of(out, inputs)
     right = layered_answer(net, inputs, handle.layers, answer, "original")
     assert (right - layered_answer(net, inputs, wrong, answer, "original")).abs().max() > 1e-2

@@ -116,6 +116,7 @@ class Sight:
             places=tuple(run.places(p.sample, x) for p, x in zip(run.prompts, self._visual(), strict=True)),
             rows=tuple(run.places(p.sample, x) for p, x in zip(run.prompts, rows, strict=True)),
             judging=tuple(self._judges.get(reducer, ())),
+            behind=tuple(p.behind for p in run.prompts),
             text=tuple(hidden[p.sample, x] for p, x in zip(run.prompts, rows, strict=True) if reducer.reads_text),
             frequencies=getattr(rotary, "inv_freq", torch.empty(0)),
         )

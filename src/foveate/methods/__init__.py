@@ -22,12 +22,13 @@ from foveate.methods.prunesid import PruneSID
 from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
-from foveate.methods.todre import ToDRE
+from foveate.methods.todre import ToDRE, ToDREAll, ToDREExit
 from foveate.methods.tome import ToMe
 from foveate.methods.tops import TOPS
 from foveate.methods.uniform import Uniform
 from foveate.methods.vflowopt import VFlowOpt
-from foveate.methods.visiondrop import VisionDrop
+from foveate.methods.vflowopt_stages import VFlowOptAll, VFlowOptLlm
+from foveate.methods.visiondrop import VisionDrop, VisionDropAll, VisionDropLlm
 from foveate.methods.visionzip import VisionZip
 from foveate.methods.vispruner import VisPruner
 from foveate.methods.vtc_cls import VTCCLS
@@ -59,10 +60,16 @@ __all__ = [
     "PyramidDrop",
     "Random",
     "ToDRE",
+    "ToDREAll",
+    "ToDREExit",
     "ToMe",
     "Uniform",
     "VFlowOpt",
+    "VFlowOptAll",
+    "VFlowOptLlm",
     "VisPruner",
     "VisionDrop",
+    "VisionDropAll",
+    "VisionDropLlm",
     "VisionZip",
 ]
