@@ -44,6 +44,17 @@ def make(inside):
     return get_method(name)(**config)
 
 
+@pytest.fixture(autouse=True)
+def _that_run(request):
+    """Skip what a family does not give a method."""
+    given = getattr(request.node, "callspec", None)
+    if given is None or not {"family", "inside"} <= given.params.keys():
+        return
+    lacking = foveate.families.FAMILIES[given.params["family"]].lacks(make(given.params["inside"]))
+    if lacking:
+        pytest.skip(f"needs {lacking}")
+
+
 def positions_of(reducer, family):
     return "original" if foveate.families.FAMILIES[family].keeps_positions else reducer.positions
 
