@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_cases import kept, layer_tokens
+from layer_cases import layer_tokens
 
 import foveate
 from foveate import Chain
@@ -26,7 +26,17 @@ def masses(text, visual):
 
 
 def toy(**further):
-    return layer_tokens({TEXT: [torch.tensor(MAP)[4:6, 1:4].mean(dim=0)]}, [0], **further)
+    return attended([torch.tensor(MAP)[4:6, 1:4].mean(dim=0)], **further)
+
+
+def attended(values, **further):
+    """Make prompts whose visual tokens get this attention, each with text behind its image."""
+    given = {"behind": (2,) * len(values), **further}
+    return layer_tokens([len(x) for x in values], [0] * len(values), {TEXT: values}, **given)
+
+
+def kept(selection):
+    return [span.kept.tolist() for span in selection]
 
 
 def test_toy():
@@ -42,12 +52,11 @@ def test_toy_what_is_text_matters():
 
 def test_every_prompt_decides_for_itself():
     values = [torch.full((4,), 0.01), torch.full((6,), 0.05), torch.full((2,), 0.049)]
-    tokens = layer_tokens({TEXT: values}, [0, 0, 0])
-    assert kept(ToDREExit().select(tokens)) == [[], [0, 1, 2, 3, 4, 5], []]
+    assert kept(ToDREExit().select(attended(values))) == [[], [0, 1, 2, 3, 4, 5], []]
 
 
 def test_equal_to_tau_is_not_less():
-    assert kept(ToDREExit(tau=0.125).select(layer_tokens({TEXT: [torch.full((2,), 0.0625)]}, [0]))) == [[0, 1]]
+    assert kept(ToDREExit(tau=0.125).select(attended([torch.full((2,), 0.0625)]))) == [[0, 1]]
 
 
 def test_without_text_nothing_goes():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from layer_cases import kept, layer_tokens
+from layer_cases import layer_tokens
 
 import foveate
 from foveate.errors import BudgetError, FoveateError, UnknownNameError, UnsupportedModelError
@@ -58,8 +58,8 @@ def test_halves_are_rounded_to_even():
 
 def test_the_least_important_of_those_left_go():
     prior = torch.tensor([0.3, 0.9, 0.1, 0.9, torch.inf, 0.2])
-    tokens = layer_tokens({Prior(): [prior, prior.flip(0)]}, [4, 2])
-    assert kept(VFlowOptLlm(keep=2).select(tokens)) == [[0, 1, 3, 4], [1, 2]]
+    chosen = VFlowOptLlm(keep=2).select(layer_tokens([6, 6], [4, 2], {Prior(): [prior, prior.flip(0)]}))
+    assert [span.kept.tolist() for span in chosen] == [[0, 1, 3, 4], [1, 2]]
 
 
 def test_a_plain_budget_is_met_on_average():

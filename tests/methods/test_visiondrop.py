@@ -1,10 +1,11 @@
 """VisionDrop's stages inside the LLM against the specification's numbers and its rules written out in plain steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from layer_cases import causal_attention, kept, layer_tokens
+from layer_cases import layer_tokens
 from merge_cases import cosine
 
 import foveate
@@ -13,7 +14,18 @@ from foveate.errors import BudgetError, FoveateError
 from foveate.in_llm import LayerKeys
 from foveate.methods import VisionDrop, VisionDropAll, VisionDropLlm, VisionZip
 from foveate.methods.visiondrop import SEEN
+from foveate.tokens import Crop
 from tiny import collate, deep_model, sample, visual_tokens
+
+
+def causal_attention(logits):
+    """Return attention from rows of logits of growing length: softmax to the base 2 over those given, zero behind."""
+    out = torch.zeros(len(logits), len(logits), dtype=torch.float64)
+    for i, row in enumerate(logits):
+        weight = torch.tensor(row, dtype=torch.float64).exp2()
+        out[i, : len(row)] = weight / weight.sum()
+    return out
+
 
 # Eight tokens: 0 system, 1 to 6 visual, 7 text. Rows 1 to 6; the first row sees itself alone.
 ROWS = [[0], [1, 0], [1, 0, 1], [0, 1, 2, 0], [0, 1, 2, 1, 0], [0, 0, 2, 1, 3, 0], [0, 0, 1, 1, 3, 1, 2]]
@@ -24,7 +36,11 @@ METRIC = torch.tensor([[0.3, 0.1], [0.5, 0.9], [1, 0.2], [0.1, 1], [1, 1], [0.9,
 
 def toy(count, **further):
     attention = TOY.mean(dim=0).float()
-    return layer_tokens({SEEN: [attention], LayerKeys(): [METRIC]}, [count], **further)
+    return layer_tokens([6], [count], {SEEN: [attention], LayerKeys(): [METRIC]}, **further)
+
+
+def kept(selection):
+    return [span.kept.tolist() for span in selection]
 
 
 def test_toy_attention():
@@ -94,7 +110,7 @@ def test_random_prompts_give_the_reference(merge, ratio):
     sizes, counts = [12, 30, 12, 30, 7, 3], [5, 9, 5, 20, 7, 0]
     attention = [torch.rand(n, generator=generator) for n in sizes]
     keys = [torch.randn(n, 4, generator=generator) for n in sizes]
-    chosen = reducer.select(layer_tokens({SEEN: attention, LayerKeys(): keys}, counts))
+    chosen = reducer.select(layer_tokens(sizes, counts, {SEEN: attention, LayerKeys(): keys}))
     for span, a, k, count in zip(chosen, attention, keys, counts, strict=True):
         states = torch.randn(len(a), 3, generator=generator)
         if count in (0, len(a)):
@@ -109,7 +125,9 @@ def test_random_prompts_give_the_reference(merge, ratio):
 
 def test_images_get_their_share_and_rank_by_themselves():
     attention = [torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2]), torch.tensor([0.1, 0.4, 0.3, 0.2])]
-    tokens = layer_tokens({SEEN: attention, LayerKeys(): [torch.ones(8, 2), torch.ones(4, 2)]}, [6], images=[2])
+    tokens = layer_tokens([12], [6], {SEEN: attention, LayerKeys(): [torch.ones(8, 2), torch.ones(4, 2)]})
+    crops = tuple(Crop(torch.arange(*ends), None) for ends in ((0, 8), (8, 12)))
+    tokens = replace(tokens, spans=(replace(tokens.spans[0], crops=crops),))
     (chosen,) = VisionDropLlm(keep=3, contextual_ratio=0.0).select(tokens)
     assert chosen.kept.tolist() == [0, 1, 2, 3, 9, 10]
     (merged,) = VisionDropLlm(keep=3, contextual_ratio=0.5).select(tokens)
