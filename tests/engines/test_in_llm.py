@@ -392,6 +392,15 @@ def test_fastv_reads_the_attention_of_the_layer_that_ran():
             assert handle.selections[0][0].kept.tolist() == expected
 
 
+def test_hidden_states_are_those_of_the_tokens_that_are_left():
+    net, inputs = deep_model("llava"), collate([sample(4, "image", 5)])
+    plain = net(**inputs, output_hidden_states=True).hidden_states
+    with foveate.attach(net, FastV(keep=9, layer=2)):
+        out = net(**inputs, output_hidden_states=True).hidden_states
+    assert [x.shape[1] for x in out] == [73, 73, 73, 18, 73]  # the input, the outputs of the layers, the last normed
+    assert all(torch.equal(a, b) for a, b in zip(out[:3], plain[:3], strict=True))
+
+
 def test_chain_of_before_and_inside():
     net, inputs = deep_model("llava"), collate(samples("llava"))
     chain = Chain(VisPruner(keep=20), FastV(keep=0.35, layer=2))
