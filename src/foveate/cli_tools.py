@@ -77,8 +77,10 @@ def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
     from foveate.reducer import get_method, load_reducer
 
     config: dict[str, Any] = dict(map(_setting, settings))
-    if keep is not None or not (method.endswith(".json") or not get_method(method).budgeted):
-        config["keep"] = parse_keep("0.25" if keep is None else keep)
+    if keep is not None:
+        config["keep"] = parse_keep(keep)
+    elif not method.endswith(".json") and (budgets := get_method(method).budgets) and not config.keys() & {*budgets}:
+        config["keep"] = 0.25
     try:
         return load_reducer(method, **config)
     except FoveateError:

@@ -61,8 +61,8 @@ class Reducer(ABC):
     paper: ClassVar[str] = ""
     complexity: ClassVar[str] = ""
     """Cost of `select` per crop of N tokens of width C, T of them kept, such as ``"O(N^2 C)"``."""
-    budgeted: ClassVar[bool] = True
-    """Whether the method has a budget; without one it takes no `keep`."""
+    budgets: ClassVar[tuple[str, ...]] = ("keep",)
+    """Parameters of which one states the budget; empty if the method has none."""
     video_only: ClassVar[bool] = False
     """Whether the method leaves images alone."""
     positions: ClassVar[Positions] = "compact"
@@ -225,7 +225,7 @@ def by_default(name: str) -> Reducer | type[Reducer]:
     method = get_method(name)
     if method is Chain or parameters_without_default(name):
         return method
-    return method(keep=0.5) if method.budgeted else method()  # type: ignore[call-arg]
+    return method(keep=0.5) if method.budgets else method()  # type: ignore[call-arg]
 
 
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:

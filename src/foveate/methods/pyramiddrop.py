@@ -56,6 +56,7 @@ class PyramidDrop(InLlmReducer):
     equivalent: int | float | None = None
 
     reads = (LayerAttention("last", ahead=True),)
+    budgets = ("keep", "equivalent")
     query_aware = True
     positions = "compact"
     paper = "arXiv:2410.17247"

@@ -107,7 +107,7 @@ class ToDREExit(InLlmReducer):
     reads = (LayerAttention("text"),)
     query_aware = True
     adaptive = True
-    budgeted = False
+    budgets = ()
     paper = "arXiv:2505.18757"
     complexity = "O(M S D)"
 

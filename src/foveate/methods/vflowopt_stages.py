@@ -61,6 +61,7 @@ class VFlowOptLlm(InLlmReducer):
     t: float | None = None
     layers: tuple[int, ...] | None = None
 
+    budgets = ("keep", "ratios")
     needs = (Judged(),)
     reads = (Prior(),)
     paper = "arXiv:2508.05211"
@@ -139,7 +140,7 @@ class VFlowOptAll(StagedReducer):
     exact: bool = True
     layers: tuple[int, ...] | None = None
 
-    positions = "original"
+    budgets = ("keep", "ratios")
     merges = "features"
     paper = "arXiv:2508.05211"
     complexity = "O(N log N)"
