@@ -9,10 +9,9 @@ import pytest
 import torch
 
 import foveate
-from foveate.calibration import PENALTY, calibrate
+from foveate.calibration import PENALTY, calibrate, mean_share
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.methods import VFlowOptAll
-from foveate.methods.vflowopt_stages import mean_share
 from tiny import collate, deep_model, sample
 
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="foveate[calibrate]")

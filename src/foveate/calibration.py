@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -13,7 +15,7 @@ from foveate.engines.attach import attach
 from foveate.engines.hf import Settings, base_model
 from foveate.errors import FoveateError, InputError
 from foveate.families import family_of
-from foveate.methods.vflowopt_stages import VFlowOptAll, cuts, last_ratio, mean_share
+from foveate.methods.vflowopt_stages import VFlowOptAll, cuts
 
 PENALTY: Final = -1.0
 """The score of parameters that no ratio of the last stage brings to the budget: that of the opposite direction."""
@@ -135,6 +137,26 @@ def calibrate(
         mean_share(depth, boundaries, best.ratios),
         tuple(trial.value for trial in study.trials),
     )
+
+
+def mean_share(depth: int, boundaries: Sequence[int], ratios: Sequence[float]) -> float:
+    """Return the mean share of visual tokens that layers receive, where `ratios` has one more entry for the encoder."""
+    widths = [after - before for before, after in pairwise((0, *boundaries, depth))]
+    left = [math.prod(ratios[: stage + 1]) for stage in range(len(ratios))]
+    return sum(width * share for width, share in zip(widths, left, strict=True)) / depth
+
+
+def last_ratio(depth: int, boundaries: Sequence[int], share: float, ratios: Sequence[float]) -> float | None:
+    """Return the ratio of the last boundary, at most 1, that makes `mean_share` a given one; `None` if there is none.
+
+    Parameters
+    ----------
+    ratios
+        Those of the encoder and of all other boundaries.
+    """
+    spent = mean_share(depth, boundaries, (*ratios, 0.0))
+    ratio = (share - spent) * depth / ((depth - boundaries[-1]) * math.prod(ratios))
+    return min(ratio, 1.0) if ratio > 0 else None
 
 
 def _optuna() -> Any:

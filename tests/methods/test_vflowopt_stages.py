@@ -5,11 +5,12 @@ import torch
 from layer_cases import layer_tokens
 
 import foveate
+from foveate.calibration import last_ratio, mean_share
 from foveate.errors import BudgetError, FoveateError, UnknownNameError, UnsupportedModelError
 from foveate.in_llm import Prior, schedule
 from foveate.methods import VFlowOpt, VFlowOptAll, VFlowOptLlm
 from foveate.methods.vflowopt import Judged
-from foveate.methods.vflowopt_stages import RELEASED, last_ratio, mean_share
+from foveate.methods.vflowopt_stages import RELEASED
 from tiny import collate, deep_model, sample, samples
 
 CUTS = (9, 18)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Final
 
 from torch import Tensor
@@ -191,23 +189,3 @@ def check_ratios(name: str, ratios: Sequence[float]) -> tuple[float, ...]:
     if not ratios or any(isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r <= 1 for r in ratios):
         raise FoveateError(f"the ratios of {name} are shares in (0, 1], one per stage, not {tuple(ratios)!r}")
     return tuple(map(float, ratios))
-
-
-def mean_share(depth: int, boundaries: Sequence[int], ratios: Sequence[float]) -> float:
-    """Return the mean share of visual tokens that layers receive, where `ratios` has one more entry for the encoder."""
-    widths = [after - before for before, after in pairwise((0, *boundaries, depth))]
-    left = [math.prod(ratios[: stage + 1]) for stage in range(len(ratios))]
-    return sum(width * share for width, share in zip(widths, left, strict=True)) / depth
-
-
-def last_ratio(depth: int, boundaries: Sequence[int], share: float, ratios: Sequence[float]) -> float | None:
-    """Return the ratio of the last boundary, at most 1, that makes `mean_share` a given one; `None` if there is none.
-
-    Parameters
-    ----------
-    ratios
-        Those of the encoder and of all other boundaries.
-    """
-    spent = mean_share(depth, boundaries, (*ratios, 0.0))
-    ratio = (share - spent) * depth / ((depth - boundaries[-1]) * math.prod(ratios))
-    return min(ratio, 1.0) if ratio > 0 else None
