@@ -131,6 +131,13 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
 
+STAGED: list[tuple[str, dict[str, Any]]] = [
+    ("visiondrop_all", {"keep": 0.4}),
+    ("todre_all", {"keep": 0.4, "tau": 0.6}),
+    ("vflowopt_all", {"keep": 0.4, "t": 1.2, "a": 2.5}),
+]
+"""Methods with stages before and inside the LLM, with parameters for one of four layers."""
+
 IN_LLM_FAMILIES = [name for name in FAMILIES if name not in ("lfm2_vl", "qwen3_5")]
 """Families with attention in every layer of the LLM."""
 

@@ -21,6 +21,7 @@ from foveate.selection import Selection, SpanSelection
 from tiny import (
     IN_LLM,
     IN_LLM_FAMILIES,
+    STAGED,
     TINIES,
     VISUALS,
     collate,
@@ -390,6 +391,39 @@ def test_fastv_reads_the_attention_of_the_layer_that_ran():
             with foveate.attach(net, FastV(keep=9, layer=layer, query=query)) as handle, torch.no_grad():
                 net(**inputs)
             assert handle.selections[0][0].kept.tolist() == expected
+
+
+@every_family_in_depth
+@pytest.mark.parametrize("inside", STAGED, ids=method_id)
+def test_methods_in_stages_alone_in_batches_and_with_a_whole_budget(family, inside):
+    name, config = inside
+    net, rows, reducer = deep_model(family), samples(family), make(inside)
+    for side in ("left", "right"):
+        with foveate.attach(net, reducer) as handle, torch.no_grad():
+            together, selections = net(**collate(rows, side)).logits, handle.selections
+            assert handle.layers
+            assert all(len(span) < span.length for row in selections for span in row)
+            for i, row in enumerate(rows):
+                single = net(**collate([row])).logits[0]
+                assert kept(handle.selections) == kept(selections[i : i + 1])
+                own = together[i, : len(single)] if side == "right" else together[i, -len(single) :]
+                close(own, single)
+    if reducer.stages()[1].adaptive:
+        return
+    plain = generate(net, collate(rows), max_new_tokens=3)
+    with foveate.attach(net, get_method(name)(**{**config, "keep": 1.0})):
+        out = generate(net, collate(rows), max_new_tokens=3)
+    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+
+
+def test_a_method_inside_acts_where_the_one_before_it_keeps_everything():
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    with foveate.attach(net, FastV(keep=9, layer=2)) as handle:
+        expected, alone = generate(net, inputs), kept(handle.selections)
+    with foveate.attach(net, Chain(VisPruner(keep=1.0), FastV(keep=9, layer=2))) as handle:
+        out = generate(net, inputs)
+        assert kept(handle.selections) == alone
+    assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
 
 
 def test_hidden_states_are_those_of_the_tokens_that_are_left():
