@@ -10,7 +10,7 @@ from foveate.errors import BudgetError, UnknownNameError
 from foveate.methods import Downsample, Pool, Random, Uniform
 from foveate.reducer import get_method, identity, reducer_from_dict
 from foveate.selection import Selection
-from tiny import IN_LLM, METHODS, VIDEO_METHODS, make, method_id
+from tiny import IN_LLM, METHODS, STAGED, VIDEO_METHODS, make, method_id
 
 KEEPS = [64, 0.25, Budget(8, per="joint"), [8, 0.5], (8, Budget(4, per="crop")), {"image": 8, "video": Budget(0.5)}]
 
@@ -49,7 +49,7 @@ def test_chain_saves_and_loads(tmp_path):
 
 
 def test_every_registered_method_is_in_the_table():
-    assert {name for name, _ in METHODS + VIDEO_METHODS + IN_LLM} | {"chain"} >= set(list_methods())
+    assert {name for name, _ in METHODS + VIDEO_METHODS + IN_LLM + STAGED} | {"chain"} >= set(list_methods())
 
 
 def test_configuration_is_the_parameters_and_nothing_else():

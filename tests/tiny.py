@@ -131,8 +131,20 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("topv", {"keep": 0.4, "layer": 1}),
     ("topv", {"keep": 0.2, "layer": 2, "recovery": 0, "target": "output", "score": "cost"}),
     ("text_interaction_llm", {"keep": 0.4, "layer": 1}),
+    ("visiondrop_llm", {"keep": 0.5}),
+    ("visiondrop_llm", {"keep": 0.45, "layers": (1,), "contextual_ratio": 0.0, "rows": "visible"}),
+    ("todre_exit", {"tau": 0.86}),
+    ("vflowopt_llm", {"keep": 0.4}),
+    ("vflowopt_llm", {"keep": 0.6, "t": 1.2, "layers": (2,)}),
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
+
+STAGED: list[tuple[str, dict[str, Any]]] = [
+    ("visiondrop_all", {"keep": 0.4}),
+    ("todre_all", {"keep": 0.4, "tau": 0.6}),
+    ("vflowopt_all", {"keep": 0.4, "t": 1.2, "a": 2.5}),
+]
+"""Methods with stages before and inside the LLM, with parameters for one of four layers."""
 
 IN_LLM_FAMILIES = [name for name in FAMILIES if name not in ("lfm2_vl", "qwen3_5")]
 """Families with attention in every layer of the LLM."""

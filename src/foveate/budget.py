@@ -167,6 +167,13 @@ def resolve(keep: Keep, kind: str, ordinal: int) -> Budget:
     return value if isinstance(value, Budget) else Budget(value)  # type: ignore[arg-type]
 
 
+class ByKind(dict[str, "int | float | Budget"]):
+    """Budgets by kind of span, which can be part of a key as the rest of a reducer can."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 def check(keep: Keep) -> None:
     """Raise `BudgetError` unless every budget in `keep` is valid."""
     if isinstance(keep, str):

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli_bench import bench_app
+from foveate.cli_calibrate import calibrate
 from foveate.cli_codebook import codebook
 from foveate.cli_cost import cost
 from foveate.cli_eval import evaluate
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(nano_app, name="nano")
 app.add_typer(bench_app, name="bench")
 app.command()(guarded(codebook))
+app.command()(guarded(calibrate))
 app.command()(cost)
 app.command("eval")(evaluate)
 app.command()(view)

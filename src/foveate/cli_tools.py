@@ -74,11 +74,13 @@ def write_json(path: Path, data: Any) -> None:
 def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
     """Build a method from a name or a JSON file, a budget and ``name=value`` settings."""
     from foveate.budget import parse_keep
-    from foveate.reducer import load_reducer
+    from foveate.reducer import get_method, load_reducer
 
     config: dict[str, Any] = dict(map(_setting, settings))
-    if keep is not None or not method.endswith(".json"):
-        config["keep"] = parse_keep("0.25" if keep is None else keep)
+    if keep is not None:
+        config["keep"] = parse_keep(keep)
+    elif not method.endswith(".json") and (budgets := get_method(method).budgets) and not config.keys() & {*budgets}:
+        config["keep"] = 0.25
     try:
         return load_reducer(method, **config)
     except FoveateError:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, resolve
+from foveate.budget import Budget, Keep, resolve
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.probes import LlmProbe, Probe
 from foveate.reducer import Reducer, Stage
@@ -95,6 +95,8 @@ class LayerTokens(VisualTokens):
         Per prompt ``[R]`` int64: the columns of the rows that `LayerAttention` reads with ``over="nothing"``.
     judging
         Per prompt which of these rows `InLlmReducer.judges` chose, ``[R]`` bool, if a probe asks for it.
+    behind
+        Per prompt how many tokens of text follow the last image.
     text
         Per prompt the hidden states ``[M, D]`` of the text behind the last image, at the boundary.
     frequencies
@@ -109,54 +111,84 @@ class LayerTokens(VisualTokens):
     places: tuple[Tensor, ...] = ()
     rows: tuple[Tensor, ...] = ()
     judging: tuple[Tensor, ...] = ()
+    behind: tuple[int, ...] = ()
     text: tuple[Tensor, ...] = ()
     frequencies: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def per_prompt(self, pick: Callable[[CropBatch, int], Tensor]) -> Selection:
-        """Select `counts` among all tokens of each prompt, prompts of equal size and count at once.
+        """Select `counts` tokens of each prompt among its crops, those of equal size and count at once.
+
+        Crops are divided a prompt's count in proportion to their sizes; without another `InLlmReducer.unit` there is
+        one, of all its tokens.
 
         Parameters
         ----------
         pick
-            Maps a `CropBatch` of B prompts of n tokens and a count T to the kept tokens, ``[B, T]`` int64 in any order.
-            Prompts that keep all of their tokens, or none, are not shown to it.
+            Maps a `CropBatch` of B crops of n tokens and a count T to the kept tokens, ``[B, T]`` int64 in any order.
+            Crops that keep all of their tokens, or none, are not shown to it.
         """
-        kept = {i: [torch.arange(n if k else 0, device=self.device)] for i, n, k in self._settled()}
-        for prompts, batch, count in self._stacked():
-            for i, row in zip(prompts, pick(batch, count), strict=True):
-                kept[i] = [row]
+        kept: dict[int, list[Tensor]] = defaultdict(list)
+        for share in self._shares():
+            if share.settled and share.count:
+                kept[share.prompt].append(share.index)
+        for shares, batch, count in self._stacked():
+            for share, row in zip(shares, pick(batch, count), strict=True):
+                kept[share.prompt].append(share.index.index_select(0, row))
         return self.selection(kept)
 
     def per_prompt_merge(self, pick: Callable[[CropBatch, int], Groups]) -> Selection:
-        """Merge among all tokens of each prompt; `pick` returns the `Groups` of its prompts."""
-        parts: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-        for i, n, count in self._settled():
-            own = torch.arange(n if count else 0, device=self.device)
-            parts[i] = (own, own, own, torch.ones(len(own), device=self.device))
+        """Merge within the crops of each prompt, as `per_prompt` selects; `pick` returns the `Groups` of its crops."""
+        parts: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = defaultdict(list)
         merged = set()
-        for prompts, batch, count in self._stacked():
-            for i, part in zip(prompts, pick(batch, count).per_crop(), strict=True):
-                parts[i] = part
-                merged.add(i)
+        for share in self._shares():
+            if share.settled and share.count:
+                own = torch.arange(len(share.index), device=self.device)
+                weight = torch.ones(len(own), device=self.device)
+                parts[share.prompt].append((share.index, own, share.index, weight))
+        for shares, batch, count in self._stacked():
+            for share, (kept, target, source, weight) in zip(shares, pick(batch, count).per_crop(), strict=True):
+                index = share.index
+                parts[share.prompt].append((index.index_select(0, kept), target, index.index_select(0, source), weight))
+                merged.add(share.prompt)
         return Selection(
-            tuple(merged_selection(span, [parts[i]], i in merged, self.device) for i, span in enumerate(self.spans))
+            tuple(merged_selection(span, parts[i], i in merged, self.device) for i, span in enumerate(self.spans))
         )
 
-    def _settled(self) -> list[tuple[int, int, int]]:
-        sizes = [len(span) for span in self.spans]
-        return [(i, n, k) for i, (n, k) in enumerate(zip(sizes, self.counts, strict=True)) if k >= n or k == 0]
-
-    def _stacked(self) -> list[tuple[list[int], CropBatch, int]]:
-        alike: dict[Any, list[int]] = defaultdict(list)
+    def _shares(self) -> list[_Share]:
+        """Divide the count of each prompt among its crops."""
+        shares: list[_Share] = []
         for i, (span, count) in enumerate(zip(self.spans, self.counts, strict=True)):
-            if 0 < count < len(span):
-                rows = len(self.rows[i]) if self.rows else 0
-                alike[len(span), count, rows].append(i)
+            sizes = [len(crop) for crop in span.crops]
+            parts = Budget(count).split(sizes) if count else [0] * len(sizes)
+            for crop, part in zip(span.crops, parts, strict=True):
+                shares.append(_Share(i, len(shares), crop.index.to(self.device), part))
+        return shares
+
+    def _stacked(self) -> list[tuple[list[_Share], CropBatch, int]]:
+        alike: dict[Any, list[_Share]] = defaultdict(list)
+        for share in self._shares():
+            if not share.settled:
+                rows = len(self.rows[share.prompt]) if self.rows else 0
+                alike[len(share.index), share.count, rows].append(share)
         stacks = []
-        for (size, count, _), prompts in alike.items():
-            planes = {probe: torch.stack([plane[i] for i in prompts]) for probe, plane in self.planes.items()}
-            stacks.append((prompts, CropBatch(None, (0,) * len(prompts), size, self.device, planes), count))
+        for (size, count, _), shares in alike.items():
+            planes = {probe: torch.stack([x[share.crop] for share in shares]) for probe, x in self.planes.items()}
+            stacks.append((shares, CropBatch(None, (0,) * len(shares), size, self.device, planes), count))
         return stacks
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What a crop of a prompt keeps: `crop` counts through all prompts, `index` are its tokens among the prompt's."""
+
+    prompt: int
+    crop: int
+    index: Tensor
+    count: int
+
+    @property
+    def settled(self) -> bool:
+        return self.count == 0 or self.count >= len(self.index)
 
 
 @dataclass(frozen=True)

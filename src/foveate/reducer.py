@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 import torch
 
 from foveate import budget
-from foveate.budget import Budget, Coverage, Keep
+from foveate.budget import Budget, ByKind, Coverage, Keep
 from foveate.coverage import with_coverage
 from foveate.errors import FoveateError, UnknownNameError
 from foveate.probes import Probe
@@ -61,6 +61,8 @@ class Reducer(ABC):
     paper: ClassVar[str] = ""
     complexity: ClassVar[str] = ""
     """Cost of `select` per crop of N tokens of width C, T of them kept, such as ``"O(N^2 C)"``."""
+    budgets: ClassVar[tuple[str, ...]] = ("keep",)
+    """Parameters of which one states the budget; empty if the method has none."""
     video_only: ClassVar[bool] = False
     """Whether the method leaves images alone."""
     positions: ClassVar[Positions] = "compact"
@@ -70,6 +72,8 @@ class Reducer(ABC):
         budget.check(self.keep)
         if isinstance(self.keep, list):
             object.__setattr__(self, "keep", tuple(self.keep))
+        elif isinstance(self.keep, Mapping):
+            object.__setattr__(self, "keep", ByKind(self.keep))
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> Selection:
@@ -219,7 +223,9 @@ def parameters_without_default(name: str) -> list[str]:
 def by_default(name: str) -> Reducer | type[Reducer]:
     """Return a registered method with its defaults at some budget, or its class if it has parameters without any."""
     method = get_method(name)
-    return method if method is Chain or parameters_without_default(name) else method(keep=0.5)
+    if method is Chain or parameters_without_default(name):
+        return method
+    return method(keep=0.5) if method.budgets else method()  # type: ignore[call-arg]
 
 
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:

@@ -359,3 +359,17 @@ def test_methods_inside_the_llm(foveate: Any, folder: Path, photo: Path, tmp_pat
     assert {round(row["equivalent_tokens"]) for row in data["compare"][2:]} <= {(given + 8) // 2, 30, 36, 12, 14}
     shown = foveate(*args)
     assert "mean over layers" in shown.out
+
+
+def test_budgets_that_have_another_name(foveate: Any) -> None:
+    def run(*arguments: object) -> Any:
+        return foveate("cost", "--model", "llava-1.5-7b", "--json", *arguments)
+
+    assert run("--method", "fastv", "--set", "equivalent=192").json["method"].startswith("FastV(keep=None")
+    assert "keep=0.25" in run("--method", "fastv").json["method"]
+    ratios = run("--method", "vflowopt_all", "--set", "ratios=[0.5, 0.5, 0.5]").json["method"]
+    assert "keep=None, ratios=(0.5, 0.5, 0.5)" in ratios
+    assert run("--method", "todre_exit").json["method"].startswith("ToDREExit(keep=None")
+    refused = run("--method", "todre_exit", "--keep", 8)
+    assert (refused.code, refused.out) == (2, "")
+    assert "leave keep=8 out" in refused.err

@@ -21,6 +21,7 @@ from foveate.selection import Selection, SpanSelection
 from tiny import (
     IN_LLM,
     IN_LLM_FAMILIES,
+    STAGED,
     TINIES,
     VISUALS,
     collate,
@@ -42,6 +43,17 @@ every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks
 def make(inside):
     name, config = inside
     return get_method(name)(**config)
+
+
+@pytest.fixture(autouse=True)
+def _that_run(request):
+    """Skip what a family does not give a method."""
+    given = getattr(request.node, "callspec", None)
+    if given is None or not {"family", "inside"} <= given.params.keys():
+        return
+    lacking = foveate.families.FAMILIES[given.params["family"]].lacks(make(given.params["inside"]))
+    if lacking:
+        pytest.skip(f"needs {lacking}")
 
 
 def positions_of(reducer, family):
@@ -130,14 +142,20 @@ def test_implementations_and_precisions(inside, positions, attention, dtype):
         close(torch.stack(out.logits, 1), expected, 1e-4 if dtype == torch.float32 else 0.15)
 
 
+def other(span):
+    """Return the tokens next to those kept, or all instead of none and none instead of all."""
+    if 0 < len(span) < span.length:
+        return (span.kept + 1) % span.length
+    return torch.arange(0 if len(span) else span.length)
+
+
 @methods
 def test_the_oracle_tells_selections_apart(inside):
     reducer = make(inside)
     net, inputs = deep_model("llava"), collate(samples("llava"))
     with foveate.attach(net, reducer) as handle:
         out = generate(net, inputs)
-    wrong = {b: [[SpanSelection(s.length, (s.kept + 1) % s.length) for s in row] for row in rows]
-             for b, rows in handle.layers.items()}  # fmt: skip
+    wrong = {b: [[SpanSelection(s.length, other(s)) for s in row] for row in rows] for b, rows in handle.layers.items()}
     answer = answer_of(out, inputs)
     right = layered_answer(net, inputs, handle.layers, answer, "original")
     assert (right - layered_answer(net, inputs, wrong, answer, "original")).abs().max() > 1e-2
@@ -470,6 +488,48 @@ def test_topv_behind_a_method_before_the_llm():
         assert sum(map(len, row)) == 8 * len(row)
         for span, whole in zip(row, first, strict=True):
             assert set(span.kept.tolist()) <= set(whole.kept.tolist())
+
+
+@every_family_in_depth
+@pytest.mark.parametrize("inside", STAGED, ids=method_id)
+def test_methods_in_stages_alone_in_batches_and_with_a_whole_budget(family, inside):
+    name, config = inside
+    net, rows, reducer = deep_model(family), samples(family), make(inside)
+    for side in ("left", "right"):
+        with foveate.attach(net, reducer) as handle, torch.no_grad():
+            together, selections = net(**collate(rows, side)).logits, handle.selections
+            assert handle.layers
+            assert all(len(span) < span.length for row in selections for span in row)
+            for i, row in enumerate(rows):
+                single = net(**collate([row])).logits[0]
+                assert kept(handle.selections) == kept(selections[i : i + 1])
+                own = together[i, : len(single)] if side == "right" else together[i, -len(single) :]
+                close(own, single)
+    if reducer.stages()[1].adaptive:
+        return
+    plain = generate(net, collate(rows), max_new_tokens=3)
+    with foveate.attach(net, get_method(name)(**{**config, "keep": 1.0})):
+        out = generate(net, collate(rows), max_new_tokens=3)
+    assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+
+
+def test_a_method_inside_acts_where_the_one_before_it_keeps_everything():
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    with foveate.attach(net, FastV(keep=9, layer=2)) as handle:
+        expected, alone = generate(net, inputs), kept(handle.selections)
+    with foveate.attach(net, Chain(VisPruner(keep=1.0), FastV(keep=9, layer=2))) as handle:
+        out = generate(net, inputs)
+        assert kept(handle.selections) == alone
+    assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
+
+
+def test_hidden_states_are_those_of_the_tokens_that_are_left():
+    net, inputs = deep_model("llava"), collate([sample(4, "image", 5)])
+    plain = net(**inputs, output_hidden_states=True).hidden_states
+    with foveate.attach(net, FastV(keep=9, layer=2)):
+        out = net(**inputs, output_hidden_states=True).hidden_states
+    assert [x.shape[1] for x in out] == [73, 73, 73, 18, 73]  # the input, the outputs of the layers, the last normed
+    assert all(torch.equal(a, b) for a, b in zip(out[:3], plain[:3], strict=True))
 
 
 def test_chain_of_before_and_inside():

@@ -104,6 +104,7 @@ def _decision(
         places=(torch.arange(visual),),
         rows=(torch.arange(visual, visual + max(text, 1)),),
         judging=(torch.ones(max(text, 1), dtype=torch.bool),),
+        behind=(text,),
         text=(random(max(text, 1), width),) if reducer.reads_text else (),
         frequencies=torch.ones(size // 2),
     )

@@ -267,6 +267,8 @@ class Handle:
         out = reduce_with(self._model, self._family, inputs, settings)
         if self._layers is not None and out.compaction is not None:
             self._local.shown = shown_to_llm(inputs, out)
+        elif self._layers is not None:
+            self._show(inputs, 0)  # the methods before the LLM keep everything
         return out
 
     def _show(self, inputs: Mapping[str, Any], filled: int) -> None:

@@ -130,7 +130,9 @@ class Layers:
             run = self._running()
             if run is None or run.peeking:
                 return None
-            return (), run.enter(number, layer, {"hidden_states": args[0], **kwargs} if args else kwargs)
+            out = run.enter(number, layer, {"hidden_states": args[0], **kwargs} if args else kwargs)
+            # transformers collects hidden states where they were handed over.
+            return ((out.pop("hidden_states"),) if args else ()), out
 
         return hook
 

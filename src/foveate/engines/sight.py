@@ -115,6 +115,7 @@ class Sight:
             places=tuple(run.places(p.sample, x) for p, x in zip(run.prompts, self._visual(), strict=True)),
             rows=tuple(run.places(p.sample, x) for p, x in zip(run.prompts, rows, strict=True)),
             judging=tuple(self._judges.get(reducer, ())),
+            behind=tuple(p.behind for p in run.prompts),
             text=tuple(hidden[p.sample, x] for p, x in zip(run.prompts, rows, strict=True) if reducer.reads_text),
             frequencies=_frequencies(run.engine.decoder, boundary - 1).to(hidden.device),
         )

@@ -24,13 +24,14 @@ from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
 from foveate.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from foveate.methods.text_interaction import TextInteraction, TextInteractionImage, TextInteractionLLM
-from foveate.methods.todre import ToDRE
+from foveate.methods.todre import ToDRE, ToDREAll, ToDREExit
 from foveate.methods.tome import ToMe
 from foveate.methods.tops import TOPS
 from foveate.methods.topv import TopV
 from foveate.methods.uniform import Uniform
 from foveate.methods.vflowopt import VFlowOpt
-from foveate.methods.visiondrop import VisionDrop
+from foveate.methods.vflowopt_stages import VFlowOptAll, VFlowOptLlm
+from foveate.methods.visiondrop import VisionDrop, VisionDropAll, VisionDropLlm
 from foveate.methods.visionzip import VisionZip
 from foveate.methods.vispruner import VisPruner
 from foveate.methods.vtc_cls import VTCCLS
@@ -67,11 +68,17 @@ __all__ = [
     "TextInteractionImage",
     "TextInteractionLLM",
     "ToDRE",
+    "ToDREAll",
+    "ToDREExit",
     "ToMe",
     "TopV",
     "Uniform",
     "VFlowOpt",
+    "VFlowOptAll",
+    "VFlowOptLlm",
     "VisPruner",
     "VisionDrop",
+    "VisionDropAll",
+    "VisionDropLlm",
     "VisionZip",
 ]

@@ -43,6 +43,7 @@ class FastV(InLlmReducer):
     query: Literal["last", "text", "all"] = "last"
     equivalent: int | float | None = None
 
+    budgets = ("keep", "equivalent")
     query_aware = True
     paper = "arXiv:2403.06764"
     complexity = "O(S D + N log N)"

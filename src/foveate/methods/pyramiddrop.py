@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import BudgetError
 from foveate.in_llm import (
     Images,
     InLlmReducer,
@@ -20,7 +20,10 @@ from foveate.in_llm import (
 )
 from foveate.ranking import top
 from foveate.reducer import register
+from foveate.schedules import after_shares, check_layers
 from foveate.selection import Selection
+
+QUARTERS = (1 / 4, 2 / 4, 3 / 4)
 
 
 @register("pyramiddrop")
@@ -53,6 +56,7 @@ class PyramidDrop(InLlmReducer):
     equivalent: int | float | None = None
 
     reads = (LayerAttention("last", ahead=True),)
+    budgets = ("keep", "equivalent")
     query_aware = True
     positions = "compact"
     paper = "arXiv:2410.17247"
@@ -68,13 +72,10 @@ class PyramidDrop(InLlmReducer):
                 "number of tokens use equivalent=, their mean over the layers"
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if not self.layers or any(b <= a for a, b in pairwise((0, *self.layers))):
-                raise FoveateError(f"the layers of pyramiddrop ascend from 1 on, not {self.layers!r}")
+            object.__setattr__(self, "layers", check_layers(self.name, self.layers))
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        quarters = dict.fromkeys(round(depth * quarter / 4) for quarter in (1, 2, 3))
-        layers = self.layers or tuple(layer for layer in quarters if 0 < layer < depth)
+        layers = self.layers or after_shares(depth, QUARTERS)
         return tuple(boundary_in(depth, layer, self.name) for layer in layers)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:

@@ -69,7 +69,7 @@ class VFlowOpt(Reducer):
     The patches that receive the most attention are judges; what they attend to is important. Of T tokens,
     ``M = int(N / a**2)`` are recycled, the others are the most important ones. All remaining tokens flow into the
     importance-weighted mean of their block of ``a x a`` patches, which sits at the most important of them. The stages
-    inside the LLM and the search for parameters are no part of this class. Works on each crop by itself.
+    inside the LLM are those of `VFlowOptAll`. Works on each crop by itself.
 
     Parameters
     ----------

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.probes import Attention, ClsToken, Keys
+from foveate.probes import Attention, ClsToken, Keys, Probe
 from foveate.ranking import cosine_matrix, descending, make_room
 from foveate.reducer import Reducer, register
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups, VisualTokens
+
+SEEN, KEYS = Attention(), Keys()
 
 
 @register("visionzip")
@@ -50,7 +52,7 @@ class VisionZip(Reducer):
     contextual_ratio: float = 10 / 64
     merge: Literal["add", "mean"] = "add"
 
-    needs = (Attention(), Keys(), ClsToken())
+    needs = (SEEN, KEYS, ClsToken())
     merges = "features"
     paper = "arXiv:2412.04467"
     complexity = "O(N log N + N T d)"
@@ -80,17 +82,22 @@ def contextual_count(count: int, ratio: float) -> int:
 
 
 def dominant_and_contextual(
-    crops: CropBatch, count: int, contextual: int, merge: Literal["add", "mean"] = "add"
+    crops: CropBatch,
+    count: int,
+    contextual: int,
+    merge: Literal["add", "mean"] = "add",
+    attention: Probe = SEEN,
+    keys: Probe = KEYS,
 ) -> Groups:
     """Keep the tokens with the most attention and `contextual` sums of the others, `count` in all.
 
     Parameters
     ----------
     crops
-        With the probes ``Attention()`` ``[B, N]``, ``Keys()`` ``[B, N, d]``, and maybe ``[CLS]``, which is dominant.
+        With the probes `attention` ``[B, N]``, `keys` ``[B, N, d]``, and maybe ``[CLS]``, which is dominant.
     """
     front = int(crops.cls is not None)
-    order, dominant = descending(crops.probe(Attention())), count - contextual - front
+    order, dominant = descending(crops.probe(attention)), count - contextual - front
     chosen, rest = (part.sort(dim=1).values for part in (order[:, :dominant], order[:, dominant:]))
     step = rest.shape[1] // max(1, contextual)
     anchors = rest[:, : step * contextual : step]
@@ -101,7 +108,7 @@ def dominant_and_contextual(
     own = torch.ones(len(order), front + dominant, device=order.device)
     if not contextual:
         return Groups(kept, torch.cat([first, rank], dim=1), torch.cat([first + crops.size, chosen], dim=1), own)
-    group, weight = _contextual(crops.probe(Keys()), rest, contextual, step, merge)
+    group, weight = _contextual(crops.probe(keys), rest, contextual, step, merge)
     return Groups(
         kept,
         torch.cat([first, rank[:, :dominant], rank[:, dominant:].gather(1, group)], dim=1),
