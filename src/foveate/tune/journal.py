@@ -58,8 +58,7 @@ class Journal:
         return row
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row."""
-        self._rows.append(row)
+        """Append a row to the file."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -20,6 +20,8 @@ By: TypeAlias = Literal["time", "flops"]
 
 PROMPTS: Final = 8
 """Fewer prompts tell nothing."""
+COUNTED: Final = 4
+"""FLOPs are counted on so many prompts: they depend on sizes alone."""
 FINALISTS: Final = 4
 """Halving leaves at least so many candidates."""
 
@@ -96,7 +98,7 @@ class Standing:
     time
         Relative to the unpruned model, median.
     flops
-        Of the prefill, relative to the unpruned model, mean over the prompts of the first rung; `None` if unknown.
+        Of the prefill, relative to the unpruned model, mean over the first prompts; `None` if unknown.
     tokens
         Share of visual tokens that the layers of the LLM receive, mean over layers and prompts.
     """
@@ -204,7 +206,7 @@ def search(
     for number, size in enumerate(rungs, start=1):
         on_rung(f"rung {number} of {len(rungs)}, candidates: {len(alive)}", (size - len(rows)) * len(alive))
         for prompt in prompts[len(rows) : size]:
-            rows.append(ask(prompt, alive, count=len(rows) < rungs[0]))
+            rows.append(ask(prompt, alive, count=len(rows) < COUNTED))
             alive = [name for name in alive if name not in failed]
         current = {name: standing(name, rows, prompts, wish.confidence) for name in alive}
         if wish.by == "flops" and any(s.flops is None for s in current.values()):
@@ -232,7 +234,7 @@ def search(
 
 
 def controls_of(last: Mapping[str, Standing], best: str | None) -> list[str]:
-    """Return of each control, unless it is the best itself, the candidate whose share of tokens is nearest to that of the best candidate."""
+    """Return of each control, unless it is the best itself, the candidate with the nearest share of tokens."""
     if best is None:
         return []
     found = []

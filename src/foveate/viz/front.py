@@ -47,7 +47,8 @@ def draw(result: Mapping[str, Any]) -> Figure:
     for name, (x, y) in zip(result["front"], steps, strict=True):
         axes.annotate(
             name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8.5,
-            fontweight="bold" if name == best else "normal",
+            fontweight="bold" if name == best else "normal", zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
         )  # fmt: skip
     if result["wish"]["speedup"] is not None:
         axes.axvline(100 / result["wish"]["speedup"], color=_WISH, linestyle="--", linewidth=1, label="wish")
@@ -59,7 +60,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.08)
     axes.spines[["top", "right"]].set_visible(False)
-    title = f"{best}: {'fulfils' if result['winner'] else 'comes closest to'} {result['wish']['text']}"
+    title = f"{best} {'fulfils' if result['winner'] else 'comes closest to'} the wish: {result['wish']['text']}"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
