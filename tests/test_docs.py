@@ -14,6 +14,8 @@ from foveate.cost.report import markdown as cost_table
 from foveate.nano.card import tables
 from foveate.nano.comparison import END, START, table
 from foveate.reducer import get_method
+from foveate.tune.candidates import BUDGETS, METHODS
+from foveate.tune.report import markdown as tune_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -77,3 +79,15 @@ def test_the_page_on_speed_shows_the_results():
     for file in files:
         shown = speed_table(json.loads(file.read_text(encoding="utf-8")))
         assert f"<!-- {file.stem} -->\n{shown}\n<!-- /{file.stem} -->" in page, f"run: foveate bench report {file}"
+
+
+def test_the_page_on_tuning_shows_the_results_and_the_defaults():
+    page = (ROOT / "docs/tune.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "results/tune-nano.json").read_text(encoding="utf-8"))
+    assert f"<!-- tune-nano -->\n{tune_table(result)}\n<!-- /tune-nano -->" in page
+    shown = re.search(r"^foveate tune scenes/.*\\\n.*", page, re.MULTILINE)
+    assert shown
+    assert result["command"].split() == shown[0].replace("\\", "").split()
+    tried = page.partition("## What is tried")[2].partition("as far as")[0]
+    assert re.findall(r"`(\w+)`", tried) == list(METHODS)
+    assert re.findall(r"0\.\d+", tried) == list(BUDGETS)

@@ -114,6 +114,8 @@ def tune(
                 on_rung=lambda text, runs: progress.reset(bar, description=text, total=runs),
                 on_runs=lambda runs: progress.advance(bar, runs),
             )  # fmt: skip
+        for name, reason in outcome.failed.items():
+            ERRORS.print(f"{name} failed: {reason}", highlight=False, markup=False, soft_wrap=True)
         data = {
             "command": shlex.join(["foveate", *sys.argv[1:]]),
             **report(outcome, found, left_out, asked, wish), "config": config,

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import foveate
 from foveate import nano
-from foveate.errors import FoveateError, InputError, UnknownNameError
+from foveate.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
 from foveate.families import FAMILIES
 from foveate.methods import Random
 from foveate.tune.candidates import BUDGETS, CONTROLS, METHODS, candidates
@@ -23,6 +24,7 @@ from foveate.tune.measure import Bench, divergence
 from foveate.tune.prompts import Prompt
 from foveate.tune.report import markdown, report, table, verdict
 from foveate.tune.search import Wish, pareto, rung_sizes, search
+from foveate.viz.front import save
 
 TRUTH = {
     f"{method} {cost}": (min(0.9, scale * (1 - cost) ** 2), cost)
@@ -128,6 +130,40 @@ def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
         assert sum(counts.values()) < sum(len(json.loads(x)["arms"]) for x in lines[1:]) or kept == 1
 
 
+def test_what_runs_nowhere_and_flops_that_are_unknown_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = {"error": "no place for this"}
+
+    def ask(self: Any, prompt: Prompt, names: Any, *, count: bool = False) -> dict[str, Any]:
+        return {
+            "line": prompt.line,
+            "answer": "a",
+            "right": None,
+            "seconds": 1.0,
+            "arms": {n: dict(arm) for n in names},
+        }
+
+    monkeypatch.setattr(Known, "ask", ask)
+    wish = Wish(speedup=2, by="flops")
+    found = run(tmp_path / "failed", wish)
+    assert (found.winner, found.closest, set(found.failed)) == (None, None, set(TRUTH))
+    data = report(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
+    assert verdict(data) == ["No candidate ran on these prompts."]
+    save(tmp_path / "empty.png", data)
+    arm = {
+        "answer": "a",
+        "same": True,
+        "right": None,
+        "kl": 0.0,
+        "time": 1.0,
+        "seconds": 1.0,
+        "tokens": 1.0,
+        "flops": None,
+    }
+    with pytest.raises(UnsupportedModelError, match="go by time"):
+        run(tmp_path / "unknown", wish)
+    assert len((tmp_path / "unknown").read_text().splitlines()) == 2, "told after the first prompt"
+
+
 def test_a_journal_of_another_search_is_refused(tmp_path: Path) -> None:
     run(tmp_path / "rows", Wish(speedup=2), PROMPTS[:16])
     with pytest.raises(InputError, match="other settings"):
@@ -162,7 +198,11 @@ def test_too_few_prompts_are_refused() -> None:
         Wish(speedup=2).check_prompts(PROMPTS[:7])
     with pytest.raises(InputError, match=r"100 prompts cannot show .* give about 3\d\d prompts, or allow 0.030"):
         Wish(max_loss=0.01).check_prompts(PROMPTS[:100])
-    Wish(max_loss=0.01).check_prompts(PROMPTS[:299])
+    labelled = [replace(prompt, answer="a") for prompt in PROMPTS]
+    for prompts, least in ((PROMPTS, 299), (labelled, 231)):  # as docs/tune.md has it
+        Wish(max_loss=0.01).check_prompts(prompts[:least])
+        with pytest.raises(InputError, match="cannot show a loss"):
+            Wish(max_loss=0.01).check_prompts(prompts[: least - 1])
     Wish(speedup=2).check_prompts(PROMPTS[:8])
 
 

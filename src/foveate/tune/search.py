@@ -184,6 +184,11 @@ def search(
         Prompts of the first rung.
     on_rung, on_runs
         Called as a rung begins, with words and its number of runs, and after some runs, with their number.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If FLOPs are to decide and are not known.
     """
     rungs = rung_sizes(start, len(prompts))
     standings: dict[str, list[Standing]] = {name: [] for name in candidates}
@@ -206,11 +211,13 @@ def search(
     for number, size in enumerate(rungs, start=1):
         on_rung(f"rung {number} of {len(rungs)}, candidates: {len(alive)}", (size - len(rows)) * len(alive))
         for prompt in prompts[len(rows) : size]:
+            if not alive:
+                break
             rows.append(ask(prompt, alive, count=len(rows) < COUNTED))
             alive = [name for name in alive if name not in failed]
+            if wish.by == "flops" and any(rows[0]["arms"][name]["flops"] is None for name in alive):
+                raise UnsupportedModelError("the FLOPs of this model are not known: go by time")
         current = {name: standing(name, rows, prompts, wish.confidence) for name in alive}
-        if wish.by == "flops" and any(s.flops is None for s in current.values()):
-            raise UnsupportedModelError("the FLOPs of this model are not known: go by time")
         for name, now in current.items():
             standings[name].append(now)
         going_on = survivors(current, wish)

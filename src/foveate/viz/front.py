@@ -60,7 +60,8 @@ def draw(result: Mapping[str, Any]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.margins(x=0.08)
     axes.spines[["top", "right"]].set_visible(False)
-    title = f"{best} {'fulfils' if result['winner'] else 'comes closest to'} the wish: {result['wish']['text']}"
+    outcome = "fulfils" if result["winner"] else "comes closest to"
+    title = f"{best} {outcome} the wish: {result['wish']['text']}" if best else "no candidate ran"
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
