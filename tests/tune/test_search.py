@@ -215,6 +215,7 @@ def test_rungs_double_and_end_with_all() -> None:
 def test_the_front_holds_what_nothing_equals() -> None:
     points = {"a": (1.0, 3.0), "b": (2.0, 3.0), "c": (2.0, 1.0), "d": (3.0, 2.0), "e": (1.0, 3.0)}
     assert pareto(points) == ["a", "c"]
+    assert pareto({"a": (1.0, 3.0, 2.0), "b": (2.0, 3.0, 1.0), "c": (2.0, 3.0, 2.0)}) == ["a", "b"]
 
 
 def test_the_defaults_run_on_the_families_or_are_left_out() -> None:

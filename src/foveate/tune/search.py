@@ -22,7 +22,7 @@ PROMPTS: Final = 8
 """Fewer prompts tell nothing."""
 COUNTED: Final = 4
 """FLOPs are counted on so many prompts: they depend on sizes alone."""
-FINALISTS: Final = 4
+FINALISTS: Final = 6
 """Halving leaves at least so many candidates."""
 
 
@@ -280,21 +280,29 @@ def survivors(current: Mapping[str, Standing], wish: Wish) -> list[str]:
     """Return which candidates go on to the next rung, in their order.
 
     Those go out whose bound says that they miss the wish. If more than half are left, half go on (but at least
-    `FINALISTS`): towards a speed-up, those of the lowest lower bound of loss, then of the lowest divergence; towards a
-    small loss, layer by layer of the Pareto front of cost and divergence, which tells candidates apart long before
-    enough answers have changed, and leaves both cheap and loyal ones.
+    `FINALISTS`). Towards a speed-up, these are the ones of the lowest lower bound of loss, then of the lowest
+    divergence. Towards a small loss, they are taken layer by layer of the Pareto front of cost, loss and divergence,
+    which tells candidates apart before enough answers have changed; of a layer that does not fit, first the one of the
+    lowest divergence, as a way back, then the cheapest whose loss so far is as small as wished for.
     """
     possible = [name for name, s in current.items() if may_fulfil(s, wish)]
     room = max(FINALISTS, math.ceil(len(current) / 2))
     if len(possible) <= room:
         return possible
-    if wish.speedup is not None:
+    if wish.max_loss is None:
         chosen = sorted(possible, key=lambda name: (current[name].loss.low, current[name].kl))[:room]
     else:
+        most, by = wish.max_loss, wish.by
+
+        def urgency(name: str) -> tuple[bool, float, float]:
+            s = current[name]
+            return s.loss.value > most, s.loss.low if s.loss.value > most else 0.0, s.cost(by).value
+
         chosen, rest = [], possible
         while len(chosen) < room:
-            layer = pareto({name: (current[name].cost(wish.by).value, current[name].kl) for name in rest})
-            layer.sort(key=lambda name: (current[name].loss.low, current[name].kl))
+            layer = pareto({n: (current[n].cost(by).value, current[n].loss.value, current[n].kl) for n in rest})
+            most_loyal = min(layer, key=lambda name: current[name].kl)
+            layer.sort(key=lambda name: (name != most_loyal, *urgency(name)))
             chosen += layer[: room - len(chosen)]
             rest = [name for name in rest if name not in layer]
     return [name for name in possible if name in set(chosen)]
@@ -325,11 +333,11 @@ def nearest(last: Mapping[str, Standing], wish: Wish) -> str | None:
     return min(last, key=lambda n: (last[n].loss.high, last[n].kl), default=None)
 
 
-def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the points that no other equals or betters in both figures, ascending in the first."""
-    front, best = [], math.inf
-    for name in sorted(points, key=lambda name: points[name]):
-        if points[name][1] < best:
+def pareto(points: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return the points that no other equals or betters in all figures, ascending in the first."""
+    front: list[str] = []
+    for name in sorted(points, key=lambda name: tuple(points[name])):
+        # What comes before is no larger in the first figure that differs, so only earlier points can be better.
+        if not any(all(a <= b for a, b in zip(points[one], points[name], strict=True)) for one in front):
             front.append(name)
-            best = points[name][1]
     return front

@@ -44,12 +44,7 @@ def draw(result: Mapping[str, Any]) -> Figure:
     steps = [(100 * points[name][0], 100 * points[name][1]["at_most"]) for name in result["front"]]
     if steps:
         axes.step(*zip(*steps, strict=True), where="post", color=_FRONT, linewidth=1.6, zorder=2, label="Pareto front")
-    for name, (x, y) in zip(result["front"], steps, strict=True):
-        axes.annotate(
-            name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8.5,
-            fontweight="bold" if name == best else "normal", zorder=4,
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
-        )  # fmt: skip
+    _label(axes, dict(zip(result["front"], steps, strict=True)), best)
     if result["wish"]["speedup"] is not None:
         axes.axvline(100 / result["wish"]["speedup"], color=_WISH, linestyle="--", linewidth=1, label="wish")
     else:
@@ -65,6 +60,22 @@ def draw(result: Mapping[str, Any]) -> Figure:
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _label(axes: Any, points: Mapping[str, tuple[float, float]], best: str | None) -> None:
+    """Name points, the best first; a name that would cover another one is left out."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    placed: list[tuple[float, float]] = []
+    for name in sorted(points, key=lambda name: name != best):
+        x, y = points[name]
+        place = (x - left) / (right - left), (y - bottom) / (top - bottom)
+        if all(abs(place[0] - a) > 0.16 or abs(place[1] - b) > 0.045 for a, b in placed):
+            placed.append(place)
+            axes.annotate(
+                name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8.5, zorder=4,
+                fontweight="bold" if name == best else "normal",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+            )  # fmt: skip
 
 
 def _cost(standing: Mapping[str, Any], by: str) -> float:
