@@ -18,6 +18,8 @@ from foveate.nano.card import tables
 from foveate.nano.comparison import MARKER, table
 from foveate.reducer import get_method, load_reducer
 from foveate.run import BASELINES
+from foveate.tune.candidates import BUDGETS, METHODS
+from foveate.tune.report import markdown as tune_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -107,3 +109,15 @@ def test_the_leaderboard_follows_from_the_answers(monkeypatch):
     for row in table_rows(kept, answers, {}):
         for figure in ("tokens", "accuracy", "kinds", "relative", "worst", "loyalty"):
             assert row[figure] == named[row["method"]][figure], (row["method"], figure)
+
+
+def test_the_page_on_tuning_shows_the_results_and_the_defaults():
+    page = (ROOT / "docs/tune.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "results/tune-nano.json").read_text(encoding="utf-8"))
+    assert f"<!-- tune-nano -->\n{tune_table(result)}\n<!-- /tune-nano -->" in page
+    shown = re.search(r"^foveate tune scenes/.*\\\n.*", page, re.MULTILINE)
+    assert shown
+    assert result["command"].split() == shown[0].replace("\\", "").split()
+    tried = page.partition("## What is tried")[2].partition("as far as")[0]
+    assert re.findall(r"`(\w+)`", tried) == list(METHODS)
+    assert re.findall(r"0\.\d+", tried) == list(BUDGETS)

@@ -22,6 +22,7 @@ from foveate.cli_cost import cost
 from foveate.cli_eval import evaluate
 from foveate.cli_nano import nano_app
 from foveate.cli_tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
+from foveate.cli_tune import tune
 from foveate.cli_view import view
 from foveate.errors import FoveateError, InputError
 from foveate.units import show_bytes, show_flops, show_time
@@ -40,6 +41,7 @@ app.command()(guarded(codebook))
 app.command()(guarded(calibrate))
 app.command()(cost)
 app.command("eval")(evaluate)
+app.command()(tune)
 app.command()(view)
 
 
@@ -282,7 +284,7 @@ def scenes(
     except ImportError as error:
         raise FoveateError(f"this installation has no scenes: {error}") from error
 
-    folder, rows = make_folder(out, ""), []
+    folder, rows, lines = make_folder(out, ""), [], []
     try:
         for scene in draw_scenes(seed, n, split):
             path = folder / f"{scene.split}-{scene.seed}-{scene.index:05d}.png"
@@ -290,14 +292,15 @@ def scenes(
             asked = [{"text": q.text, "answer": q.answer, "kind": q.kind} for q in scene.questions]
             objects = [{"kind": o.kind, "color": o.color, "box": list(o.box)} for o in scene.objects]
             rows.append({"image": str(path), "background": scene.background, "objects": objects, "questions": asked})
+            lines += [{"image": path.name, "question": q["text"], "answer": q["answer"]} for q in asked]
+        (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     write_json(folder / "scenes.json", rows)
     if as_json:
         print_json({"folder": str(folder), "scenes": rows})
     else:
-        asked_in_all = sum(len(row["questions"]) for row in rows)
-        print(f"{len(rows)} scenes with {asked_in_all} questions in {folder}, listed in {folder / 'scenes.json'}")
+        print(f"{len(rows)} scenes with {len(lines)} questions in {folder}, listed in scenes.json and questions.jsonl")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -202,10 +203,10 @@ def measure(
     first, times = [], []
     for reducer, setting in zip(reducers, settings, strict=True):
         say(f"warming up {_name(reducer)}")
-        first.append(_once(job, setting, count=True))
+        first.append(once(job, setting, count=True))
     for turn in range(repeats):
         say(f"measuring, turn {turn + 1} of {repeats}")
-        times.append([_once(job, setting).seconds for setting in settings])
+        times.append([once(job, setting).seconds for setting in settings])
     return [
         _arm(job, reducer, result, [turn[i] for turn in times] or [result.seconds])
         for i, (reducer, result) in enumerate(zip(reducers, first, strict=True))
@@ -239,7 +240,9 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
 
 
 @dataclass(frozen=True, eq=False)
-class _Result:
+class Result:
+    """What came out of one run of a job; see `Arm`."""
+
     answer: str
     answer_tokens: int
     selection: Selection
@@ -252,8 +255,19 @@ class _Result:
 
 
 @torch.no_grad()
-def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
-    clock, tokens, counter = Clock(job.model.device), None, FlopCounterMode(display=False)
+def once(
+    job: Job, settings: Settings | None, count: bool = False, now: Callable[[], float] = time.perf_counter
+) -> Result:
+    """Run a job with a method, or unpruned, and time the stages.
+
+    Parameters
+    ----------
+    count
+        Also count the FLOPs of the method's decision, which takes time.
+    now
+        See `foveate.timing.Clock`.
+    """
+    clock, tokens, counter = Clock(job.model.device, now), None, FlopCounterMode(display=False)
     stock = settings is None or settings.reducer.keeps_all(job.spans)
     ready: Mapping[str, Any]
     if settings is None or stock:
@@ -282,7 +296,7 @@ def _once(job: Job, settings: Settings | None, count: bool = False) -> _Result:
         layers = layer_counts(layers, left)
     answer = job.processor.tokenizer.decode(out[0, prompt:], skip_special_tokens=True).strip()
     flops = counter.get_total_flops()
-    return _Result(answer, out.shape[1] - prompt, selection, tokens, given_images, layers, clock.seconds, flops, stock)
+    return Result(answer, out.shape[1] - prompt, selection, tokens, given_images, layers, clock.seconds, flops, stock)
 
 
 def layer_counts(entering: Sequence[int], left: Mapping[int, int]) -> tuple[int, ...]:
@@ -344,19 +358,20 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     return {**inputs, "mm_encoder_outputs": outputs}
 
 
-def _arm(job: Job, reducer: Reducer | None, result: _Result, times: Sequence[dict[str, float]]) -> Arm:
+def _arm(job: Job, reducer: Reducer | None, result: Result, times: Sequence[dict[str, float]]) -> Arm:
     seconds = {stage: statistics.median(t[stage] for t in times) for stage in STAGES}
     seconds["total"] = statistics.median(sum(t.values()) for t in times)
     size = torch.finfo(job.model.dtype).bits // 8
     cache = kv_bytes(job.model.config.get_text_config(), [job.text_tokens + n for n in result.layers], size)
     saliency = _saliency(reducer, result.tokens)
-    cost = _cost(job, reducer, result)
+    cost = cost_of(job, reducer, result)
     return Arm(
         reducer, result.answer, result.answer_tokens, result.selection, saliency, seconds, result.layers, cost, cache
     )  # fmt: skip
 
 
-def _cost(job: Job, reducer: Reducer | None, result: _Result) -> Cost | None:
+def cost_of(job: Job, reducer: Reducer | None, result: Result) -> Cost | None:
+    """Return the FLOPs of the prefill of a run, or `None` if they are not known."""
     model = base_model(job.model)
     method = None if result.stock else reducer
     try:
