@@ -13,6 +13,7 @@ from torch import Tensor
 from foveate.codebook import Codebook, projector_hash
 from foveate.encoder import EncoderReducer, Inside
 from foveate.families import family_of
+from foveate.gates import Gates
 from foveate.probes import ClsToken, Embeddings, Features, Keys, Members, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
@@ -117,12 +118,23 @@ def deep_model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.
     return TINIES[family].deep_model(attention, dtype)
 
 
+def gates_file() -> str:
+    """Write random gates for LLMs as wide as those of the tiny models."""
+    path = f"{_files.name}/gates.safetensors"
+    Gates(range(4), 32, 16).initialise(6).save(path)
+    return path
+
+
 IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"keep": 9, "layer": 1}),
     ("fastv", {"keep": 0.3, "layer": 2, "query": "text"}),
     ("fastv", {"keep": 7, "layer": 3, "query": "all"}),
     ("pyramiddrop", {}),
     ("pyramiddrop", {"keep": 0.4, "layers": (1, 3)}),
+    ("visual_exit", {}),
+    ("visual_exit", {"keep": 0.25, "rule": "mass", "threshold": 0.9}),
+    ("visual_exit", {"keep": 0.25, "rule": "converged", "threshold": 0.5}),
+    ("dyvte", {"gates": gates_file()}),
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
 

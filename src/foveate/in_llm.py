@@ -97,6 +97,8 @@ class LayerTokens(VisualTokens):
         Per prompt which of these rows `InLlmReducer.judges` chose, ``[R]`` bool, if a probe asks for it.
     text
         Per prompt the hidden states ``[M, D]`` of the text behind the last image, at the boundary.
+    text_before
+        The same where they go into the layer in front of the boundary.
     frequencies
         ``[d / 2]``: angular frequencies of the rotary embedding.
     """
@@ -110,6 +112,7 @@ class LayerTokens(VisualTokens):
     rows: tuple[Tensor, ...] = ()
     judging: tuple[Tensor, ...] = ()
     text: tuple[Tensor, ...] = ()
+    text_before: tuple[Tensor, ...] = ()
     frequencies: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def per_prompt(self, pick: Callable[[CropBatch, int], Tensor]) -> Selection:
@@ -316,6 +319,24 @@ def tokens_of(images: Images) -> int:
 def wanted_tokens(equivalent: int | float, images: Images) -> float:
     """Return the mean number of tokens per layer that an `equivalent` stands for: so many per image, or a share."""
     return equivalent * (tokens_of(images) if isinstance(equivalent, float) else len(images))
+
+
+def count_for_mean(equivalent: int | float, images: Images, boundary: int, depth: int, name: str) -> int:
+    """Return how many tokens one cut must leave for the layers to receive `equivalent` tokens on average.
+
+    Raises
+    ------
+    BudgetError
+        If the layers in front of the boundary alone receive more.
+    """
+    given, wanted = tokens_of(images), wanted_tokens(equivalent, images)
+    kept = round((depth * wanted - given * boundary) / (depth - boundary))
+    if kept < 1:
+        raise BudgetError(
+            f"{name}(layer={boundary}) cannot come down to {wanted:g} tokens per layer: the first {boundary} of "
+            f"{depth} layers alone receive {given * boundary / depth:g} on average; use an earlier layer"
+        )
+    return min(kept, given)
 
 
 def check_equivalent(name: str, keep: Keep | None, equivalent: int | float | None) -> None:

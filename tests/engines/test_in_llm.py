@@ -136,8 +136,10 @@ def test_the_oracle_tells_selections_apart(inside):
     net, inputs = deep_model("llava"), collate(samples("llava"))
     with foveate.attach(net, reducer) as handle:
         out = generate(net, inputs)
-    wrong = {b: [[SpanSelection(s.length, (s.kept + 1) % s.length) for s in row] for row in rows]
-             for b, rows in handle.layers.items()}  # fmt: skip
+    others = {b: [[(s.kept + 1) % s.length if len(s) else torch.arange(9) for s in row] for row in rows]
+              for b, rows in handle.layers.items()}  # fmt: skip
+    wrong = {b: [[SpanSelection(s.length, kept) for s, kept in zip(row, own, strict=True)]
+                 for row, own in zip(handle.layers[b], rows, strict=True)] for b, rows in others.items()}  # fmt: skip
     answer = answer_of(out, inputs)
     right = layered_answer(net, inputs, handle.layers, answer, "original")
     assert (right - layered_answer(net, inputs, wrong, answer, "original")).abs().max() > 1e-2
@@ -182,7 +184,7 @@ def test_a_prompt_alone_and_in_padded_batches(family, inside, monkeypatch):
             with foveate.attach(net, reducer) as handle, torch.no_grad():
                 single = net(**collate([row])).logits[0]
             assert kept(handle.selections) == kept(selections[i : i + 1])
-            assert alone.cuts.keys() == record.cuts.keys()
+            assert alone.cuts.keys() <= record.cuts.keys()  # once all tokens are gone, nothing is left to choose
             close(together[i, inputs["attention_mask"][i].bool()], single)
 
 

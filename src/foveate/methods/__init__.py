@@ -6,6 +6,7 @@ from foveate.methods.codebook import CodebookPruner
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
 from foveate.methods.downsample import Downsample
+from foveate.methods.dyvte import DyVTE, VisualExit
 from foveate.methods.evs import EVS
 from foveate.methods.fastervlm import FasterVLM
 from foveate.methods.fastv import FastV
@@ -22,6 +23,7 @@ from foveate.methods.prunesid import PruneSID
 from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
+from foveate.methods.sgl import SGL
 from foveate.methods.todre import ToDRE
 from foveate.methods.tome import ToMe
 from foveate.methods.tops import TOPS
@@ -38,6 +40,7 @@ __all__ = [
     "FSR",
     "MMR",
     "SCOPE",
+    "SGL",
     "TOPS",
     "VTCCLS",
     "AgilePruner",
@@ -45,6 +48,7 @@ __all__ = [
     "CodebookPruner",
     "DivPrune",
     "Downsample",
+    "DyVTE",
     "FastV",
     "FasterVLM",
     "FlowCut",
@@ -65,4 +69,5 @@ __all__ = [
     "VisPruner",
     "VisionDrop",
     "VisionZip",
+    "VisualExit",
 ]

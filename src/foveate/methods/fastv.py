@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from foveate.budget import Keep
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import FoveateError
 from foveate.in_llm import (
     Images,
     InLlmReducer,
@@ -16,8 +16,7 @@ from foveate.in_llm import (
     boundary_in,
     budget_of,
     check_equivalent,
-    tokens_of,
-    wanted_tokens,
+    count_for_mean,
 )
 from foveate.probes import LlmProbe
 from foveate.ranking import top
@@ -75,14 +74,7 @@ class FastV(InLlmReducer):
         if self.equivalent is None:
             assert self.keep is not None
             return (budget_of(self.keep, images),)
-        given, wanted = tokens_of(images), wanted_tokens(self.equivalent, images)
-        kept = round((depth * wanted - given * self.layer) / (depth - self.layer))
-        if kept < 1:
-            raise BudgetError(
-                f"fastv(layer={self.layer}) cannot come down to {wanted:g} tokens per layer: the first {self.layer} of "
-                f"{depth} layers alone receive {given * self.layer / depth:g} on average; use an earlier layer"
-            )
-        return (min(kept, given),)
+        return (count_for_mean(self.equivalent, images, self.layer, depth, self.name),)
 
     def solved(self, depth: int, tokens: int) -> FastV:
         """Return the same method with the count `keep` that `equivalent` comes to for an image of so many tokens."""
