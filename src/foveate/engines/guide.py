@@ -15,7 +15,7 @@ from foveate.engines.attach import attach
 from foveate.engines.given import Given, given
 from foveate.engines.hf import base_model, pad_id
 from foveate.engines.in_llm import check_decoder
-from foveate.engines.prompts import prompts_only
+from foveate.engines.prompts import prompts_only, with_answer
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import family_of
 from foveate.families.base import attention_of
@@ -125,8 +125,8 @@ class Guided:
         InputError
             If the two models lay visual tokens out differently, or an option needs what only one model could give.
         """
-        for name in ("past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds", "assistant_model"):
-            if kwargs.get(name):
+        for name in ("past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds", "position_ids"):
+            if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise InputError(f"two models share the work of a guided answer: leave {name} out")
         if kwargs.get("num_return_sequences", 1) != 1:
             raise InputError("a guided answer is one per prompt: leave num_return_sequences out")
@@ -198,17 +198,13 @@ class Guided:
         per_prompt = dict(zip((p.sample for p in prompts), total.scores(), strict=True))
         scores = []
         for sample in dict.fromkeys(span.sample for span in spans):
-            scores += per_prompt[sample].split([len(span) for span in spans if span.sample == sample])
+            scores += torch.split(per_prompt[sample], [len(span) for span in spans if span.sample == sample])
         return answer, scores, confidences
 
     def _consistencies(self, inputs: dict[str, Any], answer: _Answer, scores: list[Tensor]) -> list[Any]:
         """Return how sure the small model is of its answer when it sees the best few visual tokens alone."""
         t = answer.ids.shape[1]
-        longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer.ids], dim=1)}
-        planes = {"attention_mask": 1, "token_type_ids": self._families[1].answer_type, "mm_token_type_ids": 0}
-        for name, value in planes.items():
-            if (plane := inputs.get(name)) is not None:
-                longer[name] = torch.cat([plane, plane.new_full(answer.ids.shape, value)], dim=1)
+        longer = with_answer(self._families[1], inputs, answer.ids)
         with attach(self.small, _Best(self.method.consistency_keep, tuple(scores)), positions="original"):
             logits = self.small(**longer, use_cache=False, logits_to_keep=t + 1).logits[:, -t - 1 : -1]
         logs = logits.float().log_softmax(dim=-1).gather(2, answer.ids[..., None])[..., 0]
@@ -371,8 +367,9 @@ class _Best(Reducer):
         parts: list[SpanSelection] = []
         for sample in dict.fromkeys(span.sample for span in tokens.spans):
             own = [i for i, span in enumerate(tokens.spans) if span.sample == sample]
-            scores = torch.cat([self.scores[i] for i in own])
-            kept = top(scores[None], share_of(self.keep, len(scores)))[0].sort().values
+            scores = torch.cat([_without_separators(self.scores[i], tokens.spans[i]) for i in own])
+            count = sum(len(crop) for i in own for crop in tokens.spans[i].crops)
+            kept = top(scores[None], share_of(self.keep, count))[0]
             start = 0
             for i in own:
                 span = tokens.spans[i]
@@ -380,3 +377,7 @@ class _Best(Reducer):
                 parts.append(SpanSelection(len(span), inside, sample=sample, kind=span.kind))
                 start += len(span)
         return Selection(tuple(parts))
+
+
+def _without_separators(scores: Tensor, span: Span) -> Tensor:
+    return scores.index_fill(0, span.separators().to(scores.device), -torch.inf)

@@ -175,7 +175,7 @@ class VisualExit(ExitReducer):
         return super().boundaries(depth)[: 1 if self.rule == "fixed" else None]
 
     def leaves(self, tokens: LayerTokens) -> Sequence[bool]:
-        if self.rule == "fixed":
+        if self.threshold is None:
             return (True,) * len(tokens.text)
         found = []
         for i, text in enumerate(tokens.text):
