@@ -187,7 +187,7 @@ def fit(
         for layer in gates.layers:
             index = (examples.layers == layer).nonzero().flatten()
             index = index[torch.randperm(len(index), generator=generator)]
-            own += [(layer, part) for part in index.split(batch) if len(part)]
+            own += [(layer, part) for part in torch.split(index, batch) if len(part)]
         steps += [own[i] for i in torch.randperm(len(own), generator=generator)]
     optimizer = torch.optim.AdamW(gates.parameters(), lr=learning_rate, weight_decay=0.0)
     rising = max(math.ceil(warmup * len(steps)), 1)

@@ -196,7 +196,7 @@ class Guided:
         ]
         confidences = answer.geometric(torch.cat(found, dim=1))
         per_prompt = dict(zip((p.sample for p in prompts), total.scores(), strict=True))
-        scores = []
+        scores: list[Tensor] = []
         for sample in dict.fromkeys(span.sample for span in spans):
             scores += torch.split(per_prompt[sample], [len(span) for span in spans if span.sample == sample])
         return answer, scores, confidences
