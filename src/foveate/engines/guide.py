@@ -181,7 +181,7 @@ class Guided:
 
     def _small_answer(
         self, inputs: dict[str, Any], spans: Sequence[Span], options: dict[str, Any]
-    ) -> tuple[_Answer, list[Tensor], list[float]]:
+    ) -> tuple[Answer, list[Tensor], list[float]]:
         """Let the small model answer; returns also a score ``[n]`` per span, and confidences."""
         ids = inputs["input_ids"]
         prompts = given(spans, inputs.get("attention_mask"), ids.shape[1], ids.device)
@@ -190,7 +190,7 @@ class Guided:
         total = AttentionSum(prompts, inputs.get("attention_mask"), ids, stops, self.method)
         with total.watching(self.small):
             out = self.small.generate(**inputs, **{**options, **greedy})
-        answer = _Answer.of(out.sequences[:, ids.shape[1] :], stops)
+        answer = Answer.of(out.sequences[:, ids.shape[1] :], stops)
         found = [
             step.float().log_softmax(dim=-1).gather(1, answer.ids[:, t, None]) for t, step in enumerate(out.logits)
         ]
@@ -201,7 +201,7 @@ class Guided:
             scores += torch.split(per_prompt[sample], [len(span) for span in spans if span.sample == sample])
         return answer, scores, confidences
 
-    def _consistencies(self, inputs: dict[str, Any], answer: _Answer, scores: list[Tensor]) -> list[Any]:
+    def _consistencies(self, inputs: dict[str, Any], answer: Answer, scores: list[Tensor]) -> list[Any]:
         """Return how sure the small model is of its answer when it sees the best few visual tokens alone."""
         t = answer.ids.shape[1]
         longer = with_answer(self._families[1], inputs, answer.ids)
@@ -229,7 +229,7 @@ class Guided:
 
 
 @dataclass(frozen=True, eq=False)
-class _Answer:
+class Answer:
     """Answers ``[B, T]``, of which the first `lengths` tokens say something, and the first `given` were generated."""
 
     ids: Tensor
@@ -237,7 +237,7 @@ class _Answer:
     given: list[int]
 
     @classmethod
-    def of(cls, ids: Tensor, stops: Tensor) -> _Answer:
+    def of(cls, ids: Tensor, stops: Tensor) -> Answer:
         ended = torch.isin(ids, stops)
         lengths = (ended.cumsum(dim=1) == 0).sum(dim=1).tolist()
         return cls(ids, lengths, [min(n + 1, ids.shape[1]) for n in lengths])
@@ -278,13 +278,13 @@ class AttentionSum:
 
     def __init__(self, prompts: Sequence[Given], mask: Tensor | None, ids: Tensor, stops: Tensor, method: SGL):
         self.prompts, self.method, self.stops = prompts, method, stops
-        batch, self._width = ids.shape
+        batch, width = ids.shape
         sizes = [len(p.columns) for p in prompts]
         self._columns = torch.zeros(batch, max(sizes, default=0), dtype=torch.long, device=ids.device)
         rows = [torch.empty(0, dtype=torch.long)] * batch
         for p, n in zip(prompts, sizes, strict=True):
             self._columns[p.sample, :n] = p.columns
-            content = torch.ones(self._width) if mask is None else mask[p.sample].cpu()
+            content = torch.ones(width) if mask is None else mask[p.sample].cpu()
             text = content.nonzero().flatten()[-max(p.behind, 1) :]
             extra = [p.columns[-1:].cpu()] if method.include_last_visual and p.behind else []
             rows[p.sample] = torch.cat([*extra, text])
@@ -295,7 +295,7 @@ class AttentionSum:
         self._rows = [lengths.to(ids.device), torch.zeros_like(lengths).to(ids.device)]
         self._index, self._weights = self._prompt_rows, counting.to(ids.device).float()
         self._alive = torch.ones(batch, dtype=torch.bool, device=ids.device)
-        self._seen = self._decoding = 0
+        self._seen = self._decoding = self._layers = 0
         self._thread = threading.get_ident()
 
     @contextmanager
@@ -306,7 +306,6 @@ class AttentionSum:
             return
         decoder = model.get_decoder()
         layers = decoder.layers[: decoder.config.num_hidden_layers]
-        self._layers = 0
         hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
         watch = Watch([attention_of(layer) for layer in layers], self._read)
         try:
@@ -325,30 +324,34 @@ class AttentionSum:
         total = parts[0] + parts[1]
         return [total[p.sample, : len(p.columns)] for p in self.prompts]
 
-    def _begin(self, model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Take up a forward pass: first that over the prompt, then one for each token of the answer."""
-        if threading.get_ident() != self._thread:
-            return
-        ids = kwargs["input_ids"]
+    def begin(self, ids: Tensor) -> None:
+        """Take up a pass over ids ``[B, q]``: first that over the prompts, then one for each token of the answers."""
         if self._seen:
             self._decoding = 1
             self._alive = self._alive & ~torch.isin(ids[:, -1], self.stops)
             self._index = torch.zeros(len(ids), 1, dtype=torch.long, device=ids.device)
             self._weights = self._alive[:, None].float()
             self._rows[1] = self._rows[1] + self._alive
-        self._seen += self._width if not self._seen else 1
+        self._seen += ids.shape[1]
 
-    def _read(self, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> None:
-        if threading.get_ident() != self._thread:
-            return
+    def add(self, rows: Rows) -> None:
+        """Add what a layer attends to in this pass."""
         self._layers += 1
-        rows = Rows.of_call(query, key, mask, kwargs)
+        device = rows.key.device
         # A layer with a sliding window holds the last columns alone; what it does not hold gets nothing.
-        columns = self._columns.to(key.device) - (self._seen - key.shape[2])
+        columns = self._columns.to(device) - (self._seen - rows.key.shape[2])
         part = self._parts[self._decoding]
-        for chunk, block in rows.attention(self._index.to(key.device)):
-            counted = (block.sum(dim=1) * self._weights[:, chunk, None].to(key.device)).sum(dim=1)
+        for chunk, block in rows.attention(self._index.to(device)):
+            counted = (block.sum(dim=1) * self._weights[:, chunk, None].to(device)).sum(dim=1)
             part += (counted.gather(1, columns.clamp(min=0)) * (columns >= 0)).to(part.device)
+
+    def _begin(self, _: Any, __: Any, kwargs: Mapping[str, Any]) -> None:
+        if threading.get_ident() == self._thread:
+            self.begin(kwargs["input_ids"])
+
+    def _read(self, _: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Mapping[str, Any]) -> None:
+        if threading.get_ident() == self._thread:
+            self.add(Rows.of_call(query, key, mask, kwargs))
 
 
 @dataclass(frozen=True, eq=False)
