@@ -11,6 +11,7 @@ from foveate import Chain, FoveateError
 from foveate.engines.prompts import prompts_only, with_answer
 from foveate.families import family_of
 from foveate.methods import SGL, VisPruner
+from foveate.selection import SpanSelection
 from tiny import IN_LLM_FAMILIES, TINIES, VISUALS, collate, deep_model, in_depth, model, sample, samples
 
 T = 7
@@ -152,22 +153,21 @@ def test_an_early_exit_skips_the_large_model(exit_at):
 
 def consistency_by_hand(net, inputs, scores, answer, share):
     """Run the plain model with all but the best columns hidden in every layer."""
-    from foveate.selection import SpanSelection
-
     rows = []
-    for own, spans in zip(scores, _by_prompt(net, inputs), strict=True):
-        kept, start, row = own.argsort(descending=True)[: max(int(len(own) * share), 1)].sort().values, 0, []
-        for n in spans:
+    for i, own in enumerate(scores):
+        start, row = 0, []
+        spans = [s for s in family_of(net).spans(net, inputs) if s.sample == i]
+        own = own.clone()
+        for span in spans:  # newline vectors are left out, and do not count
+            own[span.separators() + start] = -1.0
+            start += len(span)
+        kept, start = own.argsort(descending=True)[: max(int((own >= 0).sum() * share), 1)].sort().values, 0
+        for n in map(len, spans):
             row.append(SpanSelection(n, kept[(kept >= start) & (kept < start + n)] - start))
             start += n
         rows.append(row)
     logits = layered_answer(net, inputs, {0: rows}, answer, "original").log_softmax(-1)
     return logits.gather(-1, answer[..., None])[..., 0].sum(1).exp()
-
-
-def _by_prompt(net, inputs):
-    spans = family_of(net).spans(net, inputs)
-    return [[len(s) for s in spans if s.sample == i] for i in range(len(inputs["input_ids"]))]
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl", "internvl"])

@@ -35,13 +35,13 @@ def prompts_only(
         if name not in (*family.inputs, *family.side_inputs):
             out[name] = value[list(rows)] if isinstance(value, Tensor) and len(value) == batch else value
         elif value is not None:
-            kind = family.inputs.get(name) or ("video" if "video" in name else "image")
-            own = [span for span in spans if span.kind == kind]
-            picked = _rows(value, own, inputs.get(f"{kind}_grid_thw"), rows, batch)
-            if picked is None:
+            named = [kind for kind in family.kinds if kind == family.inputs.get(name) or kind in name]
+            found = [_rows(value, spans, inputs, kind, rows, batch) for kind in named or family.kinds]
+            indices = {tuple(index) for index in found if index is not None}
+            if len(indices) != 1:
                 return None
-            if len(picked):
-                out[name] = picked
+            if index := indices.pop():
+                out[name] = value[torch.tensor(index, device=value.device)]
     return out
 
 
@@ -55,25 +55,27 @@ def with_answer(family: Family, inputs: Mapping[str, Any], answer: Tensor) -> di
     return out
 
 
-def _rows(value: Any, spans: Sequence[Span], grids: Tensor | None, rows: Sequence[int], batch: int) -> Any | None:
-    """Return the rows of an input with pixels, or with something about them, that belong to some prompts."""
+def _rows(
+    value: Any, spans: Sequence[Span], inputs: Mapping[str, Any], kind: str, prompts: Sequence[int], batch: int
+) -> list[int] | None:
+    """Return which rows of an input belong to the pictures of some prompts, if it is about pictures of this kind."""
+    own, grids = [span for span in spans if span.kind == kind], inputs.get(f"{kind}_grid_thw")
+    patches = [] if grids is None else grids.prod(dim=1).tolist()
+    one_each = [span.sample for span in own] == list(range(batch))
     if not isinstance(value, Tensor):
         return None
-    patches = None if grids is None else [int(n) for n in grids.prod(dim=1)]
-    one_each = [span.sample for span in spans] == list(range(batch))
-    if len(value) == len(spans) and (one_each or len(value) != batch):
-        sizes = [1] * len(spans)
-    elif patches is not None and len(patches) == len(spans) and len(value) == sum(patches):
+    if len(value) == len(own) and (one_each or len(value) != batch):
+        sizes = [1] * len(own)
+    elif len(patches) == len(own) and len(value) == sum(patches):
         sizes = patches
-    elif len(value) == sum(len(span.crops) for span in spans) and len(value) != batch:
-        sizes = [len(span.crops) for span in spans]
+    elif len(value) == sum(len(span.crops) for span in own) and len(value) != batch:
+        sizes = [len(span.crops) for span in own]
     else:
         return None
     ends = list(accumulate(sizes))
-    index = [
+    return [
         i
-        for span, size, end in zip(spans, sizes, ends, strict=True)
-        if span.sample in rows
+        for span, size, end in zip(own, sizes, ends, strict=True)
+        if span.sample in prompts
         for i in range(end - size, end)
     ]
-    return value[torch.tensor(index, dtype=torch.long, device=value.device)]
