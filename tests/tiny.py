@@ -134,7 +134,7 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("visual_exit", {}),
     ("visual_exit", {"keep": 0.25, "rule": "mass", "threshold": 0.9}),
     ("visual_exit", {"keep": 0.25, "rule": "converged", "threshold": 0.5}),
-    ("dyvte", {"gates": gates_file()}),
+    ("dyvte", {"gates": gates_file(), "bias": -0.3}),
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
 

@@ -205,7 +205,7 @@ class Guided:
         """Return how sure the small model is of its answer when it sees the best few visual tokens alone."""
         t = answer.ids.shape[1]
         longer = with_answer(self._families[1], inputs, answer.ids)
-        with attach(self.small, _Best(self.method.consistency_keep, tuple(scores)), positions="original"):
+        with attach(self.small, BestScored(self.method.consistency_keep, tuple(scores)), positions="original"):
             logits = self.small(**longer, use_cache=False, logits_to_keep=t + 1).logits[:, -t - 1 : -1]
         logs = logits.float().log_softmax(dim=-1).gather(2, answer.ids[..., None])[..., 0]
         return answer.geometric(logs) if self.method.geometric else answer.product(logs)
@@ -355,8 +355,16 @@ class AttentionSum:
 
 
 @dataclass(frozen=True, eq=False)
-class _Best(Reducer):
-    """The tokens with the highest scores, before the LLM; of several images all compete."""
+class BestScored(Reducer):
+    """The tokens with the highest scores, before the LLM; of several images all compete.
+
+    Parameters
+    ----------
+    keep
+        Share of the tokens, rounded down to one at least.
+    scores
+        ``[N]`` per span.
+    """
 
     keep: float
     scores: tuple[Tensor, ...] = ()
