@@ -132,10 +132,16 @@ class Guided:
             raise InputError("a guided answer is one per prompt: leave num_return_sequences out")
         if kwargs.get("input_ids") is None:
             raise InputError("a guided model needs input_ids")
-        options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor | list) or k.endswith("token_id")}
-        inputs = {k: v for k, v in kwargs.items() if k not in options}
+        inputs, options = _split(kwargs)
         with self._lock:
             return self._generate(inputs, dict(small_inputs or inputs), options)
+
+    @torch.no_grad()
+    def scores(self, **kwargs: Any) -> list[Tensor]:
+        """Let the small model alone answer prompts, and return what each visual token of each image scores, ``[N]``."""
+        inputs, options = _split(kwargs)
+        with self._lock:
+            return self._small_answer(inputs, self._families[1].spans(self.small, inputs), options)[1]
 
     def _generate(self, inputs: dict[str, Any], small_inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
         spans = self._families[0].spans(self.large, inputs)
@@ -249,6 +255,12 @@ class Answer:
     def geometric(self, logs: Tensor) -> list[float]:
         """Return the geometric mean of the probabilities of each answer's tokens."""
         return [float(row[:n].double().mean().exp()) if n else 0.0 for row, n in zip(logs, self.lengths, strict=True)]
+
+
+def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tell the inputs of a model from the options of ``generate``."""
+    options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor | list) or k.endswith("token_id")}
+    return {k: v for k, v in kwargs.items() if k not in options}, options
 
 
 def _stops(model: Any, options: Mapping[str, Any]) -> Tensor:

@@ -15,21 +15,22 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from foveate.engines.attach import attach
-from foveate.engines.guide import guide
+from foveate.engines.guide import BestScored, guide
 from foveate.engines.prompts import with_answer
 from foveate.families import family_of
 from foveate.gate_training import train_gates
-from foveate.methods import SGL, DyVTE, FastV, VisualExit
+from foveate.methods import SGL, DyVTE, Random, VisPruner, VisualExit
 from foveate.nano import load
-from foveate.nano.evaluate import PROMPT, Tally, difference
+from foveate.nano.evaluate import Tally, difference
 from foveate.nano.questions import QUESTION_KINDS, Question
+from foveate.nano.runner import PROMPT
 from foveate.nano.scenes import Scene, scenes
 from foveate.provenance import versions
 from foveate.reducer import Reducer
 
 EVERY = 3
 """One question of so many of a scene is asked, as all of them together take long."""
-BUDGETS = (64, 32, 16)
+BUDGETS = (32, 8)
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99)
 Answers = Callable[[Scene, dict[str, Any]], list[int]]
 
@@ -94,13 +95,15 @@ def measure(
                 "sgl, nano guides itself": _guided(model, model, SGL(keep=keep, layer=1)),
                 "sgl, nano guides the deeper copy": _guided(deep, model, SGL(keep=keep, layer=2)),
                 "random scores": _random(model, SGL(keep=keep, layer=1)),
-                "fastv": _attached(model, FastV(keep=keep, layer=1)),
+                "sgl's scores before the LLM": _before(model, keep),
+                "vispruner before the LLM": _attached(model, VisPruner(keep=keep)),
+                "random before the LLM": _attached(model, Random(keep=keep)),
             }.items()
         }
         result["accuracy"] |= {f"{name}, {keep}": tally.share() for name, tally in tallies.items()}
-        result.setdefault("sgl_above", {})[str(keep)] = {
-            other: difference(tallies["sgl, nano guides itself"], tallies[other])
-            for other in ("random scores", "fastv")
+        before = tallies["sgl's scores before the LLM"]
+        result.setdefault("sgl_scores_above", {})[str(keep)] = {
+            other: difference(before, tallies[f"{other} before the LLM"]) for other in ("vispruner", "random")
         }
     say("early exit")
     result["early_exit"] = _early_exit(model, processor, tested)
@@ -141,6 +144,17 @@ def _attached(model: Any, method: Reducer) -> Answers:
     def answer(scene: Scene, inputs: dict[str, Any]) -> list[int]:
         with attach(model, method, positions="original"):
             return _words(model.generate(**inputs, max_new_tokens=2))
+
+    return answer
+
+
+def _before(model: Any, keep: int) -> Answers:
+    """Let the scores choose what enters the LLM, which tells how good they are: nano looks at images in layer 0."""
+    guided = guide(model, model, SGL(layer=1))
+
+    def answer(scene: Scene, inputs: dict[str, Any]) -> list[int]:
+        scores = guided.scores(**inputs, max_new_tokens=2)
+        return _attached(model, BestScored(keep / len(scores[0]), tuple(scores)))(scene, inputs)
 
     return answer
 
