@@ -7,8 +7,9 @@ import torch
 from layer_cases import layer_tokens
 
 from foveate import FoveateError
+from foveate.engines.attention_sum import AttentionSum
 from foveate.engines.given import Given
-from foveate.engines.guide import Answer, AttentionSum, Outcome
+from foveate.engines.guide import Answer, Outcome
 from foveate.errors import BudgetError
 from foveate.in_llm import Prior, schedule
 from foveate.methods import SGL
