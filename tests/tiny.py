@@ -13,6 +13,7 @@ from torch import Tensor
 from foveate.codebook import Codebook, projector_hash
 from foveate.encoder import EncoderReducer, Inside
 from foveate.families import family_of
+from foveate.gates import Gates
 from foveate.probes import ClsToken, Embeddings, Features, Keys, LayerProbe, Members, Query
 from foveate.reducer import Reducer, get_method
 from foveate.tokens import Crop, Span, VisualTokens
@@ -119,6 +120,13 @@ def deep_model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.
     return TINIES[family].deep_model(attention, dtype)
 
 
+def gates_file() -> str:
+    """Write random gates for LLMs as wide as those of the tiny models."""
+    path = f"{_files.name}/gates.safetensors"
+    Gates(range(4), 32, 16).initialise(6).save(path)
+    return path
+
+
 IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"keep": 9, "layer": 1}),
     ("fastv", {"keep": 0.3, "layer": 2, "query": "text"}),
@@ -136,6 +144,10 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("todre_exit", {"tau": 0.86}),
     ("vflowopt_llm", {"keep": 0.4}),
     ("vflowopt_llm", {"keep": 0.6, "t": 1.2, "layers": (2,)}),
+    ("visual_exit", {}),
+    ("visual_exit", {"keep": 0.25, "rule": "mass", "threshold": 0.9}),
+    ("visual_exit", {"keep": 0.25, "rule": "converged", "threshold": 0.5}),
+    ("dyvte", {"gates": gates_file(), "bias": -0.3}),
 ]
 """Methods that act inside the LLM, with parameters for one of four layers."""
 

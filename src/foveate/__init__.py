@@ -2,9 +2,11 @@
 
 from foveate.budget import Budget
 from foveate.engines.attach import attach
+from foveate.engines.guide import guide
 from foveate.engines.hf import reduce
 from foveate.errors import FoveateError
 from foveate.families import list_families
+from foveate.gate_training import train_gates
 from foveate.methods import VisPruner
 from foveate.reducer import Chain, Reducer, list_methods, load_reducer, register
 from foveate.selection import Selection
@@ -21,9 +23,11 @@ __all__ = [
     "VisPruner",
     "VisualTokens",
     "attach",
+    "guide",
     "list_families",
     "list_methods",
     "load_reducer",
     "reduce",
     "register",
+    "train_gates",
 ]

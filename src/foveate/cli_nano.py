@@ -112,6 +112,33 @@ def compare(
 
 @nano_app.command()
 @guarded
+def inside(
+    images: Images = 200,
+    seed: Seed = 0,
+    training_images: Annotated[int, typer.Option(min=1, help="Scenes on which gates are trained.")] = 200,
+    out: Result = None,
+    as_json: Json = False,
+) -> None:
+    """Score nano guiding itself and a deeper copy (SGL), and gates trained for it (DyVTE) beside exits by rule."""
+    from foveate.nano.inside import measure
+
+    with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status:
+        result = measure(images, seed, training_images, status.update)
+    if out is not None:
+        write_json(out, result)
+    if as_json:
+        print_json(result)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("condition", "accuracy in %", "layers' share of the tokens"):
+        table.add_column(column)
+    for name, row in {**result["accuracy"], **result["exits"]}.items():
+        table.add_row(name, f"{row['accuracy']:.1f} ± {row['error']:.1f}", str(row.get("mean_share", "")))
+    Console(highlight=False).print(table)
+
+
+@nano_app.command()
+@guarded
 def report(
     result: Annotated[Path, typer.Argument(help="What `compare --out` wrote.")],
     page: Annotated[Path, typer.Argument(help="Markdown page that has the table's two marker lines.")],

@@ -1,10 +1,13 @@
-"""Geometry that the grid baselines share: dividing a grid of tokens into cells."""
+"""Geometry of token grids: dividing them into cells, and moving scores from one to another."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 from foveate.budget import Keep, resolve
 from foveate.errors import InputError
@@ -83,3 +86,25 @@ def crop_budgets(span: Span, keep: Keep, method: str) -> Sequence[tuple[Crop, tu
             )
         result.append((crop, crop.grid, count))
     return result
+
+
+def resampled(scores: Tensor, span: Span, other: Span) -> Tensor:
+    """Move scores ``[N]`` of a span's tokens to those of another span that shows the same, crop by crop, bilinearly.
+
+    Tokens of the other span in no crop get zero.
+
+    Raises
+    ------
+    InputError
+        If the grid of a crop is not known.
+    """
+    if (span.grid, len(span)) == (other.grid, len(other)):
+        return scores
+    out = scores.new_zeros(len(other))
+    for crop, target in zip(span.crops, other.crops, strict=True):
+        if crop.grid is None or target.grid is None:
+            raise InputError("scores can only be moved between token grids, and that of an image is not known")
+        plane = scores[crop.index.to(scores.device)].reshape(1, 1, *crop.grid)
+        moved = torch.nn.functional.interpolate(plane, size=target.grid, mode="bilinear", align_corners=False)
+        out[target.index.to(out.device)] = moved.flatten()
+    return out

@@ -99,6 +99,8 @@ class LayerTokens(VisualTokens):
         Per prompt how many tokens of text follow the last image.
     text
         Per prompt the hidden states ``[M, D]`` of the text behind the last image, at the boundary.
+    text_before
+        The same where they go into the layer in front of the boundary.
     frequencies
         ``[d / 2]``: angular frequencies of the rotary embedding in front of the boundary; empty if there is none.
     """
@@ -113,6 +115,7 @@ class LayerTokens(VisualTokens):
     judging: tuple[Tensor, ...] = ()
     behind: tuple[int, ...] = ()
     text: tuple[Tensor, ...] = ()
+    text_before: tuple[Tensor, ...] = ()
     frequencies: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def per_prompt(self, pick: Callable[[CropBatch, int], Tensor]) -> Selection:

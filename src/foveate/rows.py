@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ class Rows:
     mask: Tensor | None = None
     window: int | None = None
     softcap: float | None = None
+
+    @classmethod
+    def of_call(cls, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> Rows:
+        """Take up what an attention function of `transformers` is called with."""
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = kwargs.get("sliding_window") if mask is None or mask.dim() == 2 else None
+        return cls(query.detach(), key.detach(), scaling, mask, window, kwargs.get("softcap"))
 
     @property
     def width(self) -> int:

@@ -200,7 +200,7 @@ def test_a_prompt_alone_and_in_padded_batches(family, inside, monkeypatch):
             with foveate.attach(net, reducer) as handle, torch.no_grad():
                 single = net(**collate([row])).logits[0]
             assert kept(handle.selections) == kept(selections[i : i + 1])
-            assert alone.cuts.keys() == record.cuts.keys()
+            assert alone.cuts.keys() <= record.cuts.keys()  # once all tokens are gone, nothing is left to choose
             close(together[i, inputs["attention_mask"][i].bool()], single)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -34,8 +35,10 @@ from foveate.engines.in_llm import Layers, refuse
 from foveate.engines.layer_pass import Pass
 from foveate.errors import AttachError, InputError
 from foveate.families import Family, family_of
+from foveate.in_llm import InLlmReducer, Prior
 from foveate.reducer import Positions, Reducer, load_reducer
 from foveate.selection import Selection, SpanSelection
+from foveate.tokens import Span
 
 
 def attach(
@@ -128,6 +131,41 @@ class Handle:
         """Say what the next call gives the LLM, where its inputs are encoded already."""
         self._local.shown = shown
         self._batch = shown.batch
+
+    @contextmanager
+    def scored(self, scores: Sequence[Tensor]) -> Iterator[None]:
+        """Hand scores to a method inside the LLM that ranks tokens by those of somebody else, such as `SGL`.
+
+        Parameters
+        ----------
+        scores
+            Per prompt with images ``[n]``: the score of each of its visual tokens, for calls in the body of the
+            ``with`` statement on this thread.
+        """
+        self._local.scores = list(scores)
+        try:
+            yield
+        finally:
+            self._local.scores = None
+
+    def _scores(self, spans: Sequence[Span], kept: Selection | None = None) -> dict[InLlmReducer, list[Tensor]]:
+        """Return the scores that `scored` was given, per span those of the tokens that are left."""
+        scores = getattr(self._local, "scores", None)
+        readers = [r for r in self.settings.inside if Prior() in r.llm_probes() and not r.needs]
+        if scores is None or not readers:
+            return {}
+        rows: dict[int, list[int]] = {}
+        for span in spans:
+            rows.setdefault(span.sample, []).append(len(span))
+        if [len(x) for x in scores] != [sum(lengths) for lengths in rows.values()]:
+            raise InputError(
+                f"scores for {[len(x) for x in scores]} visual tokens, but the prompts with images have "
+                f"{[sum(lengths) for lengths in rows.values()]}: pass one score per visual token"
+            )
+        parts = [part.float() for x, lengths in zip(scores, rows.values(), strict=True) for part in x.split(lengths)]
+        if kept is not None:
+            parts = [c.anchors(part) for part, c in zip(parts, kept, strict=True)]
+        return dict.fromkeys(readers, parts)
 
     def detach(self) -> None:
         """Restore the model exactly. Detaching twice does no harm."""
@@ -266,6 +304,7 @@ class Handle:
         """Let the methods before the LLM act, and note for those inside it what is left."""
         out = reduce_with(self._model, self._family, inputs, settings)
         if self._layers is not None and out.compaction is not None:
+            out.priors = {**out.priors, **self._scores(out.spans, out.selection)}
             self._local.shown = shown_to_llm(inputs, out)
         elif self._layers is not None:
             self._show(inputs, 0)  # the methods before the LLM keep everything
@@ -283,7 +322,8 @@ class Handle:
         ids = ids if only_new else ids[:, filled:]
         spans = self._family.spans(self._model, {**inputs, "input_ids": ids})
         self._remember(None, ids)
-        self._local.shown = Shown(given(spans, mask, ids.shape[1], ids.device), *ids.shape)
+        prompts = given(spans, mask, ids.shape[1], ids.device, priors=self._scores(spans))
+        self._local.shown = Shown(prompts, *ids.shape)
 
     def _unreduced(self, inputs: Mapping[str, Any], filled: int) -> Compaction:
         """Describe a cache that holds whole prompts, of which the handle knows nothing else."""

@@ -147,7 +147,7 @@ def given(
         where = torch.cat([spans[i].columns.to(device).index_select(0, kept[i].to(device)) for i in own])
         behind = int(spans[own[-1]].columns[-1]) + 1
         behind = width - behind if content is None else int(content[sample, behind:].sum())
-        scores = {reducer: torch.cat([values[i] for i in own]) for reducer, values in (priors or {}).items()}
+        scores = {reducer: torch.cat([values[i] for i in own]).to(device) for reducer, values in (priors or {}).items()}
         where = where if places is None else places[sample].index_select(0, where)
         rows.append(Given(sample, tuple(spans[i] for i in own), tuple(kept[i] for i in own), where, behind, scores))
     return rows

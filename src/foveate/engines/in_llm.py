@@ -43,7 +43,7 @@ class Layers:
     def __init__(self, model: Any, family: Family, reducers: Sequence[InLlmReducer], positions: Positions):
         self.model, self.family, self.reducers, self.positions = model, family, tuple(reducers), positions
         self.decoder: Any = model.get_decoder()
-        _check(self.decoder, positions)
+        check_decoder(self.decoder, positions)
         layers: Sequence[nn.Module] = self.decoder.layers[: self.decoder.config.num_hidden_layers]
         self.depth = len(layers)
         self.boundaries = self._boundaries()
@@ -152,16 +152,14 @@ class Layers:
         run = self._running()
         if run is None or not run.prompts:
             return
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window = kwargs.get("sliding_window") if mask is None or mask.dim() == 2 else None
-        rows = Rows(query.detach(), key.detach(), scaling, mask, window, kwargs.get("softcap"))
+        rows = Rows.of_call(query, key, mask, kwargs)
         if run.peeking:
             raise Seen(rows)
         run.sight.executed(self._numbers[module], rows)
 
 
-def _check(decoder: Any, positions: Positions) -> None:
+def check_decoder(decoder: Any, positions: Positions) -> None:
+    """Raise `UnsupportedModelError` unless all layers of an LLM attend, and tokens can be numbered as is wanted."""
     kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
     if strange := kinds - {"full_attention", "sliding_attention"}:
         raise UnsupportedModelError(

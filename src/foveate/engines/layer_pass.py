@@ -285,6 +285,8 @@ class Pass:
         tokens = self.sight.tokens(number, hidden, look)
         with torch.no_grad():
             chosen = self.engine.boundaries[number].select(tokens)
+        if all(c.is_identity for c in chosen):
+            return hidden
         before = self.left
         if any(c.merge is not None for c in chosen):
             hidden = hidden.clone()

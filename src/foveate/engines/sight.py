@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from foveate.errors import InputError
 from foveate.families.base import attention_of
 from foveate.in_llm import InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, Prior
 from foveate.probes import LlmProbe
@@ -37,6 +38,7 @@ class Sight:
         self.run = run
         self.planes: dict[LlmProbe, list[Tensor]] = {}
         self._judges: dict[InLlmReducer, list[Tensor]] = {}
+        self._before: tuple[Tensor, ...] = ()
 
     def start(self, hidden: Tensor) -> None:
         """Take in what the LLM is given ``[B, q, D]``."""
@@ -51,6 +53,9 @@ class Sight:
     def entering(self, layer: int, hidden: Tensor) -> None:
         """Take in the hidden states ``[B, R, D]`` that go into a layer."""
         self._states(layer, LayerStates("input"), hidden)
+        reducer = self.run.acting(layer + 1)
+        if reducer is not None and reducer.reads_text:
+            self._before = self._text_states(hidden.detach())
 
     def inside(self, layer: int, hidden: Tensor) -> None:
         """Take in the hidden states ``[B, R, D]`` that go into a layer's feed-forward network."""
@@ -86,6 +91,11 @@ class Sight:
                 keys = ahead.key[:, :, -hidden.shape[1] :].float().mean(dim=1)
                 planes[probe] = self._of_visual(keys)
             elif isinstance(probe, Prior):
+                if any(reducer not in p.priors for p in run.prompts):
+                    raise InputError(
+                        f"{reducer.name} ranks tokens by scores from elsewhere: use foveate.guide(large, small, ...), "
+                        "or run the model inside `with handle.scored(scores):`"
+                    )
                 planes[probe] = [
                     p.priors[reducer].index_select(0, origin)
                     for p, origin in zip(run.prompts, run.origins(), strict=True)
@@ -116,7 +126,8 @@ class Sight:
             rows=tuple(run.places(p.sample, x) for p, x in zip(run.prompts, rows, strict=True)),
             judging=tuple(self._judges.get(reducer, ())),
             behind=tuple(p.behind for p in run.prompts),
-            text=tuple(hidden[p.sample, x] for p, x in zip(run.prompts, rows, strict=True) if reducer.reads_text),
+            text=self._text_states(hidden) if reducer.reads_text else (),
+            text_before=self._before if reducer.reads_text else (),
             frequencies=_frequencies(run.engine.decoder, boundary - 1).to(hidden.device),
         )
 
@@ -125,6 +136,11 @@ class Sight:
 
     def _text(self) -> list[Tensor]:
         return self._rows("text")
+
+    def _text_states(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return the states of the text behind the last image of each prompt, which may be none."""
+        pairs = zip(self.run.prompts, self._text(), strict=True)
+        return tuple(hidden[p.sample, rows[len(rows) - p.behind :]] for p, rows in pairs)
 
     def _rows(self, kind: str) -> list[Tensor]:
         """Return the rows of a kind of each prompt, as places among the R tokens that are left."""

@@ -52,6 +52,9 @@ class Family(ABC):
     reduces_inside: ClassVar[bool] = False
     """Whether methods can act inside the vision encoder, see `encode_inside`."""
 
+    answer_type: ClassVar[int] = 0
+    """What the ``token_type_ids`` of an answer's tokens are, where the model has these."""
+
     recurrent: ClassVar[bool] = False
     """Whether some layers of the LLM are convolutions or recurrent ones."""
 

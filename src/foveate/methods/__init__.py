@@ -6,6 +6,7 @@ from foveate.methods.codebook import CodebookPruner
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
 from foveate.methods.downsample import Downsample
+from foveate.methods.dyvte import DyVTE, VisualExit
 from foveate.methods.evs import EVS
 from foveate.methods.fastervlm import FasterVLM
 from foveate.methods.fastv import FastV
@@ -22,6 +23,7 @@ from foveate.methods.prunesid import PruneSID
 from foveate.methods.pyramiddrop import PyramidDrop
 from foveate.methods.random import Random
 from foveate.methods.scope import SCOPE
+from foveate.methods.sgl import SGL
 from foveate.methods.sparsevlm import SparseVLM, SparseVLMPlus
 from foveate.methods.text_interaction import TextInteraction, TextInteractionImage, TextInteractionLLM
 from foveate.methods.todre import ToDRE, ToDREAll, ToDREExit
@@ -42,6 +44,7 @@ __all__ = [
     "FSR",
     "MMR",
     "SCOPE",
+    "SGL",
     "TOPS",
     "VTCCLS",
     "AgilePruner",
@@ -49,6 +52,7 @@ __all__ = [
     "CodebookPruner",
     "DivPrune",
     "Downsample",
+    "DyVTE",
     "FastV",
     "FasterVLM",
     "FlowCut",
@@ -81,4 +85,5 @@ __all__ = [
     "VisionDropAll",
     "VisionDropLlm",
     "VisionZip",
+    "VisualExit",
 ]
