@@ -41,10 +41,10 @@ def selection(
 ) -> None:
     """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
     from foveate.bench import selection as bench
-    from foveate.reducer import list_methods, load_reducer, parameters_without_default
+    from foveate.reducer import get_method, list_methods, load_reducer, parameters_without_default
 
     lacking = {name: more for name in list_methods() if (more := parameters_without_default(name))}
-    every = [name for name in list_methods() if name not in lacking]
+    every = [name for name in list_methods() if name not in lacking and get_method(name).stage != "in_llm"]
     names = dict.fromkeys([bench.REFERENCE, *(methods or every)])
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status:
         reducers = [load_reducer(name, keep=keep) for name in names]
