@@ -38,7 +38,8 @@ class AgilePruner(Reducer):
 
     Notes
     -----
-    Finding the singular values waits for the device: `torch.linalg.svdvals` reports back whether it converged.
+    The singular values take ``O(N C min(N, C))`` and most of the time. Finding them waits for the device, as
+    `torch.linalg.svdvals` reports back whether it converged.
 
     Deviations from the paper: its code is not released. The rule follows the description of the repository; the values
     of `limit` and `typical`, constants of a model there, are UNVERIFIED choices: measure before you trust them.

@@ -35,6 +35,8 @@ class FSR(Reducer):
 
     Notes
     -----
+    Cosines of all pairs of embeddings are computed once, ``O(N^2 D)``, and take most of the time.
+
     Deviations from the paper: its code is not released, and its description was read in part. The share of 0.9, that
     the focus ends at T, and the count and the weights of the refinement are UNVERIFIED. So is the relevance, which the
     paper takes from CLIP's text tower, absent from the checkpoint of a VLM: here it is the mean cosine between a

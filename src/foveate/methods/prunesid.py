@@ -32,7 +32,8 @@ class PruneSID(Reducer):
 
     Notes
     -----
-    Finding the components waits for the device: `torch.linalg.eigh` reports back whether it converged. Components of
+    The decomposition in float64 takes ``O(N^3)`` and most of the time. It waits for the device, as `torch.linalg.eigh`
+    reports back whether it converged. Components of
     equal variance, as in a picture of very few distinct tokens, are only defined up to a rotation.
 
     Deviations from the paper: components come from an exact decomposition in float64, where the official code draws a
