@@ -155,6 +155,7 @@ STAGED: list[tuple[str, dict[str, Any]]] = [
     ("visiondrop_all", {"keep": 0.4}),
     ("todre_all", {"keep": 0.4, "tau": 0.6}),
     ("vflowopt_all", {"keep": 0.4, "t": 1.2, "a": 2.5}),
+    ("text_interaction", {"keep": 0.4, "layer": 1}),
 ]
 """Methods with stages before and inside the LLM, with parameters for one of four layers."""
 
