@@ -656,3 +656,18 @@ def test_an_engine_of_vllm_is_refused_with_the_alternative():
         foveate.attach(engine, FastV(keep=9))
     with pytest.raises(FoveateError, match="models of transformers"):
         foveate.attach(engine, VisPruner(keep=9))
+
+
+@methods
+def test_what_each_layer_received(inside):
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    with foveate.attach(net, make(inside)) as handle, torch.no_grad():
+        net(**inputs)
+        for i, row in enumerate(handle.received):
+            assert row[0] == 64 * len(handle.selections[i])
+            for boundary, rows in handle.layers.items():
+                assert row[boundary] == sum(map(len, rows[i]))
+            assert row[-1] == sum(map(len, handle.selections[i]))
+    with foveate.attach(net, Chain(VisPruner(keep=20), FastV(keep=7, layer=2))) as handle, torch.no_grad():
+        net(**inputs)
+    assert handle.received == [[20, 20, 7, 7], [40, 40, 14, 14], [20, 20, 7, 7]]

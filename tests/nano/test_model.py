@@ -123,7 +123,7 @@ def test_attached_methods_answer_whole_prompts_alike(loaded: tuple[Any, Any]) ->
         with torch.inference_mode():
             inputs, tokens = runner.look(shown.image, [VisPruner(keep=32)])
             shared, _ = runner.ask(inputs, tokens, condition, shown.questions)
-            assert runner.ask_attached(runner.prompts(inputs, shown.questions), condition) == shared
+            assert runner.ask_attached(runner.prompts(inputs, shown.questions), condition)[0] == shared
 
 
 def test_sample_is_answered_whole_and_pruned(loaded: tuple[Any, Any]) -> None:

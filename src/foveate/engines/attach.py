@@ -127,6 +127,22 @@ class Handle:
         rows = {boundary: self._pass.selections(left) for boundary, left in self._pass.cuts}
         return {boundary: each[:: len(each) // max(self._batch, 1)] for boundary, each in rows.items()}
 
+    @property
+    def received(self) -> list[list[int]]:
+        """The visual tokens that each layer of the LLM received of each prompt of the last call."""
+        chosen, cuts = self.selections, self.layers
+        depth = self._model.config.get_text_config().num_hidden_layers
+        if self.selection is None:
+            left = [sum(span.length for span in row) for row in chosen]
+        else:
+            left = [sum(map(len, row)) for row in self.selection.by_prompt(self._batch)]
+        rows: list[list[int]] = [[] for _ in chosen]
+        for layer in range(depth):
+            left = [sum(map(len, row)) for row in cuts[layer]] if layer in cuts else left
+            for row, count in zip(rows, left, strict=True):
+                row.append(count)
+        return rows
+
     def expect(self, shown: Shown) -> None:
         """Say what the next call gives the LLM, where its inputs are encoded already."""
         self._local.shown = shown

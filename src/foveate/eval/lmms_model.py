@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -246,24 +247,12 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
             else:
                 chosen = self._handle.selections
                 visual = [sum(span.length for span in spans) for spans in chosen]
-                kept, mean = _sizes(chosen), self._equivalent(visual)
+                kept, mean = _sizes(chosen), [fmean(layers) for layers in self._handle.received]
         whole = inputs["attention_mask"].sum(dim=1).tolist()
         return [
             Counts(n, length, None, before, after, layers, seconds)
             for n, before, after, layers, length in zip(whole, visual, kept, mean, lengths, strict=True)
         ]
-
-    def _equivalent(self, visual: Sequence[int]) -> list[float]:
-        """Return the mean number of visual tokens over the layers of the LLM, for each prompt of the last batch."""
-        assert self._handle is not None
-        given = self._handle.selection
-        left = list(visual) if given is None else _sizes(given.by_prompt(len(visual)))
-        cuts, depth = self._handle.layers, self._model.config.get_text_config().num_hidden_layers
-        totals = [0] * len(visual)
-        for layer in range(depth):
-            left = _sizes(cuts[layer]) if layer in cuts else left
-            totals = [total + n for total, n in zip(totals, left, strict=True)]
-        return [total / depth for total in totals]
 
     # Requests
 

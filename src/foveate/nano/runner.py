@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import fmean
 from typing import Any, Final, Literal
 
 import torch
@@ -105,9 +106,7 @@ class Runner:
         assert reducer is not None
         batch = self.prompts(inputs, questions)
         if reducer.stage == "in_llm":
-            depth = self.model.config.get_text_config().num_hidden_layers
-            layers = reducer.schedule(depth, sum(map(len, tokens.spans)))  # type: ignore[attr-defined]
-            return self.ask_attached(batch, condition), sum(layers) / depth
+            return self.ask_attached(batch, condition)
         spans, count = self.family.spans(self.model, batch), len(questions)
         shown = replace(
             tokens,
@@ -122,10 +121,14 @@ class Runner:
         reduced = apply(self.model, self.family, batch, spans, selection, embeds, condition.positions)
         return self._last_words(reduced), sum(map(len, selection)) / count
 
-    def ask_attached(self, batch: Mapping[str, Any], condition: Condition) -> list[str]:
-        """Answer a batch of whole prompts, padded on the left, with the condition's method attached to the model."""
-        with attach(self.model, condition.reducer, positions=condition.positions):  # type: ignore[arg-type]
-            return self._last_words(batch)
+    def ask_attached(self, batch: Mapping[str, Any], condition: Condition) -> tuple[list[str], float]:
+        """Answer a batch of whole prompts, padded on the left, with the condition's method attached to the model.
+
+        Returns the answers, and the visual tokens that a layer receives, mean over layers and prompts.
+        """
+        with attach(self.model, condition.reducer, positions=condition.positions) as handle:  # type: ignore[arg-type]
+            words = self._last_words(batch)
+            return words, fmean(map(fmean, handle.received))
 
     def _last_words(self, batch: Mapping[str, Any]) -> list[str]:
         words: Tensor = self.model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1)
