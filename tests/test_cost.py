@@ -341,6 +341,15 @@ def test_stated_numbers_of_visual_tokens() -> None:
         imagine(qwen, (100, 100), 1, 0)
 
 
+@pytest.mark.parametrize("rule", ["fixed", "mass", "converged"])
+def test_exits_by_rule_have_a_cost(rule: str) -> None:
+    config, _ = load_shape("nano")
+    anatomy = anatomy_of(config)
+    arm = figures(anatomy, imagine(anatomy, (1, 1), 1, 0), 12, foveate.load_reducer("visual_exit", rule=rule))
+    assert arm.flops["prefill"] <= figures(anatomy, imagine(anatomy, (1, 1), 1, 0), 12, None).flops["prefill"]
+    assert (arm.flops["selection"] > 0) == (rule == "mass")
+
+
 @pytest.mark.parametrize("method", ["vispruner", "visionzip", "cdpruner", "pool", "downsample", "tome", "prumerge"])
 def test_decisions_on_tokens_that_nobody_has_seen(method: str) -> None:
     config, _ = load_shape("nano")

@@ -14,6 +14,7 @@ from foveate.cost.report import markdown as cost_table
 from foveate.eval import backbone, leaderboard
 from foveate.eval.leaderboard import table_rows
 from foveate.eval.scenes import BLOCK, UNPRUNED, Entry, collect, draws
+from foveate.nano import inside
 from foveate.nano.card import tables
 from foveate.nano.comparison import MARKER, table
 from foveate.reducer import get_method, load_reducer
@@ -121,3 +122,10 @@ def test_the_page_on_tuning_shows_the_results_and_the_defaults():
     tried = page.partition("## What is tried")[2].partition("as far as")[0]
     assert re.findall(r"`(\w+)`", tried) == list(METHODS)
     assert re.findall(r"0\.\d+", tried) == list(BUDGETS)
+
+
+def test_the_page_of_guides_and_exits_shows_the_results():
+    result = json.loads((ROOT / "results/nano-inside.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/guiding.md").read_text(encoding="utf-8")
+    for name, shown in inside.tables(result).items():
+        assert f"<!-- {name} -->\n{shown}\n<!-- /{name} -->" in page

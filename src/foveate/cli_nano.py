@@ -117,13 +117,20 @@ def inside(
     seed: Seed = 0,
     training_images: Annotated[int, typer.Option(min=1, help="Scenes on which gates are trained.")] = 200,
     out: Result = None,
+    page: Annotated[Path | None, typer.Option(help="Markdown page that has the tables' marker lines.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score nano guiding itself and a deeper copy (SGL), and gates trained for it (DyVTE) beside exits by rule."""
-    from foveate.nano.inside import measure
+    from foveate.nano.inside import measure, tables
+    from foveate.pages import fill
+
+    if page is not None and not page.is_file():
+        raise InputError(f"no page at {str(page)!r}: it has the marker lines between which the tables go")
 
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status:
         result = measure(images, seed, training_images, status.update)
+        if page is not None:
+            fill_page(page, lambda: fill(page, tables(result)), "not a result of `foveate nano inside`", False)
     if out is not None:
         write_json(out, result)
     if as_json:

@@ -56,6 +56,8 @@ class Reducer(ABC):
     """Whether `select` needs the rows and columns of tokens."""
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
+    """Whether it ranks tokens by scores of another model, so that `foveate.guide` runs it with two."""
     merges: ClassVar[Merging] = None
     """Whether kept tokens are combinations of several, and of what: features before the projector, or embeddings."""
     paper: ClassVar[str] = ""

@@ -72,3 +72,18 @@ def test_nano_eval(foveate: Any) -> None:
     result = foveate("nano", "eval", "--images", 2, "--processes", 1, "--out", "scores/nano.json", "--json")
     assert result.code in (0, 1)
     assert Path("scores/nano.json").is_file()
+
+
+@needs_weights
+def test_guides_and_exits(foveate: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    names = ("inside-about", "sgl", "early-exit", "exits")
+    page.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
+    options = ("--images", 1, "--training-images", 2, "--out", "inside.json", "--page", page)
+    result = foveate("nano", "inside", *options, "--json").json
+    assert json.loads(Path("inside.json").read_text()) == result
+    shown = page.read_text()
+    assert f"{result['questions']} questions about 1 test scenes" in shown
+    assert "| sgl, nano guides itself |" in shown
+    assert sum(result["exits"]["dyvte"]["layers_with_image"].values()) == result["questions"]
+    assert foveate("nano", "inside", "--page", tmp_path / "none.md").code == 2

@@ -149,3 +149,11 @@ def test_leaderboard(small: None, tmp_path: Path):
     assert (tmp_path / "board.svg").read_text() == picture
     with pytest.raises(InputError, match="cannot write"):
         plot(result, tmp_path / "board.nothing")
+
+
+def test_methods_for_two_models_are_left_out():
+    model, _ = nano.load()
+    _, left_out = scenes.entries(model, (), (128,), 256)
+    reasons = {row["method"]: row["reason"] for row in left_out}
+    assert "foveate.guide" in reasons["sgl"]
+    assert "gates" in reasons["dyvte"]

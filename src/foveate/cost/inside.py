@@ -106,6 +106,7 @@ def _decision(
         judging=(torch.ones(max(text, 1), dtype=torch.bool),),
         behind=(text,),
         text=(random(max(text, 1), width),) if reducer.reads_text else (),
+        text_before=(random(max(text, 1), width),) if reducer.reads_text else (),
         frequencies=torch.ones(size // 2),
     )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

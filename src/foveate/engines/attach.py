@@ -35,7 +35,7 @@ from foveate.engines.in_llm import Layers, refuse
 from foveate.engines.layer_pass import Pass
 from foveate.errors import AttachError, InputError
 from foveate.families import Family, family_of
-from foveate.in_llm import InLlmReducer, Prior
+from foveate.in_llm import InLlmReducer
 from foveate.reducer import Positions, Reducer, load_reducer
 from foveate.selection import Selection, SpanSelection
 from foveate.tokens import Span
@@ -167,7 +167,7 @@ class Handle:
     def _scores(self, spans: Sequence[Span], kept: Selection | None = None) -> dict[InLlmReducer, list[Tensor]]:
         """Return the scores that `scored` was given, per span those of the tokens that are left."""
         scores = getattr(self._local, "scores", None)
-        readers = [r for r in self.settings.inside if Prior() in r.llm_probes() and not r.needs]
+        readers = [r for r in self.settings.inside if r.guided]
         if scores is None or not readers:
             return {}
         rows: dict[int, list[int]] = {}

@@ -132,6 +132,8 @@ def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
     reducer = equal_tokens(name, budget, total, depth)
     if reducer.video_only:
         raise InputError(f"{reducer.name} leaves images alone")
+    if reducer.guided:
+        raise InputError(f"{reducer.name} needs a second model to guide this one, see foveate.guide")
     with attach(model, reducer):
         pass  # raises if the model cannot run the method
     return Entry(name, budget, draws(reducer))

@@ -70,6 +70,7 @@ class SGL(InLlmReducer):
 
     reads = (Prior(),)
     query_aware = True
+    guided = True
     paper = "arXiv:2412.03324"
     complexity = "O(N log N)"
 

@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from foveate.engines.attach import attach
 from foveate.engines.guide import BestScored, guide
 from foveate.engines.prompts import with_answer
+from foveate.errors import InputError
 from foveate.families import family_of
 from foveate.gate_training import train_gates
 from foveate.methods import SGL, DyVTE, Random, VisPruner, VisualExit
@@ -25,6 +26,7 @@ from foveate.nano.evaluate import Tally, difference
 from foveate.nano.questions import QUESTION_KINDS, Question
 from foveate.nano.runner import PROMPT
 from foveate.nano.scenes import Scene, scenes
+from foveate.pages import markdown_table
 from foveate.provenance import versions
 from foveate.reducer import Reducer
 
@@ -32,6 +34,7 @@ EVERY = 3
 """One question of so many of a scene is asked, as all of them together take long."""
 BUDGETS = (32, 8)
 THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.99)
+_EARLY = ("left_early", "right_of_these", "right_of_the_others")
 Answers = Callable[[Scene, dict[str, Any]], list[int]]
 
 
@@ -78,6 +81,8 @@ def measure(
     """
     model, processor = load()
     tested = [scene for scene in scenes(seed, images, "test") if scene.questions[::EVERY]]
+    if not tested:
+        raise InputError(f"the first {images} test scenes of seed {seed} ask nothing: take more")
     say("all tokens")
     whole = _score(processor, tested, lambda scene, inputs: _words(model.generate(**inputs, max_new_tokens=2)))
     result: dict[str, Any] = {
@@ -110,6 +115,33 @@ def measure(
     say("training gates")
     result["exits"] = _exits(model, processor, tested, scenes(seed, training_images, "train"), say)
     return result
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Return what `measure` found as tables in Markdown, by the names of their places in a page."""
+    accuracy, exits, early = result["accuracy"], result["exits"], result["early_exit"]
+    names = list(dict.fromkeys(name.rpartition(", ")[0] for name in accuracy if name.rpartition(", ")[2].isdigit()))
+    rows = [[name, *(_percent(accuracy[f"{name}, {keep}"]) for keep in BUDGETS)] for name in names]
+    whole = [[name, *[_percent(accuracy[name])] * len(BUDGETS)] for name in ("all tokens", "deeper copy, all tokens")]
+    return {
+        "sgl": markdown_table(["", *(f"{keep} of 256 tokens" for keep in BUDGETS)], [*whole, *rows]),
+        "early-exit": markdown_table(
+            ["`exit_at`", "answered by the small model", "right of these", "right of the others"],
+            [[name, *("-" if row[k] is None else f"{row[k]:.1f} %" for k in _EARLY)] for name, row in early.items()],
+        ),
+        "exits": markdown_table(
+            ["tokens leave by", "accuracy", "layers with the image, mean share"],
+            [[name, _percent(row), f"{row['mean_share']:.2f}"] for name, row in exits.items()],
+        ),
+        "inside-about": (
+            f"{result['questions']} questions about {result['images']} test scenes (seed {result['seed']}), gates from "
+            f"{result['training_images']} training scenes; percent, with standard errors clustered by image."
+        ),
+    }  # fmt: skip
+
+
+def _percent(share: dict[str, float]) -> str:
+    return f"{share['accuracy']:.1f} ± {share['error']:.1f}"
 
 
 def _inputs(processor: Any, scene: Scene, questions: Sequence[Question]) -> dict[str, Any]:

@@ -88,5 +88,7 @@ def _add(
         left_out[name] = f"it needs {lacking}, which the family {family.name!r} does not give"
     elif reducer.stage == "projector":
         left_out[name] = "it acts at the stage 'projector', which needs a model of its own"
+    elif reducer.guided:
+        left_out[name] = "it needs a second model to guide this one, see foveate.guide"
     else:
         found[key] = reducer

@@ -138,5 +138,5 @@ def _usable(model: Any) -> list[str]:
     family = family_of(model)
     return [
         method for method in list_methods()
-        if isinstance(by_default(method), Reducer) and family.lacks(by_default(method)) is None
+        if isinstance(made := by_default(method), Reducer) and family.lacks(made) is None and not made.guided
     ]  # fmt: skip
