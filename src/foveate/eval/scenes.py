@@ -161,10 +161,10 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
         method = type(load_reducer(name)) if name.endswith(".json") else get_method(name)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read a method from {name!r}: {error}") from error
-    if "equivalent" not in {field.name for field in fields(method)}:
-        return load_reducer(name, keep=budget)
-    reducer = load_reducer(name, keep=None, equivalent=budget)
-    schedule(reducer, depth, total)  # raises if the budget is out of reach
+    solves = "equivalent" in {field.name for field in fields(method)}
+    reducer = load_reducer(name, keep=None, equivalent=budget) if solves else load_reducer(name, keep=budget)
+    if method.stage == "in_llm":
+        schedule(reducer, depth, total)  # raises if the budget is out of reach
     return reducer
 
 
