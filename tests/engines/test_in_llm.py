@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate import Chain, FoveateError
+from foveate.cost import kv_bytes
 from foveate.in_llm import InLlmReducer
 from foveate.methods import FastV, TopV, VisPruner, topv
 from foveate.reducer import get_method
@@ -671,3 +672,39 @@ def test_what_each_layer_received(inside):
     with foveate.attach(net, Chain(VisPruner(keep=20), FastV(keep=7, layer=2))) as handle, torch.no_grad():
         net(**inputs)
     assert handle.received == [[20, 20, 7, 7], [40, 40, 14, 14], [20, 20, 7, 7]]
+
+
+@every_family_in_depth
+@methods
+def test_a_cache_is_as_large_as_the_costs_say(family, inside):
+    net, inputs = deep_model(family), collate(samples(family)[:1])
+    with foveate.attach(net, make(inside)) as handle, torch.no_grad():
+        cache = net(**inputs, use_cache=True).past_key_values
+        (received,) = handle.received
+    text = inputs["input_ids"].shape[1] - received[0]
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    config = net.config.get_text_config()
+    assert held == kv_bytes(config, [text + n for n in received], 4)
+
+
+@methods
+def test_a_prompt_with_a_single_visual_token(inside):
+    """All but one of the tokens of a picture are dropped before the LLM."""
+    reducer = make(inside)
+    net, inputs = deep_model("llava"), collate([sample(4, "image", 9), sample(2, "image", 5, "image", 3, seed=2)])
+    chain = Chain(VisPruner(keep=1), reducer)
+    with foveate.attach(net, chain) as handle:
+        out = generate(net, inputs, max_new_tokens=4)
+    assert torch.isfinite(torch.stack(out.logits)).all()
+    assert all(row[0] == n for row, n in zip(handle.received, (1, 2), strict=True))
+
+
+@methods
+def test_an_image_that_stands_twice_in_a_prompt(inside):
+    row = sample(3, "image", 4, "image", 5)
+    row["pixel_values"][1] = row["pixel_values"][0]
+    net = deep_model("llava")
+    with foveate.attach(net, make(inside)) as handle, torch.no_grad():
+        logits = net(**collate([row])).logits
+    assert torch.isfinite(logits).all()
+    assert [span.length for span in handle.selections[0]] == [64, 64]

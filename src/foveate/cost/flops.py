@@ -199,7 +199,8 @@ def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int], windo
 def kv_bytes(text_config: Any, tokens: PerLayer, bytes_per_value: int = 2) -> int:
     """Return the size of the KV cache of `tokens` tokens, in bytes.
 
-    Layers with a sliding window hold no more tokens than it has places; convolutions and other recurrent layers none.
+    Layers with a sliding window hold one token less than it has places, the last of which is for the next token;
+    convolutions and other recurrent layers hold none.
 
     Parameters
     ----------
@@ -218,7 +219,7 @@ def kv_bytes(text_config: Any, tokens: PerLayer, bytes_per_value: int = 2) -> in
     held = 0
     for kind, count in zip(kinds, per_layer(tokens, len(kinds)), strict=True):
         if kind == "sliding_attention":
-            held += min(count, window or count)
+            held += min(count, window - 1) if window else count
         elif kind == "full_attention":
             held += count
     return int(2 * held * key_width * bytes_per_value)
