@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import foveate.probes
 import foveate.taps
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import encoder_layers, run_tower
+from foveate.families.tower import encoder_layers, run_tower
 from foveate.probes import Attention, Features, cls_row, received
 from foveate.taps import Taps, layer_outputs, tap
 from tiny_families.base import clip_config, spread

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from foveate.engines.attach import attach
-from foveate.engines.hf import Settings, base_model
+from foveate.engines.hf import base_model
+from foveate.engines.settings import Settings
 from foveate.errors import FoveateError, InputError
 from foveate.families import family_of
 from foveate.methods.vflowopt_stages import VFlowOptAll, cuts

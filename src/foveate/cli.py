@@ -28,7 +28,7 @@ from foveate.errors import FoveateError, InputError
 from foveate.units import show_bytes, show_flops, show_time
 
 if TYPE_CHECKING:
-    from foveate.engines.hf import Separators
+    from foveate.engines.settings import Separators
     from foveate.reducer import Positions
 
 app = typer.Typer(
@@ -81,7 +81,7 @@ def run(
     with contextlib.redirect_stdout(sys.stderr):
         reducer = reducer_from(method, keep, set_ or [])
         from foveate import run as job_module
-        from foveate.engines.hf import Settings
+        from foveate.engines.settings import Settings
         from foveate.loading import open_image, prompt_for
         from foveate.report import report
         from foveate.video import open_video

@@ -124,7 +124,7 @@ def model(
     """Time a model unpruned, with a method, and with as many tokens for free; measure memory; say when it pays."""
     from foveate.bench import model as bench
     from foveate.bench.shapes import SHAPES
-    from foveate.engines.hf import Settings
+    from foveate.engines.settings import Settings
     from foveate.timing import threads as torch_threads
 
     with contextlib.redirect_stdout(sys.stderr), torch_threads(threads or (1 if clock is Clocks.cpu else None)):

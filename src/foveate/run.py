@@ -20,7 +20,8 @@ from foveate.cost.arms import arm_cost
 from foveate.cost.inside import inside_flops
 from foveate.engines.attach import attach
 from foveate.engines.given import Shown, given, priors_of
-from foveate.engines.hf import Reduced, Separators, Settings, apply, base_model, decide, look, select, shown_to_llm
+from foveate.engines.hf import Reduced, apply, base_model, decide, look, select, shown_to_llm
+from foveate.engines.settings import Separators, Settings
 from foveate.errors import UnsupportedModelError
 from foveate.families import FAMILIES, Family, family_of
 from foveate.grids import middle
@@ -193,7 +194,7 @@ def measure(
     Parameters
     ----------
     positions, separators
-        See `foveate.engines.hf.Settings`.
+        See `foveate.engines.settings.Settings`.
     repeats
         Measured runs per arm, of which the median counts.
     say

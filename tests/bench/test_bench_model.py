@@ -14,7 +14,7 @@ from foveate.bench.memory import MemoryMeter
 from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, measure
 from foveate.bench.report import markdown, write_report
 from foveate.engines.attach import attached
-from foveate.engines.hf import Settings
+from foveate.engines.settings import Settings
 from foveate.errors import InputError, UnknownNameError, UnsupportedModelError
 from foveate.methods import VisPruner
 from foveate.timing import STAGES, Clock, FirstToken, summary, threads

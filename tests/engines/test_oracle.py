@@ -20,7 +20,8 @@ from oracle import (
 )
 
 import foveate
-from foveate.engines.hf import Reduced, Settings, decide, look
+from foveate.engines.hf import Reduced, decide, look
+from foveate.engines.settings import Settings
 from foveate.methods import Downsample, FasterVLM, Random, Uniform, VisPruner
 from foveate.reducer import identity
 from tiny import (

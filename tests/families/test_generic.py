@@ -5,7 +5,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import foveate
-from foveate.engines.hf import Settings, reduce_with
+from foveate.engines.hf import reduce_with
+from foveate.engines.settings import Settings
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
 from foveate.families.generic import Generic, missing

@@ -7,7 +7,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from foveate import list_families
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
-from foveate.families.base import crop_rows, joined_outputs, placeholder_columns
+from foveate.families.base import joined_outputs, placeholder_columns
+from foveate.families.tower import crop_rows
 from foveate.methods import VisPruner
 from foveate.tokens import Span
 from tiny import IMAGE, VIDEO, Visual, collate, model, sample, samples

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from foveate.bench.naive import plain_selection
 from foveate.engines.attach import attach
-from foveate.engines.hf import Settings, apply
+from foveate.engines.hf import apply
+from foveate.engines.settings import Settings
 from foveate.errors import UnsupportedModelError
 from foveate.families.llava import feature_layers
 from foveate.in_llm import Images, InLlmReducer, LayerTokens

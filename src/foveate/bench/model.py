@@ -14,7 +14,7 @@ from foveate.bench import arms as ways
 from foveate.bench.arms import Arm
 from foveate.bench.memory import MemoryMeter
 from foveate.cost import prefill_flops
-from foveate.engines.hf import Settings
+from foveate.engines.settings import Settings
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.provenance import machine, versions
 from foveate.run import Job

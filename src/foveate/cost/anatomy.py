@@ -18,12 +18,12 @@ from transformers import AutoModelForImageTextToText
 
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family, family_of
-from foveate.families.base import attention_of, encoder_layers, feature_indices
 from foveate.families.lfm2_vl import Lfm2Vl
 from foveate.families.llava import Llava, feature_layers
 from foveate.families.merged import MergedFamily
 from foveate.families.mrope import MRopeFamily
 from foveate.families.pixtral import Mistral3
+from foveate.families.tower import attention_of, encoder_layers, feature_indices
 from foveate.families.video_llava import VideoLlava
 
 _EMBEDDINGS = ("patch_embed", "embeddings", "patch_conv")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.cost.anatomy import Anatomy
-from foveate.families.base import attention_of, encoder_layers
+from foveate.families.tower import attention_of, encoder_layers
 from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens
 from foveate.probes import LlmProbe, Probe
 from foveate.tokens import Crop, Span

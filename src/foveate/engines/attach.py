@@ -21,8 +21,6 @@ from foveate.engines.compaction import Compaction, check_mask, compact_planes, p
 from foveate.engines.given import Shown, given
 from foveate.engines.hf import (
     Reduced,
-    Separators,
-    Settings,
     base_model,
     pad_id,
     reduce_with,
@@ -33,6 +31,7 @@ from foveate.engines.hf import (
 )
 from foveate.engines.in_llm import Layers, refuse
 from foveate.engines.layer_pass import Pass
+from foveate.engines.settings import Separators, Settings
 from foveate.errors import AttachError, InputError
 from foveate.families import Family, family_of
 from foveate.in_llm import InLlmReducer

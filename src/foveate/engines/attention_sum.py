@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveate.engines.given import Given
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import attention_of
+from foveate.families.tower import attention_of
 from foveate.methods.sgl import SGL
 from foveate.rows import Rows
 from foveate.taps import Watch

@@ -18,11 +18,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from foveate.engines.given import Given, Shown, given, placeholders
-from foveate.engines.layer_pass import STATIC, Held, Pass, embedded
+from foveate.engines.held import Held
+from foveate.engines.layer_pass import STATIC, Pass, embedded
 from foveate.engines.sight import Seen, reads_ahead, reads_executed
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
-from foveate.families.base import attention_of
+from foveate.families.tower import attention_of
 from foveate.in_llm import InLlmReducer, LayerStates
 from foveate.reducer import Positions
 from foveate.rows import Rows

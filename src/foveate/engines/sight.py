@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError
-from foveate.families.base import attention_of
+from foveate.families.tower import attention_of
 from foveate.in_llm import InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, Prior
 from foveate.probes import LlmProbe
 from foveate.rows import Rows

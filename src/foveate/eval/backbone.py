@@ -21,7 +21,7 @@ from foveate.errors import FoveateError, InputError
 from foveate.eval import dinov2
 from foveate.eval.scenes import DRAWS, SPLIT, draws
 from foveate.eval.statistics import holm, sign_flip
-from foveate.families.base import encoder_layers, resized_crops, run_tower, token_planes, with_cls
+from foveate.families.tower import encoder_layers, resized_crops, run_tower, token_planes, with_cls
 from foveate.nano.evaluate import clustered
 from foveate.nano.labels import GRID, KIND, TOKENS, patch_labels
 from foveate.nano.runner import Condition, with_own_seed

@@ -23,7 +23,7 @@ from foveate.provenance import machine, versions
 from foveate.reducer import Reducer, load_reducer
 
 if TYPE_CHECKING:
-    from foveate.engines.hf import Separators
+    from foveate.engines.settings import Separators
     from foveate.reducer import Positions
 
 MODEL_CLASSES = ("foveate.eval.lmms_model.ChatFoveate", "foveate.eval.lmms_model.SimpleFoveate")
@@ -109,7 +109,7 @@ def run(
     dtype, attn, device_map
         See `foveate.loading.load_model`.
     positions, separators
-        See `foveate.engines.hf.Settings`.
+        See `foveate.engines.settings.Settings`.
     frames
         Frames taken from each video.
 

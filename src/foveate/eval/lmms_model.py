@@ -77,7 +77,7 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
     dtype, attn, device_map
         See `foveate.loading.load_model`. Of several processes, each takes a device of its own by default.
     positions, separators
-        See `foveate.engines.hf.Settings`.
+        See `foveate.engines.settings.Settings`.
     frames
         Frames taken from each video.
     """

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.families.base import Grid, joined_outputs, resized
+from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import mean_of_blocks
 from foveate.families.raster import RasterFamily
+from foveate.families.tower import resized
 from foveate.tokens import Span
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from foveate.encoder import EncoderReducer, Inside
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import Grid, attention_of, crop_rows, encoder_layers, feature_indices
+from foveate.families.base import Grid
+from foveate.families.tower import attention_of, crop_rows, encoder_layers, feature_indices
 from foveate.grids import crop_budgets
 from foveate.probes import Members, Probe
 from foveate.taps import layer_input, tap

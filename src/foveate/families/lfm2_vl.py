@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.families.base import Grid, resized
+from foveate.families.base import Grid
 from foveate.families.raster import RasterFamily
+from foveate.families.tower import resized
 
 
 class Lfm2Vl(RasterFamily):

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.base import Grid, crop_rows, placeholder_columns, token_planes, with_cls
+from foveate.families.base import Grid, placeholder_columns
 from foveate.families.llava import Llava, strategy
+from foveate.families.tower import crop_rows, token_planes, with_cls
 from foveate.probes import Probe
 from foveate.tokens import Crop, Span, VisualTokens
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.families.base import Family, Grid, attention_of, encoder_layers, placeholder_columns
+from foveate.families.base import Family, Grid, placeholder_columns
+from foveate.families.tower import attention_of, encoder_layers
 from foveate.probes import Embeddings, Features, LayerProbe, Probe
 from foveate.taps import tap
 from foveate.tokens import Crop, Span, VisualTokens

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.families.base import Grid, resized
+from foveate.families.base import Grid
 from foveate.families.llava import feature_layers, strategy
 from foveate.families.raster import RasterFamily
+from foveate.families.tower import resized
 from foveate.tokens import Span
 
 

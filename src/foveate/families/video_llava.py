@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from foveate.encoder import EncoderReducer
-from foveate.families.base import (
-    Family,
-    Grid,
-    joined_outputs,
-    placeholder_columns,
-    resized_crops,
-    run_tower,
-    token_planes,
-)
+from foveate.families.base import Family, Grid, joined_outputs, placeholder_columns
 from foveate.families.inside import run_tower_inside
 from foveate.families.llava import feature_layers, patch_grid, strategy
+from foveate.families.tower import resized_crops, run_tower, token_planes
 from foveate.probes import ClsToken, Probe
 from foveate.tokens import Crop, Span, VisualTokens
 

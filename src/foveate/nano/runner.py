@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.engines.attach import attach
-from foveate.engines.hf import Settings, apply, decide, look, select
+from foveate.engines.hf import apply, decide, look, select
+from foveate.engines.settings import Settings
 from foveate.families import family_of
 from foveate.nano.questions import Question
 from foveate.reducer import Reducer, identity

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from foveate.engines.hf import Settings
+from foveate.engines.settings import Settings
 from foveate.errors import FoveateError, InputError
 from foveate.loading import open_image
 from foveate.reducer import Reducer
