@@ -1,6 +1,8 @@
 """Attaching, detaching, and what is left behind."""
 
+import copy
 import gc
+import pickle
 import threading
 
 import pytest
@@ -79,6 +81,14 @@ def test_only_one_attachment_at_a_time():
         first.detach()  # no longer its own
         assert "generate" in vars(net)
     assert state(net) == before
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
+def test_an_attached_model_is_not_copied(duplicate):
+    net = model("llava")
+    with foveate.attach(net, Uniform(keep=9)), pytest.raises(AttachError, match="detach it first"):
+        duplicate(net)
+    duplicate(net)
 
 
 class FaultError(RuntimeError):
@@ -195,6 +205,8 @@ def test_reduce_equals_attach(family, entry, positions):
          "hold 256 image placeholder tokens, but the 2 image"),
         (lambda net, x: foveate.reduce(net, x, "random", keep=[9]), BudgetError, "one budget per image"),
         (lambda net, x: foveate.reduce(net, x, "random", keep={"video": 9}), BudgetError, "no budget for 'image'"),
+        (lambda net, x: foveate.reduce(net, foveate.reduce(net, x, "random", keep=9), "uniform", keep=4), InputError,
+         "as one Chain"),
     ],
 )  # fmt: skip
 def test_errors_help_and_leave_no_trace(call, kind, message):

@@ -194,6 +194,10 @@ class Handle:
         if self._before is not None:
             self._model.generate = self._before
 
+    def __getstate__(self) -> Any:
+        """Refuse copies: they would reduce by way of this handle, and of this model."""
+        raise AttachError(f"a model cannot be copied or pickled while {self.reducer!r} is attached: detach it first")
+
     def __enter__(self) -> Handle:
         return self
 

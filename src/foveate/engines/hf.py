@@ -90,7 +90,7 @@ def reduce(
     UnsupportedModelError
         If the model belongs to no supported family.
     InputError
-        If placeholders and images do not match.
+        If placeholders and images do not match, or if the images are encoded or reduced already.
     """
     model = base_model(model)
     refuse_vllm(model, load_reducer(method, **config))
@@ -107,6 +107,11 @@ def reduce(
 def reduce_with(model: Any, family: Family, inputs: Mapping[str, Any], settings: Settings) -> Reduced:
     """Reduce as `reduce` does, with the family and the settings at hand."""
     out = Reduced(inputs)
+    if settings.before is not None and inputs.get("mm_encoder_outputs") is not None:
+        raise InputError(
+            f"the images of these inputs are encoded already, or reduced, and {settings.before.name} acts before that "
+            "is done: pass what the processor returned, and several methods as one Chain"
+        )
     if all(inputs.get(key) is None for key in family.inputs):
         return out
     if inputs.get("input_ids") is None:
