@@ -18,7 +18,7 @@ import torch
 from foveate import budget
 from foveate.budget import Budget, ByKind, Coverage, Keep
 from foveate.coverage import with_coverage
-from foveate.errors import FoveateError, UnknownNameError
+from foveate.errors import BudgetError, FoveateError, UnknownNameError
 from foveate.probes import Probe
 from foveate.selection import Merging, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
@@ -104,6 +104,15 @@ class Reducer(ABC):
 
     def check(self, model: Any, family: Family) -> None:  # noqa: B027
         """Raise `FoveateError` if the method was made for another model. Called often: remember what is costly."""
+
+    def check_images(self, count: int) -> None:
+        """Raise `BudgetError` if a list has more budgets than the only prompt that there is has images and videos."""
+        for stage in self.stages():
+            if isinstance(stage.keep, Sequence) and len(stage.keep) > count:
+                raise BudgetError(
+                    f"keep={list(stage.keep)!r} names {len(stage.keep)} budgets, but the prompt has {count} "
+                    f"{'image' if count == 1 else 'images'}: give one budget per image"
+                )
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         """Return whether the budget covers every token of all spans, so that nothing needs to run."""

@@ -199,7 +199,15 @@ def measure(
         Measured runs per arm, of which the median counts.
     say
         Gets a line about what is going on.
+
+    Raises
+    ------
+    BudgetError
+        If there are budgets for more images than the job has.
     """
+    for reducer in reducers:
+        if reducer is not None:
+            reducer.check_images(len(job.spans))
     settings = [None if r is None else Settings.make(r, positions, separators, {}, job.family) for r in reducers]
     first, times = [], []
     for reducer, setting in zip(reducers, settings, strict=True):

@@ -63,6 +63,7 @@ def test_keeping_all_costs_what_the_stock_model_does(foveate: Any) -> None:
         (("--model", "nano", "--images", "0"), "at least one image"),
         (("--model", "nano", "--images", "3", "--visual-tokens", "256"), "equal parts"),
         (("--model", "nano", "--keep", "coverage:0.9"), "depends on what an image shows"),
+        (("--model", "nano", "--images", "2", "--keep", "9,9,9"), "3 budgets, but the prompt has 2 images"),
         (("--model", "nano", "--method", "nothing"), "no method is called"),
         (("--model", "internvl3-8b", "--method", "tome"), "tome needs"),
     ],

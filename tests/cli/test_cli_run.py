@@ -137,6 +137,7 @@ def test_parameters_files_templates_and_options(foveate: Any, folder: Path, chat
         (["--keep=-3"], "at least 1"),
         (["--keep", "1.5"], "not in (0, 1]"),
         (["--keep", "many"], "a budget is"),
+        (["--keep", "64,16"], "2 budgets, but the prompt has 1 image"),
         (["--keep", "nan"], "not in (0, 1]"),
         (["--method", "nonsense"], "no method is called 'nonsense'"),
         (["--method", "absent.json"], "cannot read the method"),

@@ -84,6 +84,7 @@ def test_view_prints_a_table_and_takes_files_of_methods(
         (("{photo}", "what ?", "--method", "tome", "--method", "tome"), "the method 'tome' is asked for twice"),
         (("{photo}", "what ?", "--method", "nope"), "no method is called 'nope'"),
         (("{photo}", "what ?", "--keep", "0"), "keep at least 1"),
+        (("{photo}", "what ?", "--keep", "16,8"), "2 budgets, but the prompt has 1 image"),
         (("{photo}", " "), "the question is empty"),
         (("--app", "--json"), "leave out --json"),
         (("--app", "--model", "nowhere"), "no model 'nowhere'|pip install"),

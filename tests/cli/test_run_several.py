@@ -47,7 +47,7 @@ def test_each_image_has_its_budget(foveate: Any, folder: Path, photo: Path, seco
     assert [len(kept) for kept in data["kept"]] == [16, 4]
     assert [row["tokens"] for row in data["compare"]] == [128] + [20] * 5
     assert Path(data["overlay"]).parent.name == "photo-vispruner"
-    one = foveate("run", photo, "what is this ?", *args[3:], "--json").json
+    one = foveate("run", photo, "what is this ?", "--model", folder, "--keep", 16, "--json", *FAST).json
     assert Image.open(data["overlay"]).height > 1.5 * Image.open(one["overlay"]).height
     assert one["kept"] == data["kept"][:1]
     text = foveate("run", *args)

@@ -88,6 +88,8 @@ def report(
     ------
     InputError
         If the formula or the dtype is unknown.
+    BudgetError
+        If there are budgets for more images than the prompt has.
     UnsupportedModelError
         If the method does not run on the family.
     """
@@ -96,6 +98,7 @@ def report(
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise InputError(f"dtype is float32, bfloat16, float16 or an 8-bit float, not {dtype!r}")
+    reducer.check_images(len(work.spans))
     if text_tokens < 0:
         raise InputError(f"a prompt cannot have {text_tokens} text tokens")
     if lacking := anatomy.family.lacks(reducer):
