@@ -14,6 +14,7 @@ from foveate.bench import arms as ways
 from foveate.bench.arms import Arm
 from foveate.bench.memory import MemoryMeter
 from foveate.cost import prefill_flops
+from foveate.engines.caches import cache_of
 from foveate.engines.settings import Settings
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.provenance import machine, versions
@@ -75,7 +76,7 @@ def measure(
     for arm in arms:
         say(f"memory: {arm.name}")
         meter, out = arm.run(lambda: MemoryMeter(job.model.device))
-        memory[arm.name], caches[arm.name] = meter.peaks(), cache_bytes(out.past_key_values)
+        memory[arm.name], caches[arm.name] = meter.peaks(), cache_bytes(cache_of(out))
     times: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     for turn in range(repeats):
         say(f"turn {turn + 1} of {repeats}")

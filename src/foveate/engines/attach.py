@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from foveate.engines.caches import cache_of, given_cache
 from foveate.engines.compaction import Compaction, check_mask, compact_planes, position_behind
 from foveate.engines.given import Shown, given
 from foveate.engines.hf import (
@@ -209,7 +210,7 @@ class Handle:
     def _wrapped_generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if self._layers is not None:
             refuse(self._model, kwargs)
         with torch.no_grad():
@@ -224,7 +225,7 @@ class Handle:
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
         whole = torch.cat([prompts, sequences[:, width:]], dim=1)
-        for used in (cache, getattr(out, "past_key_values", None)):
+        for used in (cache, cache_of(out)):
             if used is not None:
                 self._caches[used] = reduced.compaction
         if isinstance(out, Tensor):
@@ -263,7 +264,7 @@ class Handle:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if not inside:
-            reduced = self._reduce_continued(kwargs, kwargs.get("past_key_values"))
+            reduced = self._reduce_continued(kwargs, given_cache(kwargs))
             self._local.pending = reduced.compaction
             kwargs = dict(reduced)
         if self._layers is not None:
@@ -273,7 +274,7 @@ class Handle:
 
     def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         pending = getattr(self._local, "pending", None)
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
             run.finish(cache)
             if run.prompts:

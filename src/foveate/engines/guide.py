@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foveate.engines.attach import attach
 from foveate.engines.attention_sum import AttentionSum
+from foveate.engines.caches import NAMES
 from foveate.engines.given import given
 from foveate.engines.hf import base_model, pad_id
 from foveate.engines.in_llm import check_decoder
@@ -122,7 +123,7 @@ class Guided:
         InputError
             If the two models lay visual tokens out differently, or an option needs what only one model could give.
         """
-        for name in ("past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds", "position_ids"):
+        for name in (*NAMES, "streamer", "return_dict_in_generate", "inputs_embeds", "position_ids"):
             if kwargs.get(name) is not None and kwargs[name] is not False:
                 raise InputError(f"two models share the work of a guided answer: leave {name} out")
         if kwargs.get("num_return_sequences", 1) != 1:

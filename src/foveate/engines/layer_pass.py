@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from foveate.engines.caches import given_cache, without_cache
 from foveate.engines.given import Given, left_of
 from foveate.engines.held import Current, Held
 from foveate.engines.masks import select_mask
@@ -47,7 +48,7 @@ class Pass:
         self.batch, self.width, self.device = int(shown.shape[0]), int(shown.shape[1]), shown.device
         self.cuts: list[tuple[int, Current]] = []
         self.peeking = False
-        self._cache = inputs.get("past_key_values")
+        self._cache = given_cache(inputs)
         self._past = int(self._cache.get_seq_length()) if self._cache is not None else 0
         self._held = engine.held(self._cache, self.batch) if self._past else {}
         self._now: dict[int, Held] = {}
@@ -160,7 +161,7 @@ class Pass:
         """Return the keywords with which a layer runs instead of those given."""
         hidden = kwargs["hidden_states"]
         if number == 0:
-            self._cache = kwargs.get("past_key_values")
+            self._cache = given_cache(kwargs)
             if self.prompts:
                 self.sight.start(hidden)
         if self._current is not None and self._carried is not self._current:
@@ -251,10 +252,9 @@ class Pass:
 
     def _peek(self, number: int, layer: nn.Module, kwargs: dict[str, Any], rows: Tensor | None) -> Rows:
         """Return what a layer would attend with if nothing were dropped in front of it."""
-        arranged = self._arranged(number, kwargs)
-        cache, arranged["past_key_values"] = arranged.get("past_key_values"), None
+        arranged = without_cache(self._arranged(number, kwargs))
+        cache = given_cache(kwargs)
         mask, arranged["attention_mask"] = arranged["attention_mask"], None
-        arranged["use_cache"] = False
         self.peeking = True
         try:
             with torch.no_grad():

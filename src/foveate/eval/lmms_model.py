@@ -23,6 +23,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from foveate.engines.attach import attach
+from foveate.engines.caches import NAME as CACHE
+from foveate.engines.caches import cache_of
 from foveate.errors import FoveateError, InputError
 from foveate.eval.conversations import Conversation, batch_inputs, conversation, pad_on_the_left
 from foveate.eval.lmms import make_reducer, provenance
@@ -220,7 +222,7 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
         logits = prompt.logits[:, -1:]
         if longest > 1:
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(padded)], dim=1)
-            more = self._model(input_ids=padded, attention_mask=mask, past_key_values=prompt.past_key_values)
+            more = self._model(input_ids=padded, attention_mask=mask, **{CACHE: cache_of(prompt)})
             logits = torch.cat([logits, more.logits[:, :-1]], dim=1)
         losses = -logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
         right = logits.argmax(-1) == padded

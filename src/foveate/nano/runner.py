@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.engines.attach import attach
+from foveate.engines.caches import NAME as CACHE
+from foveate.engines.caches import cache_of
 from foveate.engines.hf import apply, decide, look, select
 from foveate.engines.settings import Settings
 from foveate.families import family_of
@@ -67,7 +69,7 @@ class Runner:
         """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
         selection, embeds = self._kept(inputs, tokens, condition)
         reduced = apply(self.model, self.family, inputs, tokens.spans, selection, embeds, condition.positions)
-        cache = self.model(**reduced, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(self.model(**reduced, use_cache=True, logits_to_keep=1))
         full = inputs["input_ids"].shape[1]
         return cache, full if condition.positions == "original" else int(reduced["input_ids"].shape[1])
 
@@ -161,7 +163,7 @@ class Runner:
         mask = torch.ones(len(ids), seen + longest, dtype=torch.int64, device=ids.device)
         # Padding is on the right, where a causal model does not look.
         logits = self.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{CACHE: cache}
         ).logits
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
         words: Tensor = logits[torch.arange(len(ids), device=ids.device), ends].argmax(-1)

@@ -1,0 +1,28 @@
+"""KV caches among keywords and in outputs: `transformers` 5.24 renamed ``past_key_values`` to ``cache``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+NAMES: Final = ("cache", "past_key_values")
+NAME: Final = next(name for name in NAMES if name in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)})
+"""What the installed version calls it; the newer ones take the old name too, and warn."""
+
+
+def given_cache(inputs: Mapping[str, Any]) -> Any:
+    """Return the cache among keywords of a model or of a layer, if there is one."""
+    return next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in an output of ``forward`` or ``generate``, if there is one."""
+    return getattr(output, NAME, None)
+
+
+def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a layer so that it fills no cache."""
+    return {**kwargs, **{name: None for name in NAMES if name in kwargs}, "use_cache": False}
