@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engines.compaction import Compaction
+from foveate.engines.compaction import Compaction, check_visible
 from foveate.in_llm import InLlmReducer
 from foveate.selection import Selection, SpanSelection
 from foveate.tokens import Crop, Span, VisualTokens
@@ -132,6 +132,11 @@ def given(
         What a method before the LLM left of the spans, and where it went.
     priors
         Per method and span a score of each token that is left.
+
+    Raises
+    ------
+    InputError
+        If the mask hides some of the tokens.
     """
     kept = [torch.arange(len(span)) for span in spans] if selection is None else [chosen.kept for chosen in selection]
     places = None
@@ -141,6 +146,9 @@ def given(
         places = torch.zeros(len(columns), compaction.length + 1, dtype=torch.long, device=device)
         places = places.scatter(1, index, torch.arange(columns.shape[1], device=device).expand_as(columns))
     content = None if mask is None else mask[:, -width:].cpu().bool()
+    if content is not None:
+        for span in spans:
+            check_visible(content, span)
     rows = []
     for sample in dict.fromkeys(span.sample for span in spans):
         own = [i for i, span in enumerate(spans) if span.sample == sample]

@@ -184,10 +184,13 @@ class Pass:
         return carried.spread(output, self.width)
 
     def finish(self, cache: Any) -> None:
-        """Note for later passes what a cache holds after this one."""
+        """Note for later passes what a cache holds after this one, and keep no more than `selections` needs."""
         cache = self._cache if cache is None else cache
         if cache is not None:
             self.engine.remember(cache, {**self._held, **self._now})
+        self._cache, self._held, self._now, self._made = None, {}, {}, {}
+        if self.prompts:
+            del self.sight
 
     def selections(self, left: Current | None = None) -> list[list[SpanSelection]]:
         """Return which tokens of each image are left, by default behind the last boundary, prompt by prompt."""
