@@ -28,7 +28,8 @@ def cost(
     model: Annotated[str, typer.Option(help="A built-in shape such as llava-1.5-7b, a hub id, or a folder.")],
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
-        str | None, typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  [default: 0.25]")
+        str | None,
+        typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  [default: the method's own, or 0.25]"),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")

@@ -366,7 +366,7 @@ def test_budgets_that_have_another_name(foveate: Any) -> None:
     def run(*arguments: object) -> Any:
         return foveate("cost", "--model", "llava-1.5-7b", "--json", *arguments)
 
-    assert run("--method", "fastv", "--set", "equivalent=192").json["method"].startswith("FastV(keep=None")
+    assert run("--method", "fastv", "--set", "equivalent=192").json["method"].startswith("FastV(keep=166, layer=2")
     assert "keep=0.25" in run("--method", "fastv").json["method"]
     ratios = run("--method", "vflowopt_all", "--set", "ratios=[0.5, 0.5, 0.5]").json["method"]
     assert "keep=None, ratios=(0.5, 0.5, 0.5)" in ratios

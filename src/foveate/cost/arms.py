@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from math import isqrt
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +21,7 @@ from foveate.families.base import Grid
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
 from foveate.grids import crop_budgets
+from foveate.in_llm import received
 from foveate.probes import Embeddings
 from foveate.reducer import Chain, Reducer, split
 
@@ -120,22 +119,14 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
         return sum(lengths), flops
     depth = len(anatomy.decoder)
     images = [(span.kind, n) for span, n in zip(work.spans, lengths, strict=True)]
-    received = [min(counts) for counts in zip(*(_schedule(r, depth, images) for r in inside), strict=True)]
-    return received, flops + inside_flops(anatomy, inside, received, text_tokens, images)  # type: ignore[arg-type]
+    layers = received(inside, depth, images)  # type: ignore[arg-type]
+    return layers, flops + inside_flops(anatomy, inside, layers, text_tokens, images)  # type: ignore[arg-type]
 
 
 def _before(reducer: Reducer) -> Reducer | None:
     """Return the part of a method that acts before the LLM."""
     before, _ = split(reducer.stages())
     return (before[0] if len(before) == 1 else Chain(*before)) if before else None
-
-
-def _schedule(reducer: Any, depth: int, images: Sequence[tuple[str, int]]) -> Sequence[int]:
-    total = sum(n for _, n in images)
-    if len(images) == 1 or reducer.adaptive:
-        return reducer.schedule(depth, total)  # type: ignore[no-any-return]
-    behind = dict(zip(reducer.boundaries(depth), reducer.counts(depth, images), strict=True))
-    return list(accumulate((behind.get(layer, total) for layer in range(depth)), min))
 
 
 def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:

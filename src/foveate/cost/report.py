@@ -14,6 +14,7 @@ from foveate.cost.flops import decode_flops, kv_bytes
 from foveate.cost.formulas import FORMULAS, PerLayer, equivalent_tokens, per_layer
 from foveate.cost.work import Work
 from foveate.errors import InputError, UnsupportedModelError
+from foveate.in_llm import solved
 from foveate.reducer import Reducer
 
 FORMULA_NAMES = ("true", *FORMULAS)
@@ -108,7 +109,7 @@ def report(
     before, after = (figures(anatomy, work, text_tokens, method, kind.itemsize) for method in (None, reducer))
     return {
         "family": anatomy.family.name,
-        "method": repr(reducer),
+        "method": repr(solved(reducer, len(anatomy.decoder), [len(span) for span in work.spans])),
         "stage": reducer.stage,
         "complexity": reducer.complexity,
         "text_tokens": text_tokens,

@@ -339,9 +339,11 @@ class Handle:
 
     def _show(self, inputs: Mapping[str, Any], filled: int) -> None:
         """Note the visual tokens that the LLM is to be given, behind so many columns in a cache."""
-        if all(inputs.get(key) is None for key in self._family.inputs):
-            return
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if all(inputs.get(key) is None for key in self._family.inputs):
+            if inputs.get("mm_encoder_outputs") is not None:
+                self._remember(None, ids)
+            return
         if ids is None:
             raise InputError("a method inside the LLM needs input_ids: inputs_embeds do not show where the images are")
         check_mask(mask, ids.shape[1] if mask is None or not isinstance(mask, Tensor) else mask.shape[-1])

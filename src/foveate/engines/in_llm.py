@@ -116,11 +116,12 @@ class Layers:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if shown is not None:
             return shown.in_pass(*embedded(inputs).shape[:2])
-        if ids is None or inputs.get("mm_encoder_outputs") is None:
+        encoded = inputs.get("mm_encoder_outputs")
+        if ids is None or encoded is None:
             return []
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise InputError("a method inside the LLM needs the 2-D attention mask of the processor")
-        return given(placeholders(self.model, ids), mask, ids.shape[1], ids.device)
+        return given(placeholders(self.model, ids, encoded), mask, ids.shape[1], ids.device)
 
     def _running(self) -> Pass | None:
         return getattr(self._local, "run", None)

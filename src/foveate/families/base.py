@@ -57,6 +57,9 @@ class Family(ABC):
     recurrent: ClassVar[bool] = False
     """Whether some layers of the LLM are convolutions or recurrent ones."""
 
+    two_way: ClassVar[bool] = False
+    """Whether the tokens of an image see each other in the LLM in both directions."""
+
     def matches(self, config: Any) -> bool:
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types

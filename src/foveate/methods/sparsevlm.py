@@ -51,6 +51,10 @@ class TextRated(InLlmReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_equivalent(self.name, self.keep, self.equivalent)
+        if self.keep is not None and self.equivalent is not None:
+            raise BudgetError(
+                f"{self.name}: keep and equivalent are both a mean over the layers: leave one of them out"
+            )
 
     def boundaries(self, depth: int) -> Sequence[int]:
         cuts = [round(layer * depth / DEPTH) + 1 for layer in LAYERS]
