@@ -227,6 +227,10 @@ class Family(ABC):
         """Return how many of the first LLM layers the model adds something to the output of, token by token."""
         return 0
 
+    def check_kept(self, model: Any, selection: Selection) -> None:
+        """Raise `InputError` if the installed transformers cannot hand so many tokens of each prompt to the LLM."""
+        return
+
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         """Wrap embeddings per span as the ``mm_encoder_outputs`` of the model."""
