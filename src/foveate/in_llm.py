@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from foveate.budget import Budget, Keep, resolve
+from foveate.budget import Budget, Keep, is_number, resolve
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.probes import LlmProbe, Probe
 from foveate.reducer import Reducer, Stage, split
@@ -428,7 +428,7 @@ def check_equivalent(name: str, keep: Keep | None, equivalent: int | float | Non
         raise FoveateError(f"{name} needs a budget: keep=, or equivalent=, the mean number of tokens over the layers")
     if equivalent is None:
         return
-    if isinstance(equivalent, bool) or not isinstance(equivalent, int | float) or equivalent <= 0:
+    if not is_number(equivalent) or equivalent <= 0:
         raise BudgetError(f"equivalent is a mean number of tokens such as 64 or a share such as 0.25: {equivalent!r}")
     if isinstance(equivalent, float) and equivalent > 1.0:
         raise BudgetError(f"a share of {equivalent} is not in (0, 1]: pass a share such as 0.25, or a whole number")

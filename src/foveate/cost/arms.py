@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from math import isqrt
 
 import torch
@@ -103,7 +104,8 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
     """Find out how many visual tokens a method keeps, and the FLOPs of its decision, without any image.
 
     Methods before the LLM decide once on random tokens of the sizes that the model would give them, and what they
-    multiply is counted: it depends on sizes, not on values, but for methods with data-dependent loops.
+    multiply is counted: it depends on sizes, not on values, but for methods with data-dependent loops. Of adaptive
+    methods it is the most that they may keep.
 
     Returns
     -------
@@ -124,9 +126,20 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
 
 
 def _before(reducer: Reducer) -> Reducer | None:
-    """Return the part of a method that acts before the LLM."""
-    before, _ = split(reducer.stages())
+    """Return the part of a method that acts before the LLM; of adaptive ones, what keeps as much as they may."""
+    before = [_bound(r) for r in split(reducer.stages())[0]]
     return (before[0] if len(before) == 1 else Chain(*before)) if before else None
+
+
+def _bound(stage: Reducer) -> Reducer:
+    if is_adaptive(stage) and any(f.name == "adaptive" for f in fields(stage)):
+        return replace(stage, adaptive=False)  # type: ignore[call-arg]
+    return stage
+
+
+def is_adaptive(stage: Reducer) -> bool:
+    """Return whether a method of a single stage decides how many tokens stay, so that its cost here is a bound."""
+    return bool(getattr(stage, "adaptive", False))
 
 
 def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from foveate.cost.anatomy import Anatomy
-from foveate.cost.arms import arm_cost, decided
+from foveate.cost.arms import arm_cost, decided, is_adaptive
 from foveate.cost.flops import decode_flops, kv_bytes
 from foveate.cost.formulas import FORMULAS, PerLayer, equivalent_tokens, per_layer
 from foveate.cost.work import Work
@@ -115,6 +115,7 @@ def report(
         "text_tokens": text_tokens,
         "dtype": dtype,
         "formula": formula,
+        "upper_bound": bool(deciding(reducer)),
         "before": before.to_dict(),
         "after": after.to_dict(),
         "change": {
@@ -124,6 +125,11 @@ def report(
             "kv_bytes": _change(before.kv_bytes, after.kv_bytes),
         },
     }
+
+
+def deciding(reducer: Reducer) -> list[str]:
+    """Return the names of those stages of a method that decide how many tokens stay, whose costs are upper bounds."""
+    return list(dict.fromkeys(stage.name for stage in reducer.stages() if is_adaptive(stage)))
 
 
 def _counted(arm: Figures, formula: str) -> int:
