@@ -25,6 +25,8 @@ from oracle import visible_columns
 import foveate
 from foveate import Chain
 from foveate.cost import kv_bytes
+from foveate.engines.caches import NAME as CACHE
+from foveate.engines.caches import cache_of
 from foveate.methods import FastV, VisPruner
 from foveate.reducer import get_method
 from foveate.selection import SpanSelection
@@ -142,7 +144,7 @@ def test_layers_hold_what_the_schedule_says(family, inside):
     with foveate.attach(net, reducer) as handle:
         out = generate(net, inputs, max_new_tokens=3)
     schedule = reducer.schedule(DEPTH, visual)
-    sizes = [layer.get_seq_length() for layer in out.past_key_values.layers]
+    sizes = [layer.get_seq_length() for layer in cache_of(out).layers]
     assert sizes == [text + n + 2 for n in schedule]
     assert schedule[-1] < visual
     for boundary, rows in handle.layers.items():
@@ -256,7 +258,7 @@ def test_second_turn_on_the_same_cache(family, inside, new_image, monkeypatch):
     inputs, cache = collate(first), TINIES[family].cache(net)
     positions = positions_of(reducer, family)
     with foveate.attach(net, reducer) as handle:
-        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
         before, shown_before = handle.layers, handle.selections
         rows = []
         for a, answer, b in zip(first, answer_of(one, inputs).tolist(), second, strict=True):
@@ -265,7 +267,7 @@ def test_second_turn_on_the_same_cache(family, inside, new_image, monkeypatch):
         whole = collate(rows)
         turn = {k: x for k, x in collate(second).items() if not k.endswith(("_ids", "attention_mask")) or "pixel" in k}
         turn |= {k: whole[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in whole}
-        two = generate(net, turn, past_key_values=cache)
+        two = generate(net, turn, **{CACHE: cache})
         after, shown_after = (handle.layers, handle.selections) if new_image else ({}, [[] for _ in first])
     if reducer.merges:  # no masks equal it: one pass over all columns, with what the first turn chose
         if not new_image:
@@ -322,7 +324,7 @@ def test_what_each_layer_received(inside):
 def test_a_cache_is_as_large_as_the_costs_say(family, inside):
     net, inputs = deep_model(family), collate(samples(family)[:1])
     with foveate.attach(net, make(inside)) as handle, torch.no_grad():
-        cache = net(**inputs, use_cache=True).past_key_values
+        cache = cache_of(net(**inputs, use_cache=True))
         (received,) = handle.received
     text = inputs["input_ids"].shape[1] - received[0]
     held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))

@@ -18,6 +18,8 @@ from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate import Budget, Chain, FoveateError
+from foveate.engines.caches import NAME as CACHE
+from foveate.engines.caches import cache_of
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.in_llm import received
 from foveate.methods import FastV, PyramidDrop, ToDREExit, TopV, VisPruner
@@ -86,7 +88,7 @@ def test_chain_of_before_and_inside():
     with foveate.attach(net, FastV(keep=0.35, layer=2)):
         two_steps = generate(net, dict(reduced))
     close(torch.stack(out.logits, 1), torch.stack(two_steps.logits, 1))
-    sizes = [layer.get_seq_length() for layer in out.past_key_values.layers]
+    sizes = [layer.get_seq_length() for layer in cache_of(out).layers]
     width = reduced["input_ids"].shape[1]
     assert sizes[:2] == [width + TOKENS - 1] * 2
     assert sizes[2] == sizes[3] < width
@@ -104,11 +106,11 @@ def test_beams_and_a_second_turn_behind_a_chain():
     with foveate.attach(net, chain) as handle:
         beams = generate(net, inputs, num_beams=2, max_new_tokens=4)
         assert len(handle.selections) == 3
-        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
         rows = [{**row, "ids": row["ids"] + answer + [5, 6, 7]}
                 for row, answer in zip(samples("llava"), answer_of(one, inputs).tolist(), strict=True)]  # fmt: skip
         whole = collate(rows)
-        two = generate(net, {k: whole[k] for k in ("input_ids", "attention_mask")}, past_key_values=cache)
+        two = generate(net, {k: whole[k] for k in ("input_ids", "attention_mask")}, **{CACHE: cache})
         # The same without a cache: the chain sees the same images, and FastV another end of the prompt.
     assert beams.sequences.shape == (3, inputs["input_ids"].shape[1] + 4)
     assert torch.equal(two.sequences[:, : whole["input_ids"].shape[1]], whole["input_ids"])
@@ -151,7 +153,7 @@ def test_a_static_cache_is_refused():
     net, inputs = deep_model("llava"), collate(samples("llava"))
     cache = StaticCache(config=net.config.get_text_config(), max_cache_len=200)
     with foveate.attach(net, FastV(keep=9)), pytest.raises(FoveateError, match="DynamicCache"):
-        net(**inputs, past_key_values=cache)
+        net(**inputs, **{CACHE: cache})
 
 
 def test_gradient_checkpointing_is_refused():
