@@ -20,7 +20,7 @@ from foveate.methods import (
     VisionZip,
     VisualExit,
 )
-from foveate.reducer import get_method, identity, reducer_from_dict
+from foveate.reducer import by_default, get_method, identity, reducer_from_dict
 from foveate.selection import Selection
 from tiny import IN_LLM, METHODS, STAGED, VIDEO_METHODS, make, method_id
 
@@ -207,5 +207,41 @@ def test_a_broken_or_clashing_plugin_is_named_and_left_out(registry, monkeypatch
         assert "broken" not in list_methods()
     messages = [str(warning.message) for warning in caught]
     assert any("'broken' of 'no_such_package:Method' is left out" in m for m in messages)
-    assert any("'random' of 'foveate.methods:Pool' is left out" in m and "taken by Random" in m for m in messages)
+    assert any(
+        "'random' of 'foveate.methods:Pool' is left out" in m and "taken by foveate.methods.random.Random" in m
+        for m in messages
+    )
     assert set(list_methods()) == before
+
+
+def test_plugins_that_are_no_methods_are_left_out(registry, monkeypatch):
+    @dataclass(frozen=True)
+    class Random(foveate.Reducer):  # named as a method of ours
+        def select(self, tokens):
+            raise NotImplementedError
+
+    @dataclass(frozen=True)
+    class Unfinished(foveate.Reducer):
+        pass
+
+    @dataclass(frozen=True)
+    class Other:
+        keep: int
+
+    @dataclass(frozen=True)
+    class Picky(Random):
+        def __post_init__(self):
+            if self.keep != 7:
+                raise ValueError("seven")
+
+    class Point:
+        def __init__(self, cls, name):
+            self.name, self.value, self.load = name, f"elsewhere:{cls.__name__}", lambda: cls
+
+    points = [Point(Random, "random"), Point(Unfinished, "unfinished"), Point(Other, "other"), Point(Picky, "picky")]
+    monkeypatch.setattr(foveate.reducer, "entry_points", lambda group: points)
+    before = set(registry)
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        assert set(list_methods()) == {*before, "picky"}
+    assert ["taken by" in str(w.message) or "is no method" in str(w.message) for w in caught] == [True] * 3
+    assert by_default("picky") is Picky

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import inspect
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -168,14 +169,16 @@ def register(name: str) -> Callable[[R], R]:
     Raises
     ------
     FoveateError
-        If the name is not lower case, is taken, or the class is not a frozen dataclass.
+        If the name is not lower case, is taken, or the class is no `Reducer` and frozen dataclass.
     """
 
     def decorate(cls: R) -> R:
         if name != name.lower() or not name.replace("_", "").replace("+", "").isalnum():
             raise FoveateError(f"a method name has lower-case letters, digits and '_': {name!r} does not")
-        if name in _registry and _registry[name].__qualname__ != cls.__qualname__:
-            raise FoveateError(f"the method name {name!r} is taken by {_registry[name].__qualname__}")
+        if not issubclass(cls, Reducer) or inspect.isabstract(cls):
+            raise FoveateError(f"{cls.__qualname__} is no method: derive it from foveate.Reducer and write its select")
+        if name in _registry and _origin(_registry[name]) != _origin(cls):
+            raise FoveateError(f"the method name {name!r} is taken by {'.'.join(_origin(_registry[name]))}")
         if "__dataclass_params__" not in vars(cls) or not vars(cls)["__dataclass_params__"].frozen:
             raise FoveateError(f"put @dataclass(frozen=True) below @register({name!r}): a reducer is its configuration")
         cls.name = name
@@ -183,6 +186,10 @@ def register(name: str) -> Callable[[R], R]:
         return cls
 
     return decorate
+
+
+def _origin(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 def _all() -> dict[str, type[Reducer]]:
@@ -232,11 +239,14 @@ def parameters_without_default(name: str) -> list[str]:
 
 
 def by_default(name: str) -> Reducer | type[Reducer]:
-    """Return a registered method with its defaults at some budget, or its class if it has parameters without any."""
+    """Return a registered method with its defaults at some budget, or its class if it takes more or another budget."""
     method = get_method(name)
     if method is Chain or parameters_without_default(name):
         return method
-    return method(keep=0.5) if method.budgets else method()  # type: ignore[call-arg]
+    try:
+        return method(keep=0.5) if method.budgets else method()  # type: ignore[call-arg]
+    except (FoveateError, ValueError):  # of another package
+        return method
 
 
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:
