@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 import foveate
 from foveate import Chain, FoveateError
 from foveate.engines.prompts import prompts_only, with_answer
+from foveate.errors import InputError
 from foveate.families import family_of
 from foveate.methods import SGL, VisPruner
 from foveate.selection import SpanSelection
@@ -115,6 +116,14 @@ def test_scores_must_be_there_and_fit():
     with foveate.attach(net, SGL(keep=0.3, layer=2)) as handle:
         with pytest.raises(FoveateError, match=r"foveate\.guide"):
             net.generate(**inputs, max_new_tokens=2)
+        for wrong, message in [
+            ([[0.5] * 64] * 3, r"one real tensor \[n\] .* \[0\] is a list"),
+            ([torch.rand(64), 0.5], r"\[1\] is a float"),
+            ([torch.rand(1, 64)] * 3, r"shape \(1, 64\)"),
+            ([torch.rand(64), torch.full((128,), torch.nan)], r"\[1\] .* NaN"),
+        ]:
+            with pytest.raises(InputError, match=message), handle.scored(wrong):
+                pass
         with handle.scored([torch.rand(64)] * 3), pytest.raises(FoveateError, match=r"\[64, 128, 64\]"):
             net.generate(**inputs, max_new_tokens=2)
 

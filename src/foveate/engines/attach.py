@@ -155,8 +155,20 @@ class Handle:
         scores
             Per prompt with images ``[n]``: the score of each of its visual tokens, for calls in the body of the
             ``with`` statement on this thread.
+
+        Raises
+        ------
+        InputError
+            If they are no such tensors, or some score is NaN, which has no rank.
         """
-        self._local.scores = list(scores)
+        rows = list(scores)
+        for i, row in enumerate(rows):
+            if not isinstance(row, Tensor) or row.dim() != 1 or row.is_complex():
+                what = f"a tensor of shape {tuple(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
+                raise InputError(f"scores are one real tensor [n] per prompt with images, but [{i}] is {what}")
+            if row.isnan().any():
+                raise InputError(f"scores [{i}] of a prompt with images have NaN, which has no rank: pass numbers")
+        self._local.scores = rows
         try:
             yield
         finally:
