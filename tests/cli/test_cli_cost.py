@@ -57,6 +57,7 @@ def test_keeping_all_costs_what_the_stock_model_does(foveate: Any) -> None:
     [
         (("--model", "no-such-shape"), "built-in shapes are nano, llava-1.5-7b"),
         (("--model", "nano", "--image-size", "large"), "WIDTHxHEIGHT"),
+        (("--model", "nano", "--visual-tokens", "256", "--image-size", "10x10"), "leave out --image-size"),
         (("--model", "nano", "--formula", "sum"), "true, fastv, pyramiddrop"),
         (("--model", "nano", "--dtype", "int8"), "dtype is float32"),
         (("--model", "nano", "--frames", "4"), "take no videos"),
