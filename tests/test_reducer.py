@@ -7,7 +7,19 @@ import pytest
 import foveate.reducer
 from foveate import Budget, Chain, FoveateError, Reducer, VisPruner, list_methods, load_reducer, register
 from foveate.errors import BudgetError, UnknownNameError
-from foveate.methods import Downsample, Pool, Random, Uniform
+from foveate.methods import (
+    Downsample,
+    DyVTE,
+    Pool,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    ToDREExit,
+    Uniform,
+    VFlowOptLlm,
+    VisionZip,
+    VisualExit,
+)
 from foveate.reducer import get_method, identity, reducer_from_dict
 from foveate.selection import Selection
 from tiny import IN_LLM, METHODS, STAGED, VIDEO_METHODS, make, method_id
@@ -86,6 +98,14 @@ def test_load_by_name_and_with_changes():
         (lambda: load_reducer(Chain(VisPruner(keep=8)), keep=3), FoveateError, "one parameter, its reducers"),
         (lambda: load_reducer("vispruna", keep=8), UnknownNameError, "'vispruna'; there are: .*vispruner"),
         (lambda: load_reducer("uniform", keep=0), BudgetError, "at least 1"),
+        (
+            lambda: load_reducer("vispruner", keep=8, important_ratio="a"),
+            FoveateError,
+            "vispruner cannot use keep=8, important_ratio='a': '<=' not supported",
+        ),
+        (lambda: load_reducer("pyramiddrop", layers=2), FoveateError, "layers of pyramiddrop .* not 2"),
+        (lambda: load_reducer("sparsevlm", keep=8, recycle="a"), FoveateError, "recycle is a share .* not 'a'"),
+        (lambda: load_reducer("todre_exit", tau="x"), FoveateError, "tau is a share .* not 'x'"),
         (lambda: reducer_from_dict({"keep": 8}), FoveateError, '"method"'),
         (lambda: reducer_from_dict([]), FoveateError, '"method"'),
         (lambda: Chain(), FoveateError, "made of reducers"),
@@ -97,6 +117,29 @@ def test_load_by_name_and_with_changes():
 def test_errors_help(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PyramidDrop(layers=2), "layers of pyramiddrop ascend from 1 on, in whole numbers, not 2"),
+        (lambda: PyramidDrop(layers="24"), "layers of pyramiddrop .* not"),
+        (lambda: SparseVLM(keep=8, recycle="a"), "recycle is a share of the dropped tokens from 0 to 1, not 'a'"),
+        (lambda: VisualExit(rule="mass", threshold="x"), "threshold is a number such as 0.1, not 'x'"),
+        (lambda: VisualExit(rule="converged", threshold=float("nan")), "threshold is a number such as 0.99, not nan"),
+        (lambda: VisualExit(rule=["mass"]), "rule is 'fixed', 'mass' or 'converged'"),
+        (lambda: ToDREExit(tau="x"), "tau is a share of attention such as 0.1, not 'x'"),
+        (lambda: DyVTE(gates=3), "gates are a safetensors file, or a folder with some, not 3"),
+        (lambda: DyVTE(gates="gates", bias="a"), "bias is a difference of logits such as 0.5, not 'a'"),
+        (lambda: VisionZip(keep=8, contextual_ratio="a"), "contextual_ratio is a share from 0 to 1, not 'a'"),
+        (lambda: VFlowOptLlm(ratios=2), "ratios of vflowopt_llm are shares .* not 2"),
+        (lambda: Budget(float("nan")), "a budget is a count such as 64 or a ratio such as 0.25, not nan"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(call, message):
+    with pytest.raises(FoveateError, match=message) as caught:
+        call()
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_list_methods_takes_a_pattern():

@@ -297,3 +297,11 @@ def embedded_rows(reduced: Any) -> list[Tensor]:
         flat = pooled.flatten(0, -2) if isinstance(pooled, Tensor) else torch.cat(list(pooled))
         rows[kind] = iter(flat.split([len(span) for span in reduced.selection if span.kind == kind]))
     return [next(rows[span.kind]) for span in reduced.selection]
+
+
+def table_flops(name, counter):
+    """Return what a family spends on resizing its position table by a matrix product: large in tiny models only."""
+    flops = {module: sum(ops.values()) for module, ops in counter.get_flop_counts().items()}
+    embeddings = [module for module in flops if name == "lfm2_vl" and module.endswith("VisionModel.embeddings")]
+    embeddings += [module for module in flops if name == "lfm2_vl" and module.endswith(".vision_tower.embeddings")]
+    return sum(flops[module] - flops.get(f"{module}.patch_embedding", 0) for module in embeddings)

@@ -11,6 +11,11 @@ from foveate.errors import BudgetError
 Scope: TypeAlias = Literal["image", "crop", "joint"]
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is an ``int`` or ``float``; booleans and NaN are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many visual tokens a reducer keeps.
@@ -46,7 +51,7 @@ class Budget:
     per: Scope = "image"
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+        if not is_number(self.value):
             raise BudgetError(f"a budget is a count such as 64 or a ratio such as 0.25, not {self.value!r}")
         if self.per not in ("image", "crop", "joint"):
             raise BudgetError(f"a budget counts per 'image', 'crop' or 'joint', not {self.per!r}")

@@ -58,7 +58,10 @@ def run(
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
         str | None,
-        typer.Option(help="32: tokens. 0.1: share. coverage:0.9: adaptive. 64,16: one per image.  [default: 0.25]"),
+        typer.Option(
+            help="32: tokens. 0.1: share. coverage:0.9: adaptive. 64,16: one per image.  "
+            "[default: the method's own, or 0.25]"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")

@@ -98,7 +98,9 @@ def model(
         str, typer.Option(help="nano, a hub id, a folder, or a shape with random weights: llava-1.5-7b, ...")
     ] = "nano",
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
-    keep: Annotated[str | None, typer.Option(help="Budget, as in `foveate run`.  [default: 0.25]")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Budget, as in `foveate run`.  [default: the method's own, or 0.25]")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value.")
     ] = None,

@@ -29,7 +29,8 @@ def cost(
     model: Annotated[str, typer.Option(help="A built-in shape such as llava-1.5-7b, a hub id, or a folder.")],
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
-        str | None, typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  [default: 0.25]")
+        str | None,
+        typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  [default: the method's own, or 0.25]"),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")
@@ -54,7 +55,7 @@ def cost(
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("counting"):
         from foveate.cost import anatomy_of
         from foveate.cost.imagined import imagine
-        from foveate.cost.report import report
+        from foveate.cost.report import deciding, report
         from foveate.cost.shapes import load_shape
         from foveate.provenance import versions
 
@@ -74,7 +75,7 @@ def cost(
     if as_json:
         print_json(data)
     else:
-        _show(data)
+        _show(data, deciding(reducer))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -84,8 +85,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _show(data: dict[str, Any]) -> None:
-
+def _show(data: dict[str, Any], deciding: list[str]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in ("", "unpruned", data["method"].partition("(")[0], "change"):
         table.add_column(column, justify="left" if not column else "right")
@@ -116,6 +116,9 @@ def _show(data: dict[str, Any]) -> None:
     console.print(f"[bold]{escape(data['model'])}[/bold]  {escape(data['method'])}", soft_wrap=True)
     console.print(f"[dim]{data['text_tokens']} text tokens; selection costs {escape(data['complexity'])}[/dim]\n")
     console.print(table)
+    if data["upper_bound"]:
+        verb = "decides while it runs" if len(deciding) == 1 else "decide while they run"
+        console.print(f"\nat most: {' and '.join(deciding)} {verb}", soft_wrap=True)
 
 
 def _percent(change: float | None) -> str:

@@ -87,7 +87,7 @@ def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
     config: dict[str, Any] = dict(map(_setting, settings))
     if keep is not None:
         config["keep"] = parse_keep(keep)
-    elif not method.endswith(".json") and (budgets := get_method(method).budgets) and not config.keys() & {*budgets}:
+    elif not method.endswith(".json") and not _has_budget(get_method(method), config):
         config["keep"] = 0.25
     try:
         return load_reducer(method, **config)
@@ -97,6 +97,17 @@ def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
         raise InputError(f"cannot read the method from {method!r}: {error.strerror}") from error
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{method!r} does not describe a method: {error}") from error
+
+
+def _has_budget(cls: type[Reducer], config: dict[str, Any]) -> bool:
+    """Return whether a method does without a default of the command line: it takes no budget, or knows its own."""
+    if not cls.budgets or config.keys() & {*cls.budgets}:
+        return True
+    try:
+        cls(**config)
+    except (FoveateError, TypeError):
+        return False
+    return True
 
 
 def _setting(text: str) -> tuple[str, Any]:

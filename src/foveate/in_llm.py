@@ -6,17 +6,21 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from foveate.budget import Budget, Keep, resolve
+from foveate.budget import Budget, Keep, is_number, resolve
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.probes import LlmProbe, Probe
-from foveate.reducer import Reducer, Stage
+from foveate.reducer import Reducer, Stage, split
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups, VisualTokens, merged_selection
+
+if TYPE_CHECKING:
+    from foveate.families import Family
 
 Rows: TypeAlias = Literal["last", "text", "judges", "visual", "all"]
 Images: TypeAlias = Sequence[tuple[str, int]]
@@ -262,19 +266,16 @@ class InLlmReducer(Reducer):
         """Return a score of each token of each crop before the LLM, ``[n]`` each, for the probe `Prior`."""
         raise NotImplementedError
 
+    def solved(self, depth: int, tokens: int) -> InLlmReducer:
+        """Return the same method with the `keep` that `equivalent` comes to for an image of so many tokens, if any."""
+        return self
+
     def schedule(self, depth: int, tokens: int) -> tuple[int, ...]:
         """Return how many visual tokens each layer receives if the LLM is given one image of so many tokens.
 
         Of adaptive methods: at most so many.
         """
-        if self.adaptive:
-            return (tokens,) * depth
-        behind = dict(zip(self.boundaries(depth), self.counts(depth, [("image", tokens)]), strict=True))
-        received, left = [], tokens
-        for layer in range(depth):
-            left = min(left, behind.get(layer, left))
-            received.append(left)
-        return tuple(received)
+        return received([self], depth, [("image", tokens)])
 
     def keeps_all(self, spans: Any) -> bool:
         """Return whether no boundary drops anything; what the method sees depends on the LLM, not on spans alone."""
@@ -294,6 +295,10 @@ class StagedReducer(Reducer):
     def cues(self) -> tuple[Probe, ...]:
         return tuple(dict.fromkeys(probe for part in self.stages() for probe in part.cues()))
 
+    def check(self, model: Any, family: Family) -> None:
+        for part in self.stages():
+            part.check(model, family)
+
     def select(self, tokens: VisualTokens) -> Selection:
         raise FoveateError(f"{self.name} selects stage by stage: use foveate.attach(model, ...)")
 
@@ -311,15 +316,42 @@ def schedule(reducer: Reducer, depth: int, tokens: int) -> tuple[int, ...]:
     BudgetError
         If the budget of a method before the LLM depends on what an image shows.
     """
-    received = (tokens,) * depth
-    for part in reducer.stages():
-        if isinstance(part, InLlmReducer):
-            own = part.schedule(depth, tokens)
-            received = tuple(map(min, received, own))
-        else:
-            tokens = resolve(part.keep, "image", 0).count(tokens)
-            received = (tokens,) * depth
-    return received
+    before, inside = split(reducer.stages())
+    for part in before:
+        tokens = resolve(part.keep, "image", 0).count(tokens)
+    return received(inside, depth, [("image", tokens)])  # type: ignore[arg-type]
+
+
+def solved(reducer: Reducer, depth: int, images: Sequence[int]) -> Reducer:
+    """Return a method as reports name it: with the `keep` that its `equivalent` comes to for the only image."""
+    return reducer.solved(depth, images[0]) if isinstance(reducer, InLlmReducer) and len(images) == 1 else reducer
+
+
+def planned(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> list[dict[int, int]]:
+    """Return for each method how many tokens of a prompt are left behind each of its boundaries.
+
+    Each counts from what the one before it has left of the images, in proportion to their sizes; of adaptive methods,
+    which leave at least what is returned, from all that they may leave.
+    """
+    plans: list[dict[int, int]] = []
+    for reducer in reducers:
+        boundaries, given = reducer.boundaries(depth), tokens_of(images)
+        counts = reducer.counts(depth, images) if given else (0,) * len(boundaries)
+        plans.append(dict(zip(boundaries, counts, strict=True)))
+        if not reducer.adaptive and (left := min((given, *counts))) < given:
+            sizes = Budget(left).split([n for _, n in images]) if left else [0] * len(images)
+            images = [(kind, n) for (kind, _), n in zip(images, sizes, strict=True)]
+    return plans
+
+
+def received(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> tuple[int, ...]:
+    """Return how many visual tokens of a prompt each layer receives; of adaptive methods, at most so many."""
+    behind: dict[int, int] = {}
+    for reducer, plan in zip(reducers, planned(reducers, depth, images), strict=True):
+        if not reducer.adaptive:
+            behind |= plan
+    given = tokens_of(images)
+    return tuple(accumulate((behind.get(layer, given) for layer in range(depth)), min))
 
 
 def boundary_in(depth: int, boundary: int, name: str) -> int:
@@ -339,8 +371,17 @@ def boundary_in(depth: int, boundary: int, name: str) -> int:
 
 
 def budget_of(keep: Keep, images: Images) -> int:
-    """Return how many tokens a budget leaves of the images of a prompt together."""
-    return sum(resolve(keep, kind, i).count(n) for i, (kind, n) in enumerate(images))
+    """Return how many tokens a budget leaves of the images of a prompt together.
+
+    Raises
+    ------
+    BudgetError
+        If the budget counts per crop.
+    """
+    budgets = [resolve(keep, kind, i) for i, (kind, _) in enumerate(images)]
+    if any(budget.per == "crop" for budget in budgets):
+        raise BudgetError("inside the LLM the tokens of all crops compete: give a budget per image, not per crop")
+    return sum(budget.count(n) for budget, (_, n) in zip(budgets, images, strict=True))
 
 
 def tokens_of(images: Images) -> int:
@@ -361,13 +402,18 @@ def one_cut(
     Raises
     ------
     BudgetError
-        If the layers in front of the cut alone exceed the mean that `equivalent` asks for.
+        If the layers in front of the cut alone exceed the mean that `equivalent` asks for, or `keep` says otherwise.
     """
     if equivalent is None:
         assert keep is not None
         return budget_of(keep, images)
     given, wanted = tokens_of(images), wanted_tokens(equivalent, images)
     kept = round((depth * wanted - given * layer) / (depth - layer))
+    if keep is not None and budget_of(keep, images) != min(kept, given):
+        raise BudgetError(
+            f"{name}: keep={keep!r} and equivalent={equivalent:g} contradict each other, as the latter leaves {kept} "
+            f"of {given} tokens: leave one of them out"
+        )
     if kept < 1:
         raise BudgetError(
             f"{name}(layer={layer}) cannot come down to {wanted:g} tokens per layer: the first {layer} of {depth} "
@@ -382,7 +428,7 @@ def check_equivalent(name: str, keep: Keep | None, equivalent: int | float | Non
         raise FoveateError(f"{name} needs a budget: keep=, or equivalent=, the mean number of tokens over the layers")
     if equivalent is None:
         return
-    if isinstance(equivalent, bool) or not isinstance(equivalent, int | float) or equivalent <= 0:
+    if not is_number(equivalent) or equivalent <= 0:
         raise BudgetError(f"equivalent is a mean number of tokens such as 64 or a share such as 0.25: {equivalent!r}")
     if isinstance(equivalent, float) and equivalent > 1.0:
         raise BudgetError(f"a share of {equivalent} is not in (0, 1]: pass a share such as 0.25, or a whole number")

@@ -251,8 +251,10 @@ def reducer_from_dict(data: dict[str, Any]) -> Reducer:
         return Chain(*arguments["reducers"])
     try:
         return cls(**arguments)
+    except FoveateError:  # some of which are TypeErrors
+        raise
     except TypeError as error:
-        raise FoveateError(_signature_help(cls, arguments)) from error
+        raise FoveateError(_signature_help(cls, arguments, error)) from error
 
 
 def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
@@ -270,10 +272,13 @@ def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
     return reducer_from_dict({"method": method, **config})
 
 
-def _signature_help(cls: type[Reducer], given: dict[str, Any]) -> str:
+def _signature_help(cls: type[Reducer], given: dict[str, Any], error: TypeError) -> str:
     known = [f.name for f in dataclasses.fields(cls)]
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     missing, unknown = [n for n in required if n not in given], [n for n in given if n not in known]
+    if not missing and not unknown:
+        values = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return f"{cls.name} cannot use {values or 'its defaults'}: {error}"
     faults = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"does not know {', '.join(unknown)}"] * bool(unknown)
     return f"{cls.name} {' and '.join(faults)}; its parameters are: {', '.join(known)}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from foveate.in_llm import solved
 from foveate.run import Arm, Job
 
 
@@ -14,11 +15,13 @@ def report(job: Job, unpruned: Arm, pruned: Arm, others: Sequence[Arm] = ()) -> 
         {"kind": span.kind, "grid": list(span.grid), "before": len(span), "after": len(chosen)}
         for span, chosen in zip(job.spans, pruned.selection, strict=True)
     ]
+    assert pruned.reducer is not None
+    method = solved(pruned.reducer, len(pruned.layers), [len(span) for span in job.spans])
     data: dict[str, Any] = {
         "answer": pruned.answer,
         "answer_unpruned": unpruned.answer,
         "answer_tokens": {"before": unpruned.answer_tokens, "after": pruned.answer_tokens},
-        "method": repr(pruned.reducer),
+        "method": repr(method),
         "tokens": {"before": unpruned.kept, "after": pruned.kept, "text": job.text_tokens, "spans": spans},
         "layers": {"before": list(unpruned.layers), "after": list(pruned.layers)},
         "equivalent_tokens": {"before": unpruned.equivalent, "after": pruned.equivalent},

@@ -46,9 +46,10 @@ def falling(depth: int, boundaries: Sequence[int], given: int, wanted: float, na
 
 def check_layers(name: str, layers: Sequence[int]) -> tuple[int, ...]:
     """Return layers as a tuple, or raise `FoveateError` unless they ascend from 1 on."""
-    if not layers or any(type(b) is not int or b <= a for a, b in pairwise((0, *layers))):
-        raise FoveateError(f"the layers of {name} ascend from 1 on, not {tuple(layers)!r}")
-    return tuple(layers)
+    given = tuple(layers) if isinstance(layers, Sequence) else ()
+    if not given or any(type(b) is not int or b <= a for a, b in pairwise((0, *given))):
+        raise FoveateError(f"the layers of {name} ascend from 1 on, in whole numbers, not {given or layers!r}")
+    return given
 
 
 def staged_budgets(name: str, keep: Keep, first: Mapping[str, float]) -> tuple[Keep, Keep]:

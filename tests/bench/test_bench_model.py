@@ -14,6 +14,7 @@ from foveate.bench.memory import MemoryMeter
 from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, measure
 from foveate.bench.report import markdown, write_report
 from foveate.engines.attach import attached
+from foveate.engines.caches import cache_of
 from foveate.engines.settings import Settings
 from foveate.errors import InputError, UnknownNameError, UnsupportedModelError
 from foveate.methods import VisPruner
@@ -66,9 +67,9 @@ def test_a_tied_model_is_the_whole_model_with_equal_layers(config):
         c = shallow(**prompt.inputs)
     torch.testing.assert_close(a.logits, b.logits)
     assert not torch.allclose(a.logits, c.logits)
-    assert cache_bytes(a.past_key_values) == cache_bytes(b.past_key_values) == 3 * cache_bytes(c.past_key_values)
+    assert cache_bytes(cache_of(a)) == cache_bytes(cache_of(b)) == 3 * cache_bytes(cache_of(c))
     tokens, width = prompt.inputs["input_ids"].shape[1], 2 * 8
-    assert cache_bytes(a.past_key_values) == 2 * 3 * tokens * width * 4
+    assert cache_bytes(cache_of(a)) == 2 * 3 * tokens * width * 4
 
 
 def test_jobs_hold_the_pictures_that_fill_the_tower():

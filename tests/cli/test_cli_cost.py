@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from foveate import Chain
 from foveate.cost import fastv, kv_bytes, pyramiddrop
+from foveate.methods import PruMerge, ToDREExit
 from foveate.nano import WEIGHTS
 
 
@@ -50,6 +52,39 @@ def test_keeping_all_costs_what_the_stock_model_does(foveate: Any) -> None:
     data = foveate("cost", "--model", "nano", "--keep", "1.0", "--json").json
     assert data["before"] == data["after"]
     assert data["change"]["cost"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "tokens"),
+    [
+        (("todre_exit",), "todre_exit decides while it runs", 256),
+        (("todre_all", "--keep", "64"), "todre_exit decides while it runs", 64),
+        (("visual_exit", "--set", "rule=mass"), "visual_exit decides while it runs", 256),
+        (("text_interaction", "--set", "keep=null", "--set", "most=0.5"), "text_interaction_image decides", 128),
+        (("prumerge", "--keep", "64", "--set", "adaptive=true"), "prumerge decides while it runs", 64),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else None,
+)
+def test_adaptive_methods_cost_at_most_this(foveate: Any, method: tuple[str, ...], names: str, tokens: int) -> None:
+    arguments = ("cost", "--model", "nano", "--method", *method)
+    assert f"at most: {names}" in " ".join(foveate(*arguments).out.split())
+    data = foveate(*arguments, "--json").json
+    assert data["upper_bound"] is True
+    assert data["after"]["visual_tokens"] == tokens
+
+
+def test_a_chain_names_all_methods_that_decide(foveate: Any, tmp_path: Path) -> None:
+    config = tmp_path / "chain.json"
+    Chain(PruMerge(keep=64, adaptive=True), ToDREExit()).save(config)
+    shown = foveate("cost", "--model", "nano", "--method", str(config)).out
+    assert "at most: prumerge and todre_exit decide while they run" in shown
+
+
+@pytest.mark.parametrize("method", [("vispruner",), ("visual_exit",), ("fastv", "--keep", "9")], ids=lambda x: x[0])
+def test_other_methods_cost_exactly_this(foveate: Any, method: tuple[str, ...]) -> None:
+    arguments = ("cost", "--model", "nano", "--method", *method)
+    assert "at most" not in foveate(*arguments).out
+    assert foveate(*arguments, "--json").json["upper_bound"] is False
 
 
 @pytest.mark.parametrize(

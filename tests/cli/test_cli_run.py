@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import foveate as library
 from foveate.budget import parse_keep
 from foveate.cost import kv_bytes
+from foveate.engines.caches import cache_of
 from foveate.loading import encoder_view, load_model, open_image, prompt_for
 from foveate.reducer import load_reducer
 from foveate.run import measure, prepare
@@ -99,7 +100,7 @@ def test_kv_bytes_are_those_of_the_cache(folder: Path, photo: Path) -> None:
     (arm,) = measure(job, [library.VisPruner(keep=16)], repeats=1)
     reduced = library.reduce(model, job.inputs, library.VisPruner(keep=16))
     with torch.no_grad():
-        layers = model(**reduced, use_cache=True).past_key_values.layers
+        layers = cache_of(model(**reduced, use_cache=True)).layers
     assert arm.kv_bytes == sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
     assert arm.kv_bytes == kv_bytes(model.config.text_config, reduced["input_ids"].shape[1], 4)
 
@@ -138,7 +139,7 @@ def test_parameters_files_templates_and_options(foveate: Any, folder: Path, chat
         (["--keep", "1.5"], "not in (0, 1]"),
         (["--keep", "many"], "a budget is"),
         (["--keep", "64,16"], "2 budgets, but the prompt has 1 image"),
-        (["--keep", "nan"], "not in (0, 1]"),
+        (["--keep", "nan"], "a budget is a count"),
         (["--method", "nonsense"], "no method is called 'nonsense'"),
         (["--method", "absent.json"], "cannot read the method"),
         (["--method", "chain"], "a chain has one parameter"),
@@ -366,7 +367,7 @@ def test_budgets_that_have_another_name(foveate: Any) -> None:
     def run(*arguments: object) -> Any:
         return foveate("cost", "--model", "llava-1.5-7b", "--json", *arguments)
 
-    assert run("--method", "fastv", "--set", "equivalent=192").json["method"].startswith("FastV(keep=None")
+    assert run("--method", "fastv", "--set", "equivalent=192").json["method"].startswith("FastV(keep=166, layer=2")
     assert "keep=0.25" in run("--method", "fastv").json["method"]
     ratios = run("--method", "vflowopt_all", "--set", "ratios=[0.5, 0.5, 0.5]").json["method"]
     assert "keep=None, ratios=(0.5, 0.5, 0.5)" in ratios

@@ -16,6 +16,7 @@ from foveate.selection import Selection, SpanSelection
 from tiny import (
     IN_LLM,
     IN_LLM_FAMILIES,
+    TINIES,
     in_depth,
     method_id,
 )
@@ -43,6 +44,18 @@ def generate(net, inputs, **kwargs):
 
 def answer_of(out, inputs):
     return out.sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def answered(family, inputs, answer):
+    """Return the inputs of prompts with their answers ``[B, T]`` behind them."""
+    whole = {k: v for k, v in inputs.items() if not k.endswith("type_ids")}
+    for key in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        if key in inputs:
+            further = answer if key == "input_ids" else torch.full_like(answer, key == "attention_mask")
+            if key == "token_type_ids":
+                further = torch.full_like(answer, TINIES[family].answer_type)
+            whole[key] = torch.cat([inputs[key], further], dim=1)
+    return whole
 
 
 def close(a, b, tolerance=1e-4):

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Chain, FoveateError
+from foveate.engines.caches import NAME as CACHE
 from foveate.errors import AttachError, BudgetError, InputError, UnknownNameError
-from foveate.methods import Random, Uniform, VisPruner
-from tiny import METHODS, TINIES, collate, make, method_id, model, sample, samples
+from foveate.methods import FastV, PyramidDrop, Random, SparseVLM, Uniform, VisPruner
+from tiny import METHODS, TINIES, collate, deep_model, make, method_id, model, sample, samples
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
@@ -136,23 +138,53 @@ def test_an_attached_model_can_be_collected():
     net.generate(**collate(samples("llava")), **GREEDY)
     handle.detach()
     del handle
-    import weakref
-
     gone = weakref.ref(net)
     del net
     gc.collect()
     assert gone() is None
 
 
-def test_caches_are_forgotten_with_their_owner():
-    net, inputs = model("llava"), collate(samples("llava"))
-    with foveate.attach(net, Uniform(keep=9)) as handle:
+@pytest.mark.parametrize("reducer", [Uniform(keep=9), FastV(keep=9, layer=1)], ids=["before", "inside"])
+def test_caches_live_no_longer_than_their_owner(reducer):
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    with foveate.attach(net, reducer) as handle:
         cache = DynamicCache()
-        net.generate(**inputs, **GREEDY, past_key_values=cache)
-        assert len(handle._caches) == 1
+        net.generate(**inputs, **GREEDY, **{CACHE: cache})
+        gone = weakref.ref(cache)
         del cache
         gc.collect()
-        assert len(handle._caches) == 0
+        assert gone() is None
+        assert len(handle.selections) == 3
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(
+    "reducer", [Uniform(keep=9), FastV(keep=9, layer=1), PyramidDrop(keep=0.5), SparseVLM(keep=24)],
+    ids=lambda r: r.name,
+)  # fmt: skip
+def test_a_cache_goes_on_as_a_copy_and_with_another_handle(reducer, positions):
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    rest = torch.arange(15).reshape(3, 5) + 20
+    with foveate.attach(net, reducer, positions=positions):
+        cache = DynamicCache()
+        one = net.generate(**inputs, **GREEDY, **{CACHE: cache})
+        later = copy.deepcopy(cache)
+        again = copy.deepcopy(cache)
+        turn = {"input_ids": torch.cat([one, rest], dim=1)}
+        turn["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 9), value=1)
+        expected = net.generate(**turn, **GREEDY, **{CACHE: cache})
+        assert torch.equal(net.generate(**turn, **GREEDY, **{CACHE: again}), expected)
+    with foveate.attach(net, reducer, positions=positions):
+        assert torch.equal(net.generate(**turn, **GREEDY, **{CACHE: later}), expected)
+
+
+def test_a_cache_that_was_cut_inside_the_llm_needs_a_method_inside_it():
+    net, inputs, cache = deep_model("llava"), collate(samples("llava")), DynamicCache()
+    with foveate.attach(net, FastV(keep=9, layer=1)):
+        out = net.generate(**inputs, **GREEDY, **{CACHE: cache})
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    with foveate.attach(net, Uniform(keep=9)), pytest.raises(InputError, match="attach the method inside the LLM"):
+        net.generate(input_ids=out, attention_mask=mask, **GREEDY, **{CACHE: cache})
 
 
 @every_family_in_depth

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layered import layered_answer
+from transformers import GenerationConfig
 
 import foveate
 from foveate import Chain, FoveateError
@@ -226,6 +227,25 @@ def test_a_prompt_without_image_and_one_that_ends_with_it():
     assert torch.equal(out[1], plain[1])
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_batch_of_text_alone_is_for_the_large_model(family):
+    large, small = deep_model(family), deep_model(family)
+    calls, visual = [], dict.fromkeys(family_of(large).inputs)
+    small.register_forward_pre_hook(lambda *_: calls.append(1))
+    inputs = collate([sample(70, seed=1), sample(9, seed=2)])
+    guided = foveate.guide(large, small, SGL(keep=0.25, layer=2), exit_at=0.0)
+    plain = large.generate(**inputs, max_new_tokens=3)
+    for given in (inputs, {**inputs, **visual}):
+        assert torch.equal(guided.generate(**given, max_new_tokens=3), plain)
+        assert [(o.source, o.confidence, o.consistency, len(o.scores)) for o in guided.outcomes] == [
+            ("large", 0.0, None, 0)
+        ] * 2
+    assert not calls
+    assert guided.scores(**inputs, max_new_tokens=2) == []
+    with pytest.raises(FoveateError, match="lay visual tokens out differently"):
+        guided.generate(**inputs, small_inputs=collate(samples(family)[:2]))
+
+
 def test_an_empty_answer_goes_to_the_large_model():
     net, inputs = deep_model("llava"), collate([sample(4, "image", 5)])
     first = int(net.generate(**inputs, max_new_tokens=1)[0, -1])
@@ -270,6 +290,38 @@ def test_options_that_two_models_cannot_share(option):
     net, inputs = deep_model("llava"), collate(samples("llava"))
     with pytest.raises(FoveateError, match="guided"):
         foveate.guide(net, net, SGL(layer=2)).generate(**{**inputs, **option})
+
+
+@pytest.mark.parametrize(
+    "option", [{"return_dict_in_generate": True}, {"num_return_sequences": 2, "do_sample": True}], ids=str
+)
+@pytest.mark.parametrize("default", [False, True], ids=["given", "of the model"])
+def test_such_options_in_a_configuration(option, default, monkeypatch):
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    guided, config = foveate.guide(net, net, SGL(layer=2)), GenerationConfig(max_new_tokens=2, **option)
+    monkeypatch.setattr(net, "generation_config", config if default else net.generation_config)
+    with pytest.raises(FoveateError, match=f"guided answer.* leave {next(iter(option))} out"):
+        guided.generate(**inputs, **({} if default else {"generation_config": config}))
+
+
+def test_options_in_a_configuration_serve_as_keywords():
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    guided = foveate.guide(net, net, SGL(keep=0.25, layer=2))
+    out = guided.generate(**inputs, max_new_tokens=2)
+    config = GenerationConfig(max_new_tokens=2, return_dict_in_generate=True)
+    assert torch.equal(guided.generate(**inputs, generation_config=config, return_dict_in_generate=False), out)
+
+
+def test_a_configuration_without_an_end_takes_that_of_the_model(monkeypatch):
+    net, inputs = deep_model("llava"), collate(samples("llava")[:1])
+    config = GenerationConfig(max_new_tokens=T)
+    monkeypatch.setattr(net, "generation_config", GenerationConfig(pad_token_id=0))
+    stop = int(net.generate(**inputs, max_new_tokens=T)[0, -T + 2])
+    monkeypatch.setattr(net.generation_config, "eos_token_id", stop)
+    guided = foveate.guide(net, net, SGL(layer=2), exit_at=0.0)
+    given = [{"max_new_tokens": T}, {"generation_config": config}]
+    confidences = [[guided.generate(**inputs, **g), guided.outcomes[0].confidence][1] for g in given]
+    assert confidences[0] == confidences[1]
 
 
 def test_bad_thresholds():

@@ -17,11 +17,16 @@ from layered import layered_answer
 from transformers import DynamicCache, StaticCache
 
 import foveate
-from foveate import Chain, FoveateError
-from foveate.methods import FastV, VisPruner
+from foveate import Budget, Chain, FoveateError
+from foveate.engines.caches import NAME as CACHE
+from foveate.engines.caches import cache_of
+from foveate.errors import BudgetError, UnsupportedModelError
+from foveate.in_llm import received
+from foveate.methods import FastV, PyramidDrop, ToDREExit, TopV, VisPruner
 from foveate.reducer import get_method
 from tiny import (
     STAGED,
+    VISUALS,
     collate,
     deep_model,
     method_id,
@@ -83,7 +88,7 @@ def test_chain_of_before_and_inside():
     with foveate.attach(net, FastV(keep=0.35, layer=2)):
         two_steps = generate(net, dict(reduced))
     close(torch.stack(out.logits, 1), torch.stack(two_steps.logits, 1))
-    sizes = [layer.get_seq_length() for layer in out.past_key_values.layers]
+    sizes = [layer.get_seq_length() for layer in cache_of(out).layers]
     width = reduced["input_ids"].shape[1]
     assert sizes[:2] == [width + TOKENS - 1] * 2
     assert sizes[2] == sizes[3] < width
@@ -101,11 +106,11 @@ def test_beams_and_a_second_turn_behind_a_chain():
     with foveate.attach(net, chain) as handle:
         beams = generate(net, inputs, num_beams=2, max_new_tokens=4)
         assert len(handle.selections) == 3
-        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
         rows = [{**row, "ids": row["ids"] + answer + [5, 6, 7]}
                 for row, answer in zip(samples("llava"), answer_of(one, inputs).tolist(), strict=True)]  # fmt: skip
         whole = collate(rows)
-        two = generate(net, {k: whole[k] for k in ("input_ids", "attention_mask")}, past_key_values=cache)
+        two = generate(net, {k: whole[k] for k in ("input_ids", "attention_mask")}, **{CACHE: cache})
         # The same without a cache: the chain sees the same images, and FastV another end of the prompt.
     assert beams.sequences.shape == (3, inputs["input_ids"].shape[1] + 4)
     assert torch.equal(two.sequences[:, : whole["input_ids"].shape[1]], whole["input_ids"])
@@ -148,7 +153,7 @@ def test_a_static_cache_is_refused():
     net, inputs = deep_model("llava"), collate(samples("llava"))
     cache = StaticCache(config=net.config.get_text_config(), max_cache_len=200)
     with foveate.attach(net, FastV(keep=9)), pytest.raises(FoveateError, match="DynamicCache"):
-        net(**inputs, past_key_values=cache)
+        net(**inputs, **{CACHE: cache})
 
 
 def test_gradient_checkpointing_is_refused():
@@ -197,3 +202,57 @@ def test_an_engine_of_vllm_is_refused_with_the_alternative():
         foveate.attach(engine, FastV(keep=9))
     with pytest.raises(FoveateError, match="models of transformers"):
         foveate.attach(engine, VisPruner(keep=9))
+
+
+def test_each_method_of_a_chain_counts_from_what_the_one_before_it_left():
+    net, inputs = deep_model("llava"), collate([sample(4, "image", 5)])
+    halves = Chain(FastV(keep=0.5, layer=1), FastV(keep=0.5, layer=2), PyramidDrop(keep=0.5, layers=(3,)))
+    with foveate.attach(net, halves, positions="original") as handle:
+        generate(net, inputs)
+        assert handle.received == [[64, 32, 16, 8]]
+        assert received(halves.stages(), 4, [("image", 64)]) == (64, 32, 16, 8)
+    assert received((FastV(keep=0.5, layer=1), FastV(keep=3, layer=2)), 3, [("image", 8), ("video", 4)]) == (12, 6, 5)
+    with foveate.attach(
+        net, Chain(FastV(keep=0.5, layer=1), ToDREExit(tau=0.0, layer=2), FastV(keep=0.25, layer=3))
+    ) as handle:
+        generate(net, inputs)
+        assert handle.received[0][-1] <= 8
+
+
+def test_reduced_inputs_keep_their_images_apart():
+    net, inputs = deep_model("llava"), collate([sample(4, "image", 5, "image", 3), sample(2, "image", 1)])
+    chain = Chain(VisPruner(keep=20), FastV(keep=7, layer=2))
+    with foveate.attach(net, chain) as handle:
+        net(**inputs)
+        expected, counts = kept(handle.selections), handle.received
+    reduced = foveate.reduce(net, inputs, chain.reducers[0])
+    with foveate.attach(net, chain.reducers[1]) as handle:
+        net(**reduced)
+        assert handle.received == counts == [[40, 40, 14, 14], [20, 20, 7, 7]]
+        inside = kept(handle.selections)
+    first = reduced.selection.by_prompt(2)
+    for row, chosen, whole in zip(first, inside, expected, strict=True):
+        assert [span.kept[torch.tensor(own)].tolist() for span, own in zip(row, chosen, strict=True)] == whole
+
+
+@pytest.mark.parametrize(
+    ("reducer", "message"),
+    [
+        (FastV(keep=Budget(5, per="crop"), layer=1), "not per crop"),
+        (FastV(keep=10, equivalent=32, layer=1), "contradict each other, as the latter leaves 21 of 64"),
+        (PyramidDrop(keep=0.5, equivalent=20, layers=(1, 2, 3)), "contradict each other"),
+        (TopV(keep=5, layer=2, recovery=0), "keeps all 6 separators"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(reducer, message):
+    family = "llava_next" if isinstance(reducer, TopV) else "llava"
+    net, inputs = deep_model(family), collate([sample(4, VISUALS[family][0], 5)])
+    with foveate.attach(net, reducer), pytest.raises(BudgetError, match=message):
+        net(**inputs)
+
+
+def test_rows_that_see_a_token_are_not_told_from_others_where_tokens_see_each_other():
+    with pytest.raises(UnsupportedModelError, match="use rows='all'"):
+        foveate.attach(deep_model("paligemma"), "visiondrop_all", keep=9, rows="visible")
+    with pytest.raises(BudgetError, match="leave one of them out"):
+        get_method("sparsevlm")(keep=9, equivalent=9)

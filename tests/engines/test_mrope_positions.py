@@ -6,6 +6,8 @@ from oracle import answer_logits, hidden, visible_columns
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import foveate
+from foveate.engines.caches import NAME as CACHE
+from foveate.engines.caches import cache_of
 from foveate.errors import InputError
 from foveate.families import family_of
 from foveate.methods import Random, Uniform, VisPruner
@@ -96,7 +98,7 @@ def test_the_models_own_state_stays_its_own(name):
     with foveate.attach(net, Uniform(keep=9)), torch.no_grad():
         out = net.generate(**inputs, **GREEDY)
         step = net(**inputs)
-        net(input_ids=out.sequences[:, -1:], past_key_values=step.past_key_values)
+        net(input_ids=out.sequences[:, -1:], **{CACHE: cache_of(step)})
         foveate.reduce(net, inputs, VisPruner(keep=3))
         assert net.model.rope_deltas is marker
         net.generate(**inputs, **GREEDY)
@@ -123,14 +125,14 @@ def test_first_image_in_the_second_turn(name, only_new, stale):
         net.generate(**collate(samples(name)[:2]), **GREEDY)
     cache = TINIES[name].cache(net)
     with foveate.attach(net, Uniform(keep=5)) as handle:
-        one = net.generate(**collate(first), **GREEDY, past_key_values=cache)
+        one = net.generate(**collate(first), **GREEDY, **{CACHE: cache})
         answers = one.sequences[:, collate(first)["input_ids"].shape[1] :].tolist()
         rows = [
             {**after, "ids": before["ids"] + answer + after["ids"]}
             for before, answer, after in zip(first, answers, second, strict=True)
         ]
         whole, turn = turn_of(name, rows, one.sequences.shape[1], only_new)
-        two = net.generate(**turn, **GREEDY, past_key_values=cache)
+        two = net.generate(**turn, **GREEDY, **{CACHE: cache})
     answer = two.sequences[:, turn["input_ids"].shape[1] :]
     close(torch.stack(two.logits, 1), answer_logits(net, whole, handle.selections, answer, "original"))
 
@@ -144,10 +146,10 @@ def test_a_second_image_behind_one_that_stayed_whole(name, by_hand):
     with foveate.attach(net, Uniform(keep=[11, 5])) as handle, torch.no_grad():
         inputs = collate([first])
         if by_hand:
-            net(**inputs, past_key_values=cache)
+            net(**inputs, **{CACHE: cache})
             answer = []
         else:
-            out = net.generate(**inputs, **GREEDY, past_key_values=cache)
+            out = net.generate(**inputs, **GREEDY, **{CACHE: cache})
             answer = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         (whole_one,) = handle.selections[0]
         assert whole_one.is_identity
@@ -157,10 +159,10 @@ def test_a_second_image_behind_one_that_stayed_whole(name, by_hand):
         new = {k: x for k, x in turn.items() if k != "mm_token_type_ids"}
         if by_hand:
             new["input_ids"] = turn["input_ids"][:, len(first["ids"]) :]
-            logits = net(**new, past_key_values=cache).logits[:, -1:]
+            logits = net(**new, **{CACHE: cache}).logits[:, -1:]
             token = logits[:, -1].argmax(-1, keepdim=True)
         else:
-            two = net.generate(**new, **GREEDY, past_key_values=cache)
+            two = net.generate(**new, **GREEDY, **{CACHE: cache})
             token = two.sequences[:, turn["input_ids"].shape[1] :]
             logits = torch.stack(two.logits, 1)
         both = [[whole_one, *handle.selections[0]]]
@@ -174,7 +176,7 @@ def test_second_turn_of_several_answers(name):
     net, first = model(name), samples(name)
     inputs, cache = collate(first), TINIES[name].cache(net)
     with foveate.attach(net, Uniform(keep=9)) as handle:
-        one = net.generate(**inputs, **{**GREEDY, "do_sample": True}, num_return_sequences=2, past_key_values=cache)
+        one = net.generate(**inputs, **{**GREEDY, "do_sample": True}, num_return_sequences=2, **{CACHE: cache})
         twice = [row for row in first for _ in range(2)]
         answers = one.sequences[:, inputs["input_ids"].shape[1] :].tolist()
         more = [sample(3, seed=20 + i)["ids"] for i in range(6)]
@@ -182,7 +184,7 @@ def test_second_turn_of_several_answers(name):
         selections = [row for row in handle.selections for _ in range(2)]
         whole = collate(rows)
         two = net.generate(
-            input_ids=whole["input_ids"], attention_mask=whole["attention_mask"], **GREEDY, past_key_values=cache
+            input_ids=whole["input_ids"], attention_mask=whole["attention_mask"], **GREEDY, **{CACHE: cache}
         )
     answer = two.sequences[:, whole["input_ids"].shape[1] :]
     close(torch.stack(two.logits, 1), answer_logits(net, whole, selections, answer, "original"))
@@ -198,11 +200,11 @@ def test_conversations_in_turns(name):
         for prompt in prompts:
             out = net(**prompt)
             token = out.logits[:, -1:].argmax(-1)
-            alone.append(net(input_ids=token, past_key_values=out.past_key_values).logits)
+            alone.append(net(input_ids=token, **{CACHE: cache_of(out)}).logits)
         outs = [net(**prompt) for prompt in prompts]
         for out in reversed(outs):
             token = out.logits[:, -1:].argmax(-1)
-            mixed.insert(0, net(input_ids=token, past_key_values=out.past_key_values).logits)
+            mixed.insert(0, net(input_ids=token, **{CACHE: cache_of(out)}).logits)
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 

@@ -16,6 +16,8 @@ from oracle import (
 from transformers import DynamicCache
 
 import foveate
+from foveate.engines.caches import NAME as CACHE
+from foveate.engines.caches import cache_of
 from foveate.methods import Random, Uniform
 from tiny import (
     TINIES,
@@ -45,7 +47,7 @@ def test_second_turn_on_the_same_cache(family, positions, new_image, only_new):
     second = [sample(2, *([VISUALS[family][0]] if new_image else []), 4, seed=20 + i) for i in range(3)]
     inputs, cache = collate(first), TINIES[family].cache(net)
     with foveate.attach(net, Random(keep=9), positions=positions) as handle:
-        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
         before = handle.selections
         whole = collate(joined(first, answer_of(one, inputs), second))
         turn = {k: x for k, x in collate(second).items() if not k.endswith(("_ids", "attention_mask")) or "pixel" in k}
@@ -53,13 +55,13 @@ def test_second_turn_on_the_same_cache(family, positions, new_image, only_new):
         assert torch.equal(whole["input_ids"][:, : one.sequences.shape[1]], one.sequences)
         if only_new:
             turn["input_ids"] = turn["input_ids"][:, one.sequences.shape[1] - 1 :]
-        two = generate(net, turn, past_key_values=cache)
+        two = generate(net, turn, **{CACHE: cache})
         after = handle.selections if new_image else [[] for _ in before]
         # A third turn, of text.
         answer = answer_of(two, turn)
         third = [sample(3, seed=40 + i) for i in range(3)]
         longest = collate(joined(joined(first, answer_of(one, inputs), second), answer, third))
-        three = generate(net, {k: longest[k] for k in ("input_ids", "attention_mask")}, past_key_values=cache)
+        three = generate(net, {k: longest[k] for k in ("input_ids", "attention_mask")}, **{CACHE: cache})
     assert torch.equal(two.sequences[:, : turn["input_ids"].shape[1]], turn["input_ids"])
     selections = [a + b for a, b in zip(before, after, strict=True)]
     close(torch.stack(two.logits, 1), answer_logits(net, whole, selections, answer, positions))
@@ -72,12 +74,12 @@ def test_first_image_in_the_second_turn(positions, only_new):
     net, first, second = model("llava"), [sample(7), sample(7, seed=1)], [sample(2, "image", 3), sample(4, "image", 1)]
     inputs, cache = collate(first), DynamicCache()
     with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
-        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
         whole = collate(joined(first, answer_of(one, inputs), second))
         turn = dict(whole)
         if only_new:
             turn["input_ids"] = turn["input_ids"][:, one.sequences.shape[1] - 1 :]
-        two = generate(net, turn, past_key_values=cache)
+        two = generate(net, turn, **{CACHE: cache})
     answer = answer_of(two, turn)
     close(torch.stack(two.logits, 1), answer_logits(net, whole, handle.selections, answer, positions))
 
@@ -87,12 +89,12 @@ def test_second_turn_of_several_answers(positions):
     net, first = model("llava"), samples("llava")
     inputs, cache = collate(first), DynamicCache()
     with foveate.attach(net, Uniform(keep=9), positions=positions) as handle:
-        one = generate(net, inputs, do_sample=True, max_new_tokens=3, num_return_sequences=2, past_key_values=cache)
+        one = generate(net, inputs, do_sample=True, max_new_tokens=3, num_return_sequences=2, **{CACHE: cache})
         twice = [row for row in first for _ in range(2)]
         whole = collate(joined(twice, answer_of(one, inputs), [sample(3, seed=20 + i) for i in range(6)]))
         selections = [row for row in handle.selections for _ in range(2)]
         turn = {key: whole[key] for key in ("input_ids", "attention_mask")}
-        two = generate(net, turn, past_key_values=cache)
+        two = generate(net, turn, **{CACHE: cache})
     check(net, whole, two, selections, positions)
 
 
@@ -101,7 +103,7 @@ def test_own_position_ids_in_the_second_turn(new_image):
     net, first = model("llava"), samples("llava")
     inputs, cache = collate(first), DynamicCache()
     with foveate.attach(net, Uniform(keep=9), positions="original"):
-        one = generate(net, inputs, max_new_tokens=4, past_key_values=cache)
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
         second = [sample(2, *(["image"] if new_image else []), 4, seed=20 + i) for i in range(3)]
         whole = collate(joined(first, answer_of(one, inputs), second))
         turn = {k: x for k, x in collate(second).items() if k.startswith("pixel")}
@@ -111,16 +113,16 @@ def test_own_position_ids_in_the_second_turn(new_image):
         start = one.sequences.shape[1] - 1
         new = {**turn, "input_ids": turn["input_ids"][:, start:]}
         with torch.no_grad():
-            given = net(**new, position_ids=positions[:, start:], past_key_values=cache).logits[:, -1]
+            given = net(**new, position_ids=positions[:, start:], **{CACHE: cache}).logits[:, -1]
     # The same dialogue once more, with positions left to the library.
     with foveate.attach(net, Uniform(keep=9), positions="original"), torch.no_grad():
-        cache = generate(net, inputs, max_new_tokens=4).past_key_values
-        worked_out = net(**new, past_key_values=cache).logits[:, -1]
+        cache = cache_of(generate(net, inputs, max_new_tokens=4))
+        worked_out = net(**new, **{CACHE: cache}).logits[:, -1]
     close(given, worked_out)
     with foveate.attach(net, Uniform(keep=9), positions="compact"), torch.no_grad():
-        cache = generate(net, inputs, max_new_tokens=4).past_key_values
+        cache = cache_of(generate(net, inputs, max_new_tokens=4))
         with pytest.raises(foveate.FoveateError, match="leave them out"):
-            net(**new, position_ids=positions[:, start:], past_key_values=cache)
+            net(**new, position_ids=positions[:, start:], **{CACHE: cache})
 
 
 @every_position_in_depth
@@ -134,8 +136,8 @@ def test_manual_decoding(family, positions, with_mask):
     logits, answer, cache = [], [], None
     with foveate.attach(net, Uniform(keep=9), positions=positions) as handle, torch.no_grad():
         for _ in range(6):
-            out = net(**step, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = net(**step, **{CACHE: cache}, use_cache=True)
+            cache = cache_of(out)
             logits.append(out.logits[:, -1])
             answer.append(out.logits[:, -1, 1:110].argmax(-1, keepdim=True) + 1)
             step = {"input_ids": answer[-1]}

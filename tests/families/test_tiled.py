@@ -8,6 +8,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 import foveate
 from foveate.errors import InputError
 from foveate.families import family_of
+from foveate.families.smolvlm import BLOCKWISE
 from foveate.families.tiled import WHOLE, nearest_arrangement
 from foveate.probes import Attention, Keys
 from tiny import VISUALS, collate, model, sample, samples
@@ -212,3 +213,17 @@ def test_prompts_of_the_real_processor(name, sizes):
         out = net.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert out.shape == plain.shape
     assert [len(s) for s in handle.selections[0]] == [6] * len(sizes)
+
+
+@pytest.mark.parametrize("version", BLOCKWISE)
+def test_smolvlm_of_two_versions_takes_multiples_of_a_block(monkeypatch, version):
+    monkeypatch.setattr("transformers.__version__", version)
+    net, inputs = model("smolvlm"), collate(samples("smolvlm"))
+    counts = []
+    for keep in (PATCH, 3 * PATCH):
+        reduced = foveate.reduce(net, inputs, "uniform", keep=keep)
+        counts.append((reduced["input_ids"] == net.config.image_token_id).sum(1).tolist())
+        assert net(**reduced).logits.isfinite().all()
+    assert counts == [[4, 8, 4], [12, 24, 12]]
+    with pytest.raises(InputError, match=rf"\[6, 12, 6\] visual tokens, .* {version} only takes multiples of 4 "):
+        foveate.reduce(net, inputs, "uniform", keep=6)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import foveate
 from foveate import FoveateError
+from foveate.engines.caches import cache_of
 from foveate.errors import BudgetError
 from foveate.gates import Gate, Gates, feature
 from foveate.in_llm import LayerAttention, schedule
@@ -179,7 +180,7 @@ def test_caches_and_positions_behind_an_exit(tmp_path, boundary):
         out = net.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
     hook.remove()
     assert list(handle.layers) == [boundary]
-    sizes = [layer.get_seq_length() for layer in out.past_key_values.layers]
+    sizes = [layer.get_seq_length() for layer in cache_of(out).layers]
     assert sizes == [73 + 2] * boundary + [9 + 2] * (4 - boundary)
     assert [ids[0][-1] for ids in seen] == [72, 73, 74]  # all layers count on from the whole prompt
 

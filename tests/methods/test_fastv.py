@@ -125,7 +125,7 @@ def test_equivalent_tokens(layer, equivalent, keep):
 def test_bad_parameters():
     with pytest.raises(FoveateError, match="needs a budget"):
         FastV()
-    for value in (0, -3, 1.5, "64", True):
+    for value in (0, -3, 1.5, "64", True, math.nan, math.inf):
         with pytest.raises(BudgetError):
             FastV(equivalent=value)
     with pytest.raises(FoveateError, match="'last', 'text' or 'all'"):

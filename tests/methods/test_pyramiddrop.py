@@ -5,6 +5,7 @@ import torch
 from layer_cases import layer_tokens
 
 import foveate
+from foveate.engines.caches import cache_of
 from foveate.errors import BudgetError, FoveateError
 from foveate.in_llm import LayerAttention
 from foveate.methods import PyramidDrop
@@ -43,7 +44,7 @@ def test_a_stage_may_end_up_without_visual_tokens():
     net, inputs = deep_model("llava"), collate([sample(4, "image", 5)])
     with foveate.attach(net, PyramidDrop(keep=0.1)) as handle:
         out = net.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [75, 17, 11, 11]
+    assert [layer.get_seq_length() for layer in cache_of(out).layers] == [75, 17, 11, 11]
     assert handle.selections[0][0].kept.tolist() == []
 
 

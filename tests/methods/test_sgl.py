@@ -133,5 +133,11 @@ def test_bad_settings():
         SGL(consistency_keep=0.0)
     with pytest.raises(FoveateError, match="share of the layers"):
         SGL(depth=1.0)
+    for layer in (2.5, "2", True, 0, [2]):
+        with pytest.raises(FoveateError, match="layers of sgl ascend from 1 on"):
+            SGL(layer=layer)
+    for wrong in ({"depth": "0.3"}, {"consistency_keep": "all"}):
+        with pytest.raises(FoveateError, match=next(iter(wrong))):
+            SGL(**wrong)
     with pytest.raises(FoveateError, match="layers 0 to 3"):
         SGL(depth=0.1).boundaries(4)

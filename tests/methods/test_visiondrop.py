@@ -10,6 +10,7 @@ from merge_cases import cosine
 
 import foveate
 from foveate import Budget
+from foveate.engines.caches import cache_of
 from foveate.errors import BudgetError, FoveateError
 from foveate.in_llm import LayerKeys
 from foveate.methods import VisionDrop, VisionDropAll, VisionDropLlm, VisionZip
@@ -225,7 +226,7 @@ def test_positions_of_every_stage_count_what_its_layers_hold(monkeypatch):
     prefill, decoding = seen[:4], [[int(x) for x in seen[i : i + 4]] for i in (4, 8)]
     assert [x.flatten().tolist() for x in prefill] == [list(range(n)) for n in lengths]
     assert decoding == [[n + step for n in lengths] for step in (0, 1)]
-    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [n + 2 for n in lengths]
+    assert [layer.get_seq_length() for layer in cache_of(out).layers] == [n + 2 for n in lengths]
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["as-many-key-heads", "fewer-key-heads"])

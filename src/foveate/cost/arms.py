@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import fields, replace
 from math import isqrt
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,6 +22,7 @@ from foveate.families.base import Grid
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
 from foveate.grids import crop_budgets
+from foveate.in_llm import received
 from foveate.probes import Embeddings
 from foveate.reducer import Chain, Reducer, split
 
@@ -104,7 +104,8 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
     """Find out how many visual tokens a method keeps, and the FLOPs of its decision, without any image.
 
     Methods before the LLM decide once on random tokens of the sizes that the model would give them, and what they
-    multiply is counted: it depends on sizes, not on values, but for methods with data-dependent loops.
+    multiply is counted: it depends on sizes, not on values, but for methods with data-dependent loops. Of adaptive
+    methods it is the most that they may keep.
 
     Returns
     -------
@@ -120,22 +121,25 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
         return sum(lengths), flops
     depth = len(anatomy.decoder)
     images = [(span.kind, n) for span, n in zip(work.spans, lengths, strict=True)]
-    received = [min(counts) for counts in zip(*(_schedule(r, depth, images) for r in inside), strict=True)]
-    return received, flops + inside_flops(anatomy, inside, received, text_tokens, images)  # type: ignore[arg-type]
+    layers = received(inside, depth, images)  # type: ignore[arg-type]
+    return layers, flops + inside_flops(anatomy, inside, layers, text_tokens, images)  # type: ignore[arg-type]
 
 
 def _before(reducer: Reducer) -> Reducer | None:
-    """Return the part of a method that acts before the LLM."""
-    before, _ = split(reducer.stages())
+    """Return the part of a method that acts before the LLM; of adaptive ones, what keeps as much as they may."""
+    before = [_bound(r) for r in split(reducer.stages())[0]]
     return (before[0] if len(before) == 1 else Chain(*before)) if before else None
 
 
-def _schedule(reducer: Any, depth: int, images: Sequence[tuple[str, int]]) -> Sequence[int]:
-    total = sum(n for _, n in images)
-    if len(images) == 1 or reducer.adaptive:
-        return reducer.schedule(depth, total)  # type: ignore[no-any-return]
-    behind = dict(zip(reducer.boundaries(depth), reducer.counts(depth, images), strict=True))
-    return list(accumulate((behind.get(layer, total) for layer in range(depth)), min))
+def _bound(stage: Reducer) -> Reducer:
+    if is_adaptive(stage) and any(f.name == "adaptive" for f in fields(stage)):
+        return replace(stage, adaptive=False)  # type: ignore[call-arg]
+    return stage
+
+
+def is_adaptive(stage: Reducer) -> bool:
+    """Return whether a method of a single stage decides how many tokens stay, so that its cost here is a bound."""
+    return bool(getattr(stage, "adaptive", False))
 
 
 def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.cost.anatomy import Anatomy
 from foveate.families.tower import attention_of, encoder_layers
-from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens
+from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, planned
 from foveate.probes import LlmProbe, Probe
 from foveate.tokens import Crop, Span
 
@@ -29,9 +29,8 @@ def inside_flops(
         The kind and the number of tokens of each image that the LLM is given.
     """
     flops, depth = 0, len(anatomy.decoder)
-    for reducer in reducers:
-        behind = reducer.counts(depth, images)
-        for boundary, count in zip(reducer.boundaries(depth), behind, strict=True):
+    for reducer, plan in zip(reducers, planned(reducers, depth, images), strict=True):
+        for boundary, count in plan.items():
             visual = received[boundary - 1]
             if not visual or (count >= visual and not reducer.adaptive):
                 continue

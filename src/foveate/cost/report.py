@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from foveate.cost.anatomy import Anatomy
-from foveate.cost.arms import arm_cost, decided
+from foveate.cost.arms import arm_cost, decided, is_adaptive
 from foveate.cost.flops import decode_flops, kv_bytes
 from foveate.cost.formulas import FORMULAS, PerLayer, equivalent_tokens, per_layer
 from foveate.cost.work import Work
 from foveate.errors import InputError, UnsupportedModelError
+from foveate.in_llm import solved
 from foveate.reducer import Reducer
 
 FORMULA_NAMES = ("true", *FORMULAS)
@@ -108,12 +109,13 @@ def report(
     before, after = (figures(anatomy, work, text_tokens, method, kind.itemsize) for method in (None, reducer))
     return {
         "family": anatomy.family.name,
-        "method": repr(reducer),
+        "method": repr(solved(reducer, len(anatomy.decoder), [len(span) for span in work.spans])),
         "stage": reducer.stage,
         "complexity": reducer.complexity,
         "text_tokens": text_tokens,
         "dtype": dtype,
         "formula": formula,
+        "upper_bound": bool(deciding(reducer)),
         "before": before.to_dict(),
         "after": after.to_dict(),
         "change": {
@@ -123,6 +125,11 @@ def report(
             "kv_bytes": _change(before.kv_bytes, after.kv_bytes),
         },
     }
+
+
+def deciding(reducer: Reducer) -> list[str]:
+    """Return the names of those stages of a method that decide how many tokens stay, whose costs are upper bounds."""
+    return list(dict.fromkeys(stage.name for stage in reducer.stages() if is_adaptive(stage)))
 
 
 def _counted(arm: Figures, formula: str) -> int:

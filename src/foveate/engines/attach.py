@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.engines.caches import cache_of, given_cache
+from foveate.engines.caches import COMPACTION, HELD, cache_of, given_cache, note, noted
 from foveate.engines.compaction import Compaction, check_mask, compact_planes, position_behind
 from foveate.engines.given import Shown, given
 from foveate.engines.hf import (
@@ -96,7 +95,6 @@ class Handle:
         self._pass: Pass | None = None
         self._layers = Layers(model, family, settings.inside, settings.inside_positions) if settings.inside else None
         self._model, self._family = model, family
-        self._caches: WeakKeyDictionary[Any, Compaction] = WeakKeyDictionary()
         self._local = threading.local()
         self._before = model.__dict__.get("generate")
         self._generate: Callable[..., Any] = model.generate
@@ -227,7 +225,7 @@ class Handle:
         whole = torch.cat([prompts, sequences[:, width:]], dim=1)
         for used in (cache, cache_of(out)):
             if used is not None:
-                self._caches[used] = reduced.compaction
+                note(used, COMPACTION, reduced.compaction)
         if isinstance(out, Tensor):
             return whole
         out.sequences = whole
@@ -280,16 +278,25 @@ class Handle:
             if run.prompts:
                 self._pass = run
         if not getattr(self._local, "inside", False) and pending is not None and cache is not None:
-            self._caches[cache] = pending
+            note(cache, COMPACTION, pending)
 
     def _reduce_continued(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
         """Reduce inputs that may continue a cache whose prompt was reduced before."""
         filled = cache.get_seq_length() if cache is not None else 0
-        if self.settings.before is None and not any(r.needs for r in self.settings.inside):
+        if self._layers is None and noted(cache, HELD):
+            raise InputError(
+                "the deep layers of this cache hold fewer tokens than the first ones: attach the method inside the LLM "
+                "that filled it, or start with a new cache"
+            )
+        if (
+            self.settings.before is None
+            and not any(r.needs for r in self.settings.inside)
+            and not noted(cache, COMPACTION)
+        ):
             self._show(inputs, filled)
             if not (filled and self._family.keeps_positions):
                 return Reduced(inputs)
-        state = self._caches.get(cache) if filled else None
+        state = noted(cache, COMPACTION) if filled else None
         if state is None and filled and any(inputs.get(key) is not None for key in self._family.inputs):
             state = self._unreduced(inputs, filled)
         if state is None:
@@ -332,9 +339,11 @@ class Handle:
 
     def _show(self, inputs: Mapping[str, Any], filled: int) -> None:
         """Note the visual tokens that the LLM is to be given, behind so many columns in a cache."""
-        if all(inputs.get(key) is None for key in self._family.inputs):
-            return
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if all(inputs.get(key) is None for key in self._family.inputs):
+            if inputs.get("mm_encoder_outputs") is not None:
+                self._remember(None, ids)
+            return
         if ids is None:
             raise InputError("a method inside the LLM needs input_ids: inputs_embeds do not show where the images are")
         check_mask(mask, ids.shape[1] if mask is None or not isinstance(mask, Tensor) else mask.shape[-1])

@@ -1,4 +1,7 @@
-"""KV caches among keywords and in outputs: `transformers` 5.24 renamed ``past_key_values`` to ``cache``."""
+"""KV caches: where they are among keywords and in outputs, and notes on what they hold.
+
+`transformers` 5.24 renamed ``past_key_values`` to ``cache``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 NAMES: Final = ("cache", "past_key_values")
 NAME: Final = next(name for name in NAMES if name in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)})
 """What the installed version calls it; the newer ones take the old name too, and warn."""
+_NOTES: Final = "_foveate"
+COMPACTION: Final = "compaction"
+HELD: Final = "held"
 
 
 def given_cache(inputs: Mapping[str, Any]) -> Any:
@@ -26,3 +32,20 @@ def cache_of(output: Any) -> Any:
 def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keywords of a layer so that it fills no cache."""
     return {**kwargs, **{name: None for name in NAMES if name in kwargs}, "use_cache": False}
+
+
+def note(cache: Any, what: str, value: Any) -> None:
+    """Note on a cache what it holds; copies of it, and whatever is attached later, find the note there.
+
+    Parameters
+    ----------
+    what
+        `COMPACTION`: how its first layer's columns map to those of the prompts, a `Compaction`. `HELD`: what each
+        layer that holds less than the first one holds, a `Held` each.
+    """
+    setattr(cache, _NOTES, {**getattr(cache, _NOTES, {}), what: value})
+
+
+def noted(cache: Any, what: str) -> Any:
+    """Return what `note` left on a cache, if anything."""
+    return getattr(cache, _NOTES, {}).get(what)

@@ -93,8 +93,7 @@ def plan(ids: Tensor, mask: Tensor | None, spans: Sequence[Span], selection: Sel
     content = host_mask.sum(dim=1)
     keep = host_mask.to(ids.device, copy=True)
     for span, chosen in zip(spans, selection, strict=True):
-        if not bool(host_mask[span.sample, span.columns].all()):
-            raise InputError("the attention mask hides some visual placeholders: pass the processor's own mask")
+        check_visible(host_mask, span)
         columns = span.columns.to(ids.device)
         keep[span.sample, columns] = False
         keep[span.sample, columns[chosen.kept.to(ids.device)]] = True
@@ -117,6 +116,12 @@ def check_mask(mask: Tensor | None, length: int) -> None:
         raise InputError(
             f"an attention mask has shape [batch, {length}] here, not {list(mask.shape)}: pass the 2-D mask"
         )
+
+
+def check_visible(mask: Tensor, span: Span) -> None:
+    """Raise `InputError` if a mask ``[B, L]`` on the CPU hides placeholders of an image."""
+    if not bool(mask[span.sample, span.columns].all()):
+        raise InputError("the attention mask hides some visual placeholders: pass the processor's own mask")
 
 
 def full_positions(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engines.compaction import Compaction
+from foveate.engines.compaction import Compaction, check_visible
 from foveate.in_llm import InLlmReducer
 from foveate.selection import Selection, SpanSelection
 from foveate.tokens import Crop, Span, VisualTokens
+
+_TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +134,11 @@ def given(
         What a method before the LLM left of the spans, and where it went.
     priors
         Per method and span a score of each token that is left.
+
+    Raises
+    ------
+    InputError
+        If the mask hides some of the tokens.
     """
     kept = [torch.arange(len(span)) for span in spans] if selection is None else [chosen.kept for chosen in selection]
     places = None
@@ -141,6 +148,9 @@ def given(
         places = torch.zeros(len(columns), compaction.length + 1, dtype=torch.long, device=device)
         places = places.scatter(1, index, torch.arange(columns.shape[1], device=device).expand_as(columns))
     content = None if mask is None else mask[:, -width:].cpu().bool()
+    if content is not None:
+        for span in spans:
+            check_visible(content, span)
     rows = []
     for sample in dict.fromkeys(span.sample for span in spans):
         own = [i for i, span in enumerate(spans) if span.sample == sample]
@@ -170,17 +180,31 @@ def priors_of(reducers: Sequence[Any], tokens: VisualTokens, selection: Selectio
     return priors
 
 
-def placeholders(model: Any, ids: Tensor) -> list[Span]:
-    """Return one span per prompt, of all placeholders of images and videos that the ids hold."""
-    config, host, spans = model.config, ids.cpu(), []
-    tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id", "image_token_index")]
-    visual = torch.zeros_like(host, dtype=torch.bool)
-    for token in tokens:
-        if token is not None:
-            visual |= host == token
-    for sample, row in enumerate(visual):
-        columns = row.nonzero().flatten()
-        if len(columns):
-            crop = Crop(torch.arange(len(columns)), None)
-            spans.append(Span("image", sample, 0, columns, (1, 1, len(columns)), (crop,)))
-    return spans
+def placeholders(model: Any, ids: Tensor, encoded: Mapping[str, Any]) -> list[Span]:
+    """Return the images and videos whose placeholders ids ``[B, L]`` hold, in reading order.
+
+    Parameters
+    ----------
+    encoded
+        The ``mm_encoder_outputs`` that belong to them. Where these do not tell one image from the next, all
+        placeholders of a prompt are one.
+    """
+    host, spans = ids.cpu(), []
+    for kind, names in _TOKENS.items():
+        token = next((t for name in names if (t := getattr(model.config, name, None)) is not None), None)
+        if token is None:
+            continue
+        rows = [(row == token).nonzero().flatten() for row in host]
+        outputs = getattr(encoded.get(kind), "pooler_output", None)
+        lengths = [len(x) for x in outputs] if isinstance(outputs, list | tuple) else []
+        if sum(lengths) != sum(map(len, rows)):
+            lengths = [len(columns) for columns in rows if len(columns)]
+        left = iter(lengths)
+        for sample, columns in enumerate(rows):
+            ordinal = 0
+            while len(columns):
+                own, columns = columns.tensor_split([next(left)])
+                crop = Crop(torch.arange(len(own)), None)
+                spans.append(Span(kind, sample, ordinal, own, (1, 1, len(own)), (crop,)))
+                ordinal += 1
+    return sorted(spans, key=lambda span: (span.sample, int(span.columns[0])))

@@ -18,7 +18,7 @@ from foveate.engines.hf import base_model, pad_id
 from foveate.engines.in_llm import check_decoder
 from foveate.engines.prompts import prompts_only, with_answer
 from foveate.errors import InputError
-from foveate.families import family_of
+from foveate.families import Family, family_of
 from foveate.grids import resampled
 from foveate.methods.sgl import SGL, share_of
 from foveate.ranking import top
@@ -31,15 +31,17 @@ from foveate.tokens import Span, VisualTokens
 class Outcome:
     """What became of one prompt.
 
+    A batch of text alone has nothing to rank: the large model answers it, and the small one does not run.
+
     Attributes
     ----------
     source
         Which model the answer is from.
     confidence
-        Geometric mean of the probabilities of the small model's answer; 0 if that is empty.
+        Geometric mean of the probabilities of the small model's answer; 0 if that is empty, or if there is none.
     consistency
         What it makes of the probabilities of the same answer, given the best few visual tokens alone; `None` if
-        nobody asked for an early exit.
+        nobody asked for an early exit, or the small model did not run.
     scores
         ``[n]`` float32: what each visual token of the prompt scores.
     """
@@ -123,10 +125,13 @@ class Guided:
         InputError
             If the two models lay visual tokens out differently, or an option needs what only one model could give.
         """
+        config = kwargs.get("generation_config") or self.large.generation_config
+        asked = {"return_dict_in_generate": None, "num_return_sequences": None, **kwargs}
+        asked |= {name: getattr(config, name, None) for name, value in asked.items() if value is None}
         for name in (*NAMES, "streamer", "return_dict_in_generate", "inputs_embeds", "position_ids"):
-            if kwargs.get(name) is not None and kwargs[name] is not False:
+            if asked.get(name) is not None and asked[name] is not False:
                 raise InputError(f"two models share the work of a guided answer: leave {name} out")
-        if kwargs.get("num_return_sequences", 1) != 1:
+        if asked["num_return_sequences"] not in (None, 1):
             raise InputError("a guided answer is one per prompt: leave num_return_sequences out")
         if kwargs.get("input_ids") is None:
             raise InputError("a guided model needs input_ids")
@@ -139,12 +144,17 @@ class Guided:
         """Let the small model alone answer prompts, and return what each visual token of each image scores, ``[N]``."""
         inputs, options = _split(kwargs)
         with self._lock:
-            return self._small_answer(inputs, self._families[1].spans(self.small, inputs), options)[1]
+            return self._small_answer(inputs, _spans(self._families[1], self.small, inputs), options)[1]
 
     def _generate(self, inputs: dict[str, Any], small_inputs: dict[str, Any], options: dict[str, Any]) -> Tensor:
-        spans = self._families[0].spans(self.large, inputs)
-        small_spans = self._families[1].spans(self.small, small_inputs)
+        spans = _spans(self._families[0], self.large, inputs)
+        small_spans = _spans(self._families[1], self.small, small_inputs)
         self._compare(spans, small_spans)
+        if not spans:
+            self.outcomes = [Outcome("large", 0.0, None, torch.empty(0)) for _ in inputs["input_ids"]]
+            further = {k: v for k, v in options.items() if k not in self._families[0].inputs}  # pixel_values=None
+            out: Tensor = self.large.generate(**inputs, **further)
+            return out
         answer, scores, confidences = self._small_answer(small_inputs, small_spans, options)
         batch, consistencies = len(answer.ids), [None] * len(answer.ids)
         if self.exit_at is not None:
@@ -261,10 +271,15 @@ def _split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: v for k, v in kwargs.items() if k not in options}, options
 
 
+def _spans(family: Family, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+    """Return the images and videos of a batch, of which there are none without their inputs."""
+    return family.spans(model, inputs) if any(inputs.get(name) is not None for name in family.inputs) else ()
+
+
 def _stops(model: Any, options: Mapping[str, Any]) -> Tensor:
     """Return the ids that end an answer."""
-    config = options.get("generation_config") or model.generation_config
-    ids = options.get("eos_token_id", config.eos_token_id)
+    own = getattr(options.get("generation_config"), "eos_token_id", None)  # `generate` fills it in from the model's
+    ids = options.get("eos_token_id", model.generation_config.eos_token_id if own is None else own)
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
     return torch.tensor([] if ids is None else ids, dtype=torch.long, device=model.device).reshape(-1)
 

@@ -253,6 +253,7 @@ def apply(
     positions: Positions,
 ) -> Reduced:
     """Compact all planes of the inputs together and hand the embeddings over."""
+    family.check_kept(model, selection)
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
     own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
     full = with_positions(inputs, inputs["input_ids"].shape, positions, own)

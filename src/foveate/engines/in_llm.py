@@ -13,10 +13,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from foveate.engines.caches import HELD, note, noted
 from foveate.engines.given import Given, Shown, given, placeholders
 from foveate.engines.held import Held
 from foveate.engines.layer_pass import STATIC, Pass, embedded
@@ -48,7 +48,6 @@ class Layers:
         layers: Sequence[nn.Module] = self.decoder.layers[: self.decoder.config.num_hidden_layers]
         self.depth = len(layers)
         self.boundaries = self._boundaries()
-        self._caches: WeakKeyDictionary[Any, dict[int, Held]] = WeakKeyDictionary()
         self._local = threading.local()
         written = family.layers_written(model)
         watched = {b - 1 for b, r in self.boundaries.items() if reads_executed(r)}
@@ -105,23 +104,24 @@ class Layers:
 
     def held(self, cache: Any, batch: int) -> dict[int, Held]:
         """Return what the layers of a cache hold, where that is less than the first one."""
-        known = self._caches.get(cache, {}) if cache is not None else {}
+        known: dict[int, Held] = noted(cache, HELD) or {}
         return {layer: held.expanded(batch) for layer, held in known.items()}
 
     def remember(self, cache: Any, held: dict[int, Held]) -> None:
         """Note what the layers of a cache hold."""
         if held:
-            self._caches[cache] = held
+            note(cache, HELD, held)
 
     def _shown(self, inputs: Mapping[str, Any], shown: Shown | None) -> list[Given]:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if shown is not None:
             return shown.in_pass(*embedded(inputs).shape[:2])
-        if ids is None or inputs.get("mm_encoder_outputs") is None:
+        encoded = inputs.get("mm_encoder_outputs")
+        if ids is None or encoded is None:
             return []
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise InputError("a method inside the LLM needs the 2-D attention mask of the processor")
-        return given(placeholders(self.model, ids), mask, ids.shape[1], ids.device)
+        return given(placeholders(self.model, ids, encoded), mask, ids.shape[1], ids.device)
 
     def _running(self) -> Pass | None:
         return getattr(self._local, "run", None)

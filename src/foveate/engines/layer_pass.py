@@ -15,7 +15,7 @@ from foveate.engines.held import Current, Held
 from foveate.engines.masks import select_mask
 from foveate.engines.sight import Sight, peek
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.in_llm import InLlmReducer
+from foveate.in_llm import InLlmReducer, planned
 from foveate.rows import Rows
 from foveate.selection import SpanSelection
 from foveate.tokens import Crop
@@ -84,16 +84,8 @@ class Pass:
         visual = [p.columns[: p.free] for p in self.prompts]
         origin = [torch.arange(p.free, device=self.device) for p in self.prompts]
         self._whole = Current(columns, content.sum(dim=1).tolist(), visual, origin)
-        self._plans = [
-            {
-                boundary: count
-                for r in self.engine.reducers
-                for boundary, count in zip(
-                    r.boundaries(self.engine.depth), r.counts(self.engine.depth, p.images), strict=True
-                )
-            }
-            for p in self.prompts
-        ]
+        plans = [planned(self.engine.reducers, self.engine.depth, p.images) for p in self.prompts]
+        self._plans = [{b: count for plan in parts for b, count in plan.items()} for parts in plans]
 
     @property
     def left(self) -> Current:
@@ -184,10 +176,13 @@ class Pass:
         return carried.spread(output, self.width)
 
     def finish(self, cache: Any) -> None:
-        """Note for later passes what a cache holds after this one."""
+        """Note for later passes what a cache holds after this one, and keep no more than `selections` needs."""
         cache = self._cache if cache is None else cache
         if cache is not None:
             self.engine.remember(cache, {**self._held, **self._now})
+        self._cache, self._held, self._now, self._made = None, {}, {}, {}
+        if self.prompts:
+            del self.sight
 
     def selections(self, left: Current | None = None) -> list[list[SpanSelection]]:
         """Return which tokens of each image are left, by default behind the last boundary, prompt by prompt."""

@@ -57,6 +57,9 @@ class Family(ABC):
     recurrent: ClassVar[bool] = False
     """Whether some layers of the LLM are convolutions or recurrent ones."""
 
+    two_way: ClassVar[bool] = False
+    """Whether the tokens of an image see each other in the LLM in both directions."""
+
     def matches(self, config: Any) -> bool:
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types
@@ -223,6 +226,10 @@ class Family(ABC):
     def layers_written(self, model: Any) -> int:
         """Return how many of the first LLM layers the model adds something to the output of, token by token."""
         return 0
+
+    def check_kept(self, model: Any, selection: Selection) -> None:
+        """Raise `InputError` if the installed transformers cannot hand so many tokens of each prompt to the LLM."""
+        return
 
     @abstractmethod
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:

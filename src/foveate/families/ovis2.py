@@ -97,6 +97,8 @@ class Ovis2(MergedFamily):
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         count = model.config.vision_config.num_visual_indicator_tokens
         markers = model.model.visual_embeddings_table.weight[-count:]
+        if not torch.is_grad_enabled():  # a view would go on asking for gradients
+            markers = markers.detach()
         return tuple(MarkedSpan(**vars(span), markers=markers) for span in super().spans(model, inputs))
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:

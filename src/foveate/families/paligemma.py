@@ -22,6 +22,7 @@ class PaliGemma(Llava):
     name = "paligemma"
     model_types = ("paligemma",)
     has_cls = False
+    two_way = True
     answer_type = 1
     notes = "one grid per image; pruned between the vision tower and the projector; prefix attention stays"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from foveate.budget import is_number
 from foveate.errors import BudgetError, FoveateError
 from foveate.gates import Gates, feature
 from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens
@@ -97,6 +98,10 @@ class DyVTE(ExitReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not is_number(self.bias):
+            raise FoveateError(f"bias is a difference of logits such as 0.5, not {self.bias!r}")
+        if not isinstance(self.gates, str | os.PathLike):
+            raise FoveateError(f"gates are a safetensors file, or a folder with some, not {self.gates!r}")
         object.__setattr__(self, "gates", os.fspath(self.gates))
         Gates.load(self.gates)
 
@@ -157,12 +162,14 @@ class VisualExit(ExitReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in _THRESHOLDS:
+        if self.rule not in tuple(_THRESHOLDS):  # also of what cannot be hashed
             raise FoveateError(f"rule is 'fixed', 'mass' or 'converged', not {self.rule!r}")
         if self.threshold is None:
             object.__setattr__(self, "threshold", _THRESHOLDS[self.rule])
         elif self.rule == "fixed":
             raise FoveateError("the rule 'fixed' has no threshold: leave it out, or take 'mass' or 'converged'")
+        elif not is_number(self.threshold):
+            raise FoveateError(f"threshold is a number such as {_THRESHOLDS[self.rule]}, not {self.threshold!r}")
 
     @property
     def adaptive(self) -> bool:  # type: ignore[override]

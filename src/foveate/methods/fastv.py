@@ -67,7 +67,7 @@ class FastV(InLlmReducer):
 
     def solved(self, depth: int, tokens: int) -> FastV:
         """Return the same method with the count `keep` that `equivalent` comes to for an image of so many tokens."""
-        return replace(self, keep=self.counts(depth, [("image", tokens)])[0])
+        return replace(self, keep=self.counts(depth, [("image", tokens)])[0]) if self.equivalent is not None else self
 
     def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
         (attention,) = self.llm_probes()

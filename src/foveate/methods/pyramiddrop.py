@@ -81,6 +81,11 @@ class PyramidDrop(InLlmReducer):
     def counts(self, depth: int, images: Images) -> Sequence[int]:
         share = self.keep if self.equivalent is None else self._share(depth, images)
         assert share is not None
+        if self.keep is not None and abs(self.keep - share) > 1e-4:
+            raise BudgetError(
+                f"pyramiddrop: keep={self.keep} and equivalent={self.equivalent} contradict each other, as the latter "
+                f"makes the share {share:.4f}: leave one of them out"
+            )
         return _stages(tokens_of(images), share, len(self.boundaries(depth)))[1:]
 
     def _share(self, depth: int, images: Images) -> float:

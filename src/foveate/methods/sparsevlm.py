@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.budget import Keep, is_number
 from foveate.clustering import dpc_knn
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.in_llm import (
@@ -51,6 +51,10 @@ class TextRated(InLlmReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_equivalent(self.name, self.keep, self.equivalent)
+        if self.keep is not None and self.equivalent is not None:
+            raise BudgetError(
+                f"{self.name}: keep and equivalent are both a mean over the layers: leave one of them out"
+            )
 
     def boundaries(self, depth: int) -> Sequence[int]:
         cuts = [round(layer * depth / DEPTH) + 1 for layer in LAYERS]
@@ -169,7 +173,7 @@ class SparseVLM(TextRated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.recycle <= 1.0:
+        if not is_number(self.recycle) or not 0.0 <= self.recycle <= 1.0:
             raise FoveateError(f"recycle is a share of the dropped tokens from 0 to 1, not {self.recycle!r}")
 
     def published(self) -> bool:

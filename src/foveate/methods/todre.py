@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foveate.budget import is_number
 from foveate.errors import FoveateError
 from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens, StagedReducer, boundary_in
 from foveate.probes import Attention, Embeddings
@@ -114,8 +115,8 @@ class ToDREExit(InLlmReducer):
     def __post_init__(self) -> None:
         if self.keep is not None:
             raise FoveateError(f"{self.name} keeps all tokens or none, by tau: leave keep={self.keep!r} out")
-        if not self.tau >= 0.0:
-            raise FoveateError(f"tau is a share of attention such as 0.1, not {self.tau}")
+        if not is_number(self.tau) or self.tau < 0.0:
+            raise FoveateError(f"tau is a share of attention such as 0.1, not {self.tau!r}")
         if self.layer is not None:
             check_layers(self.name, (self.layer,))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -89,6 +89,9 @@ class TopV(InLlmReducer):
         if self.score not in ("transport", "cost"):
             raise FoveateError(f"the score of topv is 'transport' or 'cost', not {self.score!r}")
 
+    def solved(self, depth: int, tokens: int) -> TopV:
+        return replace(self, keep=self.counts(depth, [("image", tokens)])[0]) if self.equivalent is not None else self
+
     def llm_probes(self) -> tuple[LlmProbe, ...]:
         return (LayerStates("input"), LayerStates(self.target))
 
@@ -111,6 +114,11 @@ class TopV(InLlmReducer):
         for i, span in enumerate(tokens.spans):
             separators = span.separators().to(tokens.device)
             sizes, count = [len(crop) for crop in span.crops], tokens.counts[i] - len(separators)
+            if count < 0:
+                raise BudgetError(
+                    f"topv keeps all {len(separators)} separators of the image, such as the ends of its rows: "
+                    f"{tokens.counts[i]} tokens are too few"
+                )
             kept[i] = [separators]
             parts = Budget(count).split(sizes) if count > 0 else [0] * len(sizes)
             for crop, part in zip(span.crops, parts, strict=True):

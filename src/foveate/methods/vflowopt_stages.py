@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.budget import Keep, is_number
 from foveate.errors import FoveateError, UnknownNameError, UnsupportedModelError
 from foveate.in_llm import Images, InLlmReducer, LayerTokens, Prior, StagedReducer, boundary_in, budget_of, tokens_of
 from foveate.methods.vflowopt import Judged, VFlowOpt
@@ -186,6 +186,7 @@ def cuts(depth: int) -> tuple[int, ...]:
 
 def check_ratios(name: str, ratios: Sequence[float]) -> tuple[float, ...]:
     """Return ratios as a tuple, or raise `FoveateError` unless all are in (0, 1]."""
-    if not ratios or any(isinstance(r, bool) or not isinstance(r, int | float) or not 0 < r <= 1 for r in ratios):
-        raise FoveateError(f"the ratios of {name} are shares in (0, 1], one per stage, not {tuple(ratios)!r}")
-    return tuple(map(float, ratios))
+    given = tuple(ratios) if isinstance(ratios, Sequence) else ()
+    if not given or any(not is_number(r) or not 0 < r <= 1 for r in given):
+        raise FoveateError(f"the ratios of {name} are shares in (0, 1], one per stage, not {given or ratios!r}")
+    return tuple(map(float, given))

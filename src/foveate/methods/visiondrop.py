@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from foveate.budget import Keep
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, UnsupportedModelError
 from foveate.in_llm import (
     Images,
     InLlmReducer,
@@ -25,6 +25,9 @@ from foveate.reducer import Reducer, register
 from foveate.schedules import after_shares, check_layers, falling, staged_budgets
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups
+
+if TYPE_CHECKING:
+    from foveate.families import Family
 
 SEEN = LayerAttention("visual", ahead=True)
 FIRST = {"image": 1.5, "video": 3.0}
@@ -112,6 +115,13 @@ class VisionDropLlm(InLlmReducer):
             raise FoveateError(f"rows are 'all' or 'visible', not {self.rows!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+
+    def check(self, model: Any, family: Family) -> None:
+        if self.rows == "visible" and family.two_way:
+            raise UnsupportedModelError(
+                f"tokens of an image see each other in both directions in {family.name}: use rows='all', which counts "
+                "all of them"
+            )
 
     def boundaries(self, depth: int) -> Sequence[int]:
         return tuple(boundary_in(depth, b, self.name) for b in self.layers or after_shares(depth, QUARTERS))

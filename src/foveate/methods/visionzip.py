@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foveate.budget import is_number
 from foveate.errors import FoveateError
 from foveate.probes import Attention, ClsToken, Keys, Probe
 from foveate.ranking import cosine_matrix, descending, make_room
@@ -70,8 +71,8 @@ class VisionZip(Reducer):
 
 def check_parameters(contextual_ratio: float, merge: str) -> None:
     """Raise `FoveateError` unless the parameters of the dominant-and-contextual rule are valid."""
-    if not 0.0 <= contextual_ratio <= 1.0:
-        raise FoveateError(f"contextual_ratio is a share from 0 to 1, not {contextual_ratio}")
+    if not is_number(contextual_ratio) or not 0.0 <= contextual_ratio <= 1.0:
+        raise FoveateError(f"contextual_ratio is a share from 0 to 1, not {contextual_ratio!r}")
     if merge not in ("add", "mean"):
         raise FoveateError(f"merge is 'add' or 'mean', not {merge!r}")
 
