@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from foveate.cli_tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, write_json
+from foveate.cli_tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, refuse, write_json
 from foveate.errors import InputError
 from foveate.units import show_bytes
 
@@ -132,10 +132,10 @@ def model(
     with contextlib.redirect_stdout(sys.stderr), torch_threads(threads or (1 if clock is Clocks.cpu else None)):
         reducer = reducer_from(method, keep, set_ or [])
         if model in SHAPES:
-            _refuse(context, ("image", "question"), f"{model!r} has random weights and no processor")
+            refuse(context, ("image", "question"), f"{model!r} has random weights and no processor")
             job = _shape_job(model, layers or LAYERS, tied, dtype, attn, text_tokens, max_new_tokens)
         else:
-            _refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(SHAPES)})")
+            refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(SHAPES)})")
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
         arms = bench.arms_of(job, Settings.make(reducer, None, "drop", {}, job.family))
         with ERRORS.status("starting") as status:
@@ -151,13 +151,6 @@ def model(
         print_json(result)
     else:
         _show_model(result)
-
-
-def _refuse(context: typer.Context, names: Sequence[str], because: str) -> None:
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            raise InputError(f"{because}: leave out --{name.replace('_', '-')}")
 
 
 def _shape_job(

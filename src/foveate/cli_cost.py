@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli_tools import Json, guarded, print_json, reducer_from, write_json
+from foveate.cli_tools import Json, guarded, print_json, reducer_from, refuse, write_json
 from foveate.errors import InputError
 from foveate.units import show_bytes, show_flops
 
@@ -25,6 +25,7 @@ PARTS = {
 
 @guarded
 def cost(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A built-in shape such as llava-1.5-7b, a hub id, or a folder.")],
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
@@ -49,6 +50,8 @@ def cost(
     as_json: Json = False,
 ) -> None:
     """Count FLOPs, KV cache and equivalent tokens from a model's configuration; no weights are needed."""
+    if visual_tokens is not None:
+        refuse(context, ("image_size",), "the number of visual tokens is given, whatever the size of the images")
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("counting"):
         from foveate.cost import anatomy_of
         from foveate.cost.imagined import imagine

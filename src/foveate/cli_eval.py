@@ -14,10 +14,22 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from foveate.cli_tools import Json, guarded, print_json, write_json
+from foveate.cli_tools import Json, guarded, print_json, refuse, write_json
 from foveate.errors import InputError
 
 _errors = Console(stderr=True)
+LMMS = "--harness lmms-eval"
+OPTIONS = {
+    "--harness scenes": ("harness", "methods", "keep", "images", "seed", "processes", "out", "page"),
+    "--backbone": ("backbone", "methods", "keep", "images", "seed", "out", "page"),
+    "--published": ("published",),
+    "--against-paper": ("against_paper",),
+    LMMS: (
+        "harness", "methods", "keep", "out", "model", "tasks", "batch_size", "limit", "include_path", "samples",
+        "dtype", "attn", "device_map",
+    ),
+}  # fmt: skip
+"""What each way to use the command takes, beside ``--json``."""
 
 
 class Harness(str, Enum):
@@ -35,6 +47,7 @@ class Backbone(str, Enum):
 
 @guarded
 def evaluate(
+    context: typer.Context,
     harness: Annotated[Harness, typer.Option(help="Drawn scenes on nano, or public benchmarks.")] = Harness.scenes,
     methods: Annotated[
         str | None, typer.Option("--methods", "--method", help="Names or JSON files, with commas.  [default: all]")
@@ -73,19 +86,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure accuracy: methods by budgets on scenes, a backbone, or public benchmarks; or show published numbers."""
-    modes = {"--backbone": backbone, "--published": published, "--against-paper": against_paper}
-    given = [name for name, value in modes.items() if value is not None]
-    if len(given) > 1 or (given and harness is Harness.lmms_eval):
-        raise InputError(f"{given[0]} goes with neither --harness lmms-eval nor another of {', '.join(modes)}")
+    _check_options(
+        context,
+        {
+            "--backbone": backbone is not None, "--published": published is not None,
+            "--against-paper": against_paper is not None, LMMS: harness is Harness.lmms_eval,
+        },
+    )  # fmt: skip
     options = {
         "batch_size": batch_size, "limit": limit, "out": out, "include_path": include_path, "samples": samples,
         "dtype": dtype, "attn": attn, "device_map": device_map,
     }  # fmt: skip
-    public = [tasks, limit, include_path, samples, attn, device_map]
-    if harness is Harness.scenes and (
-        any(option is not None for option in public) or (model, batch_size, dtype) != ("nano", 1, "auto")
-    ):
-        raise InputError("the options that begin with 'lmms-eval:' in --help need --harness lmms-eval")
     budgets = keep or "64,32,16"
     if published is not None:
         _list_published(published, as_json)
@@ -97,6 +108,17 @@ def evaluate(
         _backbone(methods, budgets, images or 150, seed, out, page, as_json)
     else:
         _scenes(methods, budgets, images or 300, seed, processes, out or Path("runs/leaderboard.json"), page, as_json)
+
+
+def _check_options(context: typer.Context, wanted: dict[str, bool]) -> None:
+    """Refuse options that the way in which the command is used would ignore."""
+    modes = [mode for mode, given in wanted.items() if given] or ["--harness scenes"]
+    if len(modes) > 1:
+        raise InputError(f"{' and '.join(modes)} do not go together")
+    for name in dict.fromkeys(name for options in OPTIONS.values() for name in options):
+        takers = [mode for mode, options in OPTIONS.items() if name in options]
+        if modes[0] not in takers:
+            refuse(context, (name,), f"this is an option of {' and '.join(takers)}, not of {modes[0]}")
 
 
 def _scenes(
@@ -158,7 +180,7 @@ def _benchmarks(
     from foveate.eval import lmms
 
     with contextlib.redirect_stdout(sys.stderr):
-        budget = parse_keep(keep) if names and keep is not None else None
+        budget = None if keep is None else parse_keep(keep)
         result = lmms.run(model, tasks.split(","), names[0] if names else None, budget, **options)
     if result is None:
         return

@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -37,6 +37,14 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(2) from None
 
     return wrapped
+
+
+def refuse(context: typer.Context, names: Iterable[str], because: str) -> None:
+    """Raise `InputError` if one of these options was given, also with the value that it has by default."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise InputError(f"{because}: leave out --{name.replace('_', '-')}")
 
 
 def print_json(data: Any) -> None:

@@ -92,6 +92,7 @@ def test_other_methods_cost_exactly_this(foveate: Any, method: tuple[str, ...]) 
     [
         (("--model", "no-such-shape"), "built-in shapes are nano, llava-1.5-7b"),
         (("--model", "nano", "--image-size", "large"), "WIDTHxHEIGHT"),
+        (("--model", "nano", "--visual-tokens", "256", "--image-size", "10x10"), "leave out --image-size"),
         (("--model", "nano", "--formula", "sum"), "true, fastv, pyramiddrop"),
         (("--model", "nano", "--dtype", "int8"), "dtype is float32"),
         (("--model", "nano", "--frames", "4"), "take no videos"),

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from foveate.cli_eval import OPTIONS
 from foveate.eval import leaderboard
 
 
@@ -15,11 +17,24 @@ from foveate.eval import leaderboard
     (["--keep", "256"], "nothing to reduce"),
     (["--methods", "nothing"], "no method is called 'nothing'"),
     (["--images", "30"], "multiple of"),
-    (["--tasks", "gqa"], "--harness lmms-eval"),
+    (["--tasks", "gqa"], "an option of --harness lmms-eval, not of --harness scenes: leave out --tasks"),
+    (["--dtype", "auto"], "leave out --dtype"),
     (["--harness", "lmms-eval", "--tasks", "gqa", "--method", "vispruner"], "--keep 64"),
     (["--harness", "lmms-eval"], "--tasks"),
-    (["--harness", "lmms-eval", "--published", "fastv"], "--published goes with neither"),
-    (["--published", "fastv", "--backbone", "dinov2"], "--backbone goes with neither"),
+    (["--harness", "lmms-eval", "--tasks", "gqa", "--keep", "32"], "keep has no meaning without a method"),
+    (["--harness", "lmms-eval", "--tasks", "gqa", "--images", "25"], "leave out --images"),
+    (["--harness", "lmms-eval", "--tasks", "gqa", "--seed", "0"], "leave out --seed"),
+    (["--harness", "lmms-eval", "--tasks", "gqa", "--processes", "2"], "leave out --processes"),
+    (["--harness", "lmms-eval", "--tasks", "gqa", "--page", "page.md"], "leave out --page"),
+    (["--harness", "lmms-eval", "--published", "fastv"], "--published and --harness lmms-eval do not go together"),
+    (["--published", "fastv", "--backbone", "dinov2"], "--backbone and --published do not go together"),
+    (["--published", "fastv", "--methods", "fastv"], "leave out --methods"),
+    (["--published", "fastv", "--keep", "32"], "leave out --keep"),
+    (["--published", "fastv", "--out", "x.json"], "leave out --out"),
+    (["--published", "fastv", "--harness", "scenes"], "leave out --harness"),
+    (["--backbone", "dinov2", "--processes", "2"], "leave out --processes"),
+    (["--against-paper", "nowhere.json", "--images", "25"], "leave out --images"),
+    (["--against-paper", "nowhere.json", "--model", "nano"], "leave out --model"),
     (["--published", "nothing"], "no numbers of 'nothing'"),
     (["--against-paper", "nowhere.json"], "neither a leaderboard"),
 ])  # fmt: skip
@@ -30,6 +45,18 @@ def test_mistakes_are_one_line(foveate: Any, arguments: list[str], fault: str):
     assert line.startswith("error: ")
     assert fault in line
     assert result.out == ""
+
+
+def test_a_wrong_number_of_images_is_refused_before_anything_is_loaded(foveate: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("foveate.nano.load", lambda: pytest.fail("nano was loaded"))
+    assert "multiple of" in foveate("eval", "--images", "30").err
+
+
+def test_every_option_belongs_to_a_way_to_use_the_command():
+    from foveate.cli import app
+
+    known = {parameter.name for parameter in get_command(app).commands["eval"].params}
+    assert {name for options in OPTIONS.values() for name in options} == known - {"as_json", "help"}
 
 
 def test_published_numbers_are_listed(foveate: Any):

@@ -102,11 +102,14 @@ def test_other_files_are_refused(tmp_path: Path, data: Any, fault: str):
         list(read(file))
 
 
-def _benchmark_run(model: str, method: dict[str, Any] | None, kept: float) -> dict[str, Any]:
+def _benchmark_run(
+    model: str, method: dict[str, Any] | None, kept: float, equivalent: float | None = None
+) -> dict[str, Any]:
+    counts = {"kept_tokens": kept, "equivalent_tokens": kept if equivalent is None else equivalent}
     return {
         "results": {"gqa": {"alias": "gqa", "exact_match,none": 0.561, "exact_match_stderr,none": 0.01},
                     "own_task": {"exact_match,none": 0.5}},
-        "foveate": {"model": model, "method": method, "tasks": {"gqa": {"kept_tokens": kept}}},
+        "foveate": {"model": model, "method": method, "tasks": {"gqa": counts}},
     }  # fmt: skip
 
 
@@ -122,8 +125,29 @@ def test_benchmarks_are_held_against_the_same_model_method_and_budget(tmp_path: 
     assert {pair["method"] for pair in beside(file)} == {"unpruned"}
 
 
+def test_methods_inside_the_llm_are_compared_by_their_mean_over_layers(tmp_path: Path):
+    file = tmp_path / "run.json"
+    stated = {n.value for n in of_method("fastv") if (n.model, n.benchmark, n.budget) == ("LLaVA-1.5-7B", "GQA", 64)}
+    run = _benchmark_run("llava-hf/llava-1.5-7b-hf", {"method": "fastv", "equivalent": 64}, 29.9, 64.03)
+    file.write_text(json.dumps(run))
+    pairs = beside(file)
+    assert stated
+    assert {pair["published"] for pair in pairs} == stated
+    assert {pair["published_budget"] for pair in pairs} == {64}
+    assert {pair["budget"] for pair in pairs} == {64.03}
+
+
+def test_results_without_a_mean_over_layers_are_compared_by_what_is_kept(tmp_path: Path):
+    file = tmp_path / "run.json"
+    run = _benchmark_run("llava-hf/llava-1.5-7b-hf", {"method": "vispruner", "keep": 64}, 64.0)
+    del run["foveate"]["tasks"]["gqa"]["equivalent_tokens"]
+    file.write_text(json.dumps(run))
+    assert {pair["published_budget"] for pair in beside(file)} == {64}
+
+
 @pytest.mark.parametrize("run", [
     _benchmark_run("llava-hf/llava-1.5-7b-hf", {"method": "vispruner", "keep": 65}, 65.0),
+    _benchmark_run("llava-hf/llava-1.5-7b-hf", {"method": "fastv", "keep": 64}, 64.0, 96.0),
     _benchmark_run("llava-hf/llava-1.5-70b-hf", {"method": "vispruner", "keep": 64}, 64.0),
 ])  # fmt: skip
 def test_what_nobody_published_is_said(tmp_path: Path, run: dict[str, Any]):

@@ -20,6 +20,7 @@ from foveate.eval.scenes import (
     Answers,
     Counts,
     Entry,
+    blocks,
     collect,
     entries,
     weights_digest,
@@ -61,6 +62,7 @@ def leaderboard(
     dict
         Plain values: configuration, versions, a row per method and budget, and why methods are left out.
     """
+    blocks(images)  # refuses what cannot be run, before anything is loaded
     model, processor = nano.load()
     config = model.config
     total = (config.vision_config.image_size // config.vision_config.patch_size) ** 2

@@ -50,7 +50,7 @@ def make_reducer(method: str | Path | Reducer | None, keep: Any = None, **config
     if method is None:
         given = {**({} if keep is None else {"keep": keep}), **config}
         if given:
-            raise InputError(f"without a method, the model is not reduced: {', '.join(given)} has no meaning")
+            raise InputError(f"{', '.join(given)} has no meaning without a method, as nothing is reduced: name one")
         return None
     if keep is not None:
         config["keep"] = parse_keep(str(keep)) if isinstance(keep, str | int | float) else keep

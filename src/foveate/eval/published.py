@@ -41,6 +41,8 @@ _TASKS: Final = {
 """Benchmark of each task and metric of lmms-eval, and the factor that brings it to the scale of the papers."""
 NEAR: Final = 1.25
 """Budgets of two models are compared if their shares of the visual tokens differ by no more than this factor."""
+ROUNDING: Final = 0.5
+"""Budgets of one model are the same if they differ by no more tokens; the counts behind each layer are rounded."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,16 @@ def _beside_benchmarks(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         scores = {name.partition(",")[0]: value for name, value in data["results"].get(task, {}).items()}
         if metric not in scores:
             continue
-        kept = about["tasks"][task]["kept_tokens"]
+        counts = about["tasks"][task]
+        tokens = counts.get("equivalent_tokens", counts["kept_tokens"])  # published budgets are means over layers
         for number in numbers():
             fits = number.benchmark == benchmark and number.method == method and _same(number.model, about["model"])
-            if fits and (method == UNPRUNED or number.budget == kept):
-                yield _pair(number, about["model"], kept, factor * scores[metric])
+            if fits and (method == UNPRUNED or _near(number.budget, tokens)):
+                yield _pair(number, about["model"], tokens, factor * scores[metric])
+
+
+def _near(budget: float | None, tokens: float) -> bool:
+    return budget is not None and abs(budget - tokens) <= ROUNDING
 
 
 def _same(model: str, ours: str) -> bool:
@@ -202,9 +209,9 @@ def _beside_leaderboard(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                     yield _pair(number, config["model"], row["tokens"], row["relative"]["average"])
 
 
-def _pair(number: Number, model: str, kept: float, ours: float) -> dict[str, Any]:
+def _pair(number: Number, model: str, tokens: float, ours: float) -> dict[str, Any]:
     return {
-        "method": number.method, "benchmark": number.benchmark, "unit": number.unit, "model": model, "budget": kept,
+        "method": number.method, "benchmark": number.benchmark, "unit": number.unit, "model": model, "budget": tokens,
         "ours": round(ours, 2), "published": number.value, "published_model": number.model,
         "published_budget": number.budget, "source": number.source, "known": number.known, "verified": number.verified,
     }  # fmt: skip

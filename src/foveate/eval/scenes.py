@@ -168,6 +168,19 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
     return reducer
 
 
+def blocks(images: int) -> range:
+    """Return the first image of each block.
+
+    Raises
+    ------
+    InputError
+        If the images do not fill their blocks.
+    """
+    if images % BLOCK:
+        raise InputError(f"the images are run in blocks of {BLOCK}: ask for a multiple of it, not {images}")
+    return range(0, images, BLOCK)
+
+
 def collect(
     found: Sequence[Entry],
     images: int,
@@ -197,12 +210,11 @@ def collect(
     dict of Answers
         By the name of the condition.
     """
-    if images % BLOCK:
-        raise InputError(f"the images are run in blocks of {BLOCK}: ask for a multiple of it, not {images}")
+    starts = blocks(images)
     conditions = {_key(c, seed, weights_digest()): c for entry in found for c in entry.conditions()}
     done = _read(rows)
     jobs = []
-    for start in range(0, images, BLOCK):
+    for start in starts:
         pending = [c for key, c in conditions.items() if (key, start) not in done]
         if pending:
             jobs.append((start, pending))
@@ -226,7 +238,6 @@ def collect(
             done |= {(line["key"], start): line for line in lines}
             if pool is not None:
                 advance(BLOCK * len(pending))
-    starts = range(0, images, BLOCK)
     return {c.name: _joined([done[key, start] for start in starts]) for key, c in conditions.items()}
 
 
