@@ -44,7 +44,11 @@ class ClsSimilarity:
 
 @dataclass(frozen=True)
 class Query:
-    """The text of the prompt that follows its first image, as input embeddings ``[M, D]``; see `CropBatch.query`."""
+    """The text of the prompt that follows its first image, as input embeddings ``[M, D]``; see `CropBatch.query`.
+
+    Text before the image, where system prompts stand, counts only if none at all follows. What a chat template puts
+    behind the last image is text, too: so a question counts only if it stands behind the first image.
+    """
 
 
 @dataclass(frozen=True)

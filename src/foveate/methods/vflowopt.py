@@ -100,8 +100,10 @@ class VFlowOpt(Reducer):
     Deviations from the paper: the default recycles nothing and has a share of judges, as no parameters were published
     for encoders with ``[CLS]`` (3 % is UNVERIFIED); there only patches are judges. Blocks do not reach from one tile
     into the next. The term of patch entropy, whose weight is 0 in all released settings, is left out. If no patch
-    exceeds `t`, the one with the most attention is the judge. Negative importance counts as 0 in a mean, and a block
-    of zeros is averaged plainly. M is at most T. A leftover that is added flows into the mean of its block, too.
+    exceeds `t`, the one with the most attention is the judge. Negative importance counts as 0 in a mean, and a block of
+    zeros is averaged plainly. M is at most T. A ratio r rounds to T half to even, as everywhere here, where the
+    official code rounds the number ``N * (1 - r)`` of dropped ones: half a token may go the other way. A leftover that
+    is added flows into the mean of its block, too.
     """
 
     t: float | None = None
