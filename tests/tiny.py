@@ -39,7 +39,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("vispruner", {}),
     ("vispruner", {"order": "rank", "important_ratio": 0.25, "step": 4}),
     ("vispruner", {"step": None}),
-    ("vtc_cls", {}),
+    ("vtc_cls", {"start": 1 / 3}),  # of three layers the projector may read the second
     ("vtc_cls", {"start": 0.5, "reduce": "min"}),
     ("hiprune", {}),
     ("hiprune", {"alpha": 0.8, "wrap": False}),

@@ -43,7 +43,7 @@ class ToDRE(Reducer):
     Deviations from the paper: each crop, tile or frame starts from its own pivot. With a joint budget there is a single
     one among all tokens; on tiles the paper takes it from the thumbnail. Newline vectors do not compete. The pivot's
     attention is that of the layer that makes the features (UNVERIFIED), or the attention that each token receives where
-    the encoder has no ``[CLS]``.
+    the encoder has no ``[CLS]``. A ratio rounds half to even, as everywhere here, where the paper truncates.
     """
 
     criterion: Literal["max_sum", "k_center"] = "max_sum"

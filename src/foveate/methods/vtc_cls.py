@@ -28,15 +28,16 @@ class VTCCLS(Reducer):
         The budget T.
     start
         The first layer, as a share of the depth in [0, 1): 2 / 3 is layer 16 (from 0) of the 24 of CLIP-L. The last
-        is the one whose output the projector reads, layer 22 there; a start behind it stands for that layer alone,
-        which is FasterVLM.
+        is the one whose output the projector reads, layer 22 there; 22 / 24 is that layer alone, which is FasterVLM.
+        A start behind it raises `UnsupportedModelError` once the model is known.
     reduce
         How the layers are joined: ``"sum"``, ``"min"`` or ``"max"``.
 
     Notes
     -----
     Deviations from the paper: encoders without ``[CLS]``, which it leaves open, use the attention that each token
-    receives (UNVERIFIED). Crops and frames are ranked one by one; the official code knows a single crop.
+    receives (UNVERIFIED), and those with windows only the layers that attend to whole pictures: attention within a
+    window adds up to one there. Crops and frames are ranked one by one; the official code knows a single crop.
     """
 
     start: float = 2 / 3
