@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from layered import layered_answer
@@ -10,7 +12,7 @@ from transformers import GenerationConfig
 import foveate
 from foveate import Chain, FoveateError
 from foveate.engines.prompts import prompts_only, with_answer
-from foveate.errors import InputError
+from foveate.errors import AttachError, InputError
 from foveate.families import family_of
 from foveate.methods import SGL, VisPruner
 from foveate.selection import SpanSelection
@@ -331,6 +333,15 @@ def test_a_configuration_without_an_end_takes_that_of_the_model(monkeypatch):
     given = [{"max_new_tokens": T}, {"generation_config": config}]
     confidences = [[guided.generate(**inputs, **g), guided.outcomes[0].confidence][1] for g in given]
     assert confidences[0] == confidences[1]
+
+
+def test_other_methods_and_an_attached_small_model_are_refused():
+    large, small, inputs = deep_model("llava"), copy.deepcopy(deep_model("llava")), collate(samples("llava"))
+    with pytest.raises(InputError, match="pass an SGL"):
+        foveate.guide(large, small, foveate.methods.FastV(keep=9))
+    guided = foveate.guide(large, small)
+    with foveate.attach(small, "uniform", keep=9), pytest.raises(AttachError, match="attached to the small model"):
+        guided.generate(**inputs, max_new_tokens=2)
 
 
 def test_bad_thresholds():
