@@ -131,6 +131,7 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"keep": 9, "layer": 1}),
     ("fastv", {"keep": 0.3, "layer": 2, "query": "text"}),
     ("fastv", {"keep": 7, "layer": 3, "query": "all"}),
+    ("fastv", {"keep": 0.3, "layer": 1, "per_image": True}),
     ("pyramiddrop", {}),
     ("pyramiddrop", {"keep": 0.4, "layers": (1, 3)}),
     ("sparsevlm", {"keep": 0.3}),

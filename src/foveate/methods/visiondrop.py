@@ -91,8 +91,10 @@ class VisionDropLlm(InLlmReducer):
 
     Deviations from the paper: a contextual token is at its anchor's place, where the official code puts it behind the
     dominant ones. The counts of the one published configuration (48, 35, 26, 19, mean 32) are met; others are
-    UNVERIFIED. With several images each is given its share of the count, in proportion to its tokens, and ranks by
-    itself, as under a causal mask the first image gets attention from all of them.
+    UNVERIFIED. A token's attention to itself counts, as in the official code, and there is no option to leave it out:
+    the last token, which no other one sees, would have no score. With several images each is given its share of the
+    count, in proportion to its tokens, and ranks by itself, as under a causal mask the first image gets attention from
+    all of them.
     """
 
     keep: Keep
