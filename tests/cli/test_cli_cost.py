@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from foveate import Chain, VisPruner
 from foveate.cost import fastv, kv_bytes, pyramiddrop
+from foveate.methods.fastv import FastV
+from foveate.methods.text_interaction import TextInteractionImage
 from foveate.nano import WEIGHTS
 
 
@@ -63,6 +66,8 @@ def test_keeping_all_costs_what_the_stock_model_does(foveate: Any) -> None:
         (("--model", "nano", "--images", "0"), "at least one image"),
         (("--model", "nano", "--images", "3", "--visual-tokens", "256"), "equal parts"),
         (("--model", "nano", "--keep", "coverage:0.9"), "depends on what an image shows"),
+        (("--model", "nano", "--method", "prumerge", "--set", "adaptive=true"), "met exactly (adaptive=false"),
+        (("--model", "nano", "--method", "text_interaction_image"), "TextInteractionImage(keep=0.25, adaptive=True"),
         (("--model", "nano", "--images", "2", "--keep", "9,9,9"), "3 budgets, but the prompt has 2 images"),
         (("--model", "nano", "--method", "nothing"), "no method is called"),
         (("--model", "internvl3-8b", "--method", "tome"), "tome needs"),
@@ -73,3 +78,13 @@ def test_one_line_about_mistakes(foveate: Any, arguments: tuple[str, ...], messa
     assert result.code == 2
     assert message in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_an_adaptive_stage_in_front_of_others_is_refused(foveate: Any, tmp_path: Path) -> None:
+    stages = [TextInteractionImage(1.0), VisPruner(keep=64), FastV(keep=16, layer=1)]
+    Chain(*stages).save(tmp_path / "chain.json")
+    result = foveate("cost", "--model", "nano", "--method", tmp_path / "chain.json")
+    assert result.code == 2
+    assert "how many tokens TextInteractionImage(keep=1.0" in result.err
+    Chain(*stages[1:]).save(tmp_path / "chain.json")
+    assert foveate("cost", "--model", "nano", "--method", tmp_path / "chain.json").code == 0

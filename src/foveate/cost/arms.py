@@ -19,6 +19,7 @@ from foveate.cost.inside import inside_flops
 from foveate.cost.work import Work, measured
 from foveate.encoder import EncoderReducer
 from foveate.engines.hf import probes_of
+from foveate.errors import BudgetError
 from foveate.families.base import Grid
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
@@ -110,6 +111,11 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
     -------
     tuple
         The number that the LLM gets, or that each of its layers gets with methods inside it, and the FLOPs.
+
+    Raises
+    ------
+    BudgetError
+        If how many tokens stay before the LLM depends on what an image shows.
     """
     _, inside = split(reducer.stages())
     before = _before(reducer)
@@ -144,6 +150,13 @@ def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens:
     if isinstance(reducer, EncoderReducer):
         budgets = (crop_budgets(span, reducer.keep, reducer.name) for span in work.spans)
         return [sum(min(count, len(crop)) for crop, _, count in crops) for crops in budgets], 0
+    for stage in reducer.stages():
+        if stage.adaptive:
+            raise BudgetError(
+                f"how many tokens {stage!r} keeps depends on what an image shows, and is not known from its "
+                "size: use a budget that is met exactly (adaptive=false; of a method of several stages, keep=...), or "
+                "measure it on an image with `foveate run`"
+            )
     tokens = imagined_tokens(anatomy, work.spans, probes_of([reducer]), text_tokens)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         chosen = reducer.select(tokens)
