@@ -267,7 +267,7 @@ def test_every_family_agrees_with_the_counter_of_torch(name: str) -> None:
         language = next(n for module, n in real.items() if module.endswith((".language_model", ".text_model")))
         head = next(n for module, n in real.items() if module.endswith(".lm_head"))
         projector = sum(n for module, n in real.items() if _PROJECTOR.search(module))
-        # Position tables that newer versions resize by a matrix product are not counted: in full depth they are nothing.
+        # Position tables that newer versions resize by a product are not counted: in full depth they are nothing.
         table = sum(
             n - real.get(f"{module}.patch_embedding", 0) for module, n in real.items()
             if name == "lfm2_vl" and module.endswith(".vision_tower.embeddings")
