@@ -93,6 +93,11 @@ class Reducer(ABC):
         """Return everything that the method reads, in all its stages."""
         return tuple(dict.fromkeys(probe for part in self.stages() for probe in part.probes()))
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether `select` decides how many tokens stay, so that `keep` is a bound; a parameter of some methods."""
+        return False
+
     def stages(self) -> tuple[Reducer, ...]:
         """Return the methods of a single stage that this one is made of, in the order in which they act."""
         return (self,)
