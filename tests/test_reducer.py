@@ -1,6 +1,8 @@
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from typing import Optional
 
 import pytest
 
@@ -166,3 +168,54 @@ def test_a_broken_or_clashing_plugin_is_named_and_left_out(registry, monkeypatch
     assert any("'broken' of 'no_such_package:Method' is left out" in m for m in messages)
     assert any("'random' of 'foveate.methods:Pool' is left out" in m and "taken by Random" in m for m in messages)
     assert set(list_methods()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "allowed"),
+    [
+        ("vispruner", {"step": 2.5}, "a whole number or None"),
+        ("vispruner", {"step": "8"}, "a whole number or None"),
+        ("vispruner", {"order": ["rank"]}, "'similarity' or 'rank'"),
+        ("vtc_cls", {"reduce": "mean"}, "'sum', 'min' or 'max'"),
+        ("hiprune", {"alpha": "x"}, "a number"),
+        ("hiprune", {"alpha": True}, "a number"),
+        ("hiprune", {"wrap": 1}, "True or False"),
+        ("dart", {"pivots": 2.5}, "a whole number"),
+        ("prumerge", {"neighbours": 2.5}, "a whole number"),
+        ("prumerge", {"layer": False}, "a whole number"),
+        ("prumerge", {"layer": -1.5}, "a whole number"),
+        ("gprune", {"steps": 2.5}, "a whole number"),
+        ("holov", {"regions": 2.5}, "a whole number or None"),
+        ("random", {"seed": 1.5}, "a whole number"),
+        ("codebook", {"codebook": 5}, "a text"),
+        ("fastv", {"layer": 1.5}, "a whole number"),
+        ("topv", {"recovery": None}, "a whole number"),
+    ],
+    ids=str,
+)
+def test_parameters_of_another_type_are_refused(name, config, allowed):
+    ((parameter, value),) = config.items()
+    with pytest.raises(FoveateError, match=f"^{name}: {parameter} is {allowed}, not {re.escape(repr(value))}$"):
+        get_method(name)(keep=8, **config)
+
+
+def test_parameters_of_methods_of_others_are_checked_as_far_as_annotations_say_it(registry):
+    @register("shaped")
+    @dataclass(frozen=True)
+    class Shaped(Random):
+        size: "int | tuple[int, int]" = 3
+        ratio: float = 1
+        label: Optional[str] = None  # noqa: UP045
+
+    assert Shaped(keep=8, size="any").ratio == 1
+    with pytest.raises(FoveateError, match=r"^shaped: label is a text or None, not 3$"):
+        Shaped(keep=8, label=3)
+    with pytest.raises(FoveateError, match=r"^shaped: seed is a whole number, not 0.5$"):
+        Shaped(keep=8, seed=0.5)
+
+    @dataclass(frozen=True)
+    class Unnamed(Random):
+        size: "OnlyForTypeCheckers" = 3  # noqa: F821
+        ratio: float = 1
+
+    assert Unnamed(keep=8, ratio="any").size == 3

@@ -96,8 +96,8 @@ class DyVTE(ExitReducer):
     complexity = "O(2048 D) per layer"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "gates", os.fspath(self.gates))
+        super().__post_init__()
         Gates.load(self.gates)
 
     def check(self, model: Any, family: Family) -> None:
