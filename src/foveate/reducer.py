@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import inspect
 import json
 import warnings
@@ -12,7 +13,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 
@@ -72,6 +85,7 @@ class Reducer(ABC):
     """Position ids that the paper gives the kept tokens."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         budget.check(self.keep)
         if isinstance(self.keep, list):
             object.__setattr__(self, "keep", tuple(self.keep))
@@ -134,6 +148,48 @@ class Reducer(ABC):
     def save(self, path: str | Path) -> None:
         """Write the configuration as a JSON file that `load_reducer` reads."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+_KINDS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    NoneType: "None",
+}
+
+
+@functools.cache
+def _kinds(cls: type[Reducer]) -> dict[str, tuple[Any, ...]]:
+    """Return what fields take whose annotations are made of plain types and literals; budgets are checked elsewhere."""
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # a name that was imported for type checkers alone
+        return {}
+    found = {}
+    for name in {f.name for f in dataclasses.fields(cls)} - {"keep", *cls.budgets}:
+        kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
+        if all(kind in _KINDS or get_origin(kind) is Literal for kind in kinds):
+            found[name] = kinds
+    return found
+
+
+def check_fields(reducer: Reducer) -> None:
+    """Raise `FoveateError` for the first parameter that is of another type than its annotation says."""
+    for name, kinds in _kinds(type(reducer)).items():
+        value = getattr(reducer, name)
+        if not any(_fits(value, kind) for kind in kinds):
+            words = [w for k in kinds for w in ([_KINDS[k]] if k in _KINDS else map(repr, get_args(k)))]
+            allowed = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+            raise FoveateError(
+                f"{getattr(reducer, 'name', type(reducer).__name__)}: {name} is {allowed}, not {value!r}"
+            )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _plain(value: Any) -> Any:

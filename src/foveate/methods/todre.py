@@ -52,11 +52,6 @@ class ToDRE(Reducer):
     paper = "arXiv:2505.18757"
     complexity = "O(N^2 D + T N)"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.criterion not in ("max_sum", "k_center"):
-            raise FoveateError(f"criterion is 'max_sum' or 'k_center', not {self.criterion!r}")
-
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop(self.keep, self.pick)
 

@@ -64,8 +64,6 @@ class VisPruner(Reducer):
             raise FoveateError(f"important_ratio is a share from 0 to 1, not {self.important_ratio}")
         if self.step is not None and self.step < 1:
             raise FoveateError(f"a round drops at least one token: step={self.step} is not possible, use 8 or None")
-        if self.order not in ("similarity", "rank"):
-            raise FoveateError(f"order is 'similarity' or 'rank', not {self.order!r}")
 
     def probes(self) -> tuple[Probe, ...]:
         return self.needs[1:] if self.important_ratio == 1 else self.needs

@@ -51,8 +51,6 @@ class VTCCLS(Reducer):
         super().__post_init__()
         if not 0.0 <= self.start < 1.0:
             raise FoveateError(f"start is a share of the encoder's depth from 0 up to 1, such as 2/3, not {self.start}")
-        if self.reduce not in ("sum", "min", "max"):
-            raise FoveateError(f"reduce is 'sum', 'min' or 'max', not {self.reduce!r}")
 
     def probes(self) -> tuple[Probe, ...]:
         return (Attention(layers=float(self.start)),)
