@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ from foveate.in_llm import InLlmReducer
 from foveate.reducer import Positions, Reducer, load_reducer
 from foveate.selection import Selection, SpanSelection
 from foveate.tokens import Span
+
+_HANDLE: Final = "_foveate"
 
 
 def attach(
@@ -73,8 +75,8 @@ def attach(
 
 def attached(model: Any) -> Handle | None:
     """Return the handle that is attached to a model, if any."""
-    owner = getattr(vars(model).get("generate"), "__self__", None)
-    return owner if isinstance(owner, Handle) else None
+    handle: Handle | None = vars(model).get(_HANDLE)
+    return handle
 
 
 class Handle:
@@ -98,7 +100,9 @@ class Handle:
         self._local = threading.local()
         self._before = model.__dict__.get("generate")
         self._generate: Callable[..., Any] = model.generate
-        model.generate = self._wrapped_generate
+        self._wrapper = self._wrapped_generate
+        model.generate = self._wrapper
+        setattr(model, _HANDLE, self)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
@@ -201,6 +205,9 @@ class Handle:
             hook.remove()
         if self._layers is not None:
             self._layers.remove()
+        delattr(self._model, _HANDLE)
+        if vars(self._model).get("generate") is not self._wrapper:
+            return  # wrapped by somebody since, whose wrapper goes on to the model's own
         del self._model.generate
         if self._before is not None:
             self._model.generate = self._before
@@ -218,6 +225,8 @@ class Handle:
         self.detach()
 
     def _wrapped_generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if attached(self._model) is not self:
+            return self._generate(*(() if inputs is None else (inputs,)), *args, **kwargs)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         cache = given_cache(kwargs)

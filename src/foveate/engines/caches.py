@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 NAMES: Final = ("cache", "past_key_values")
@@ -26,6 +27,8 @@ def given_cache(inputs: Mapping[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """Return the cache in an output of ``forward`` or ``generate``, if there is one."""
+    if isinstance(output, tuple):
+        return next((x for x in output if isinstance(x, Cache)), None)
     return getattr(output, NAME, None)
 
 

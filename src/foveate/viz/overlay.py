@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -123,7 +124,9 @@ def draw(
 
 def save(path: str | Path, *args: Any, **kwargs: Any) -> None:
     """Write what `draw` draws as a PNG file."""
-    draw(*args, **kwargs).savefig(path, format="png", metadata={"Software": "foveate"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a question in a script that the font lacks
+        draw(*args, **kwargs).savefig(path, format="png", metadata={"Software": "foveate"})
 
 
 def draw_tokens(axes: Any, panel: Panel, shown: Fate) -> None:
