@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
-from foveate.engines.caches import COMPACTION, HELD, cache_of, given_cache, note, noted
+from foveate.engines.caches import COMPACTION, HELD, cache_of, forget, given_cache, note, noted
+from foveate.engines.callbacks import show_whole_prompts
 from foveate.engines.compaction import Compaction, check_mask, compact_planes, position_behind
 from foveate.engines.given import Shown, given
 from foveate.engines.hf import (
@@ -238,8 +238,7 @@ class Handle:
             return self._run_generate(args, reduced)
         full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
         self._shorten_limits(reduced, full_ids.shape[1] - width)
-        if reduced.get("streamer") is not None:
-            reduced["streamer"] = _WholePrompt(reduced["streamer"], full_ids)
+        show_whole_prompts(reduced, full_ids, width)
         out = self._run_generate(args, reduced)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
@@ -303,7 +302,9 @@ class Handle:
 
     def _reduce_continued(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
         """Reduce inputs that may continue a cache whose prompt was reduced before."""
-        filled = cache.get_seq_length() if cache is not None else 0
+        filled = int(cache.get_seq_length()) if cache is not None else 0
+        if not filled:
+            forget(cache)
         if self._layers is None and noted(cache, HELD):
             raise InputError(
                 "the deep layers of this cache hold fewer tokens than the first ones: attach the method inside the LLM "
@@ -325,8 +326,10 @@ class Handle:
             self._remember(out.selection, inputs.get("input_ids"))
             return out
         ids = inputs["input_ids"]
+        if filled < state.width:
+            state = state.cropped(filled)
         state = state.expanded(len(ids))
-        cached = state.length + cache.get_seq_length() - state.width  # columns of the full prompt behind the cache
+        cached = state.length + filled - state.width  # columns of the full prompt behind the cache
         mask = inputs.get("attention_mask")
         only_new = ids.shape[1] <= cached if mask is None else mask.shape[1] > ids.shape[1]
         head = cached if only_new else state.length
@@ -424,17 +427,3 @@ class Handle:
     def _remember(self, selection: Selection | None, ids: Tensor | None) -> None:
         if ids is not None and (selection is not None or self._layers is not None):
             self.selection, self._batch = selection, len(ids)
-
-
-class _WholePrompt(BaseStreamer):  # type: ignore[misc]
-    """Shows a streamer the full prompt where the model was given the compact one."""
-
-    def __init__(self, streamer: BaseStreamer, prompt: Tensor):
-        self._streamer, self._prompt = streamer, prompt
-
-    def put(self, value: Tensor) -> None:
-        self._streamer.put(value if self._prompt is None else self._prompt.cpu())
-        self._prompt = None  # type: ignore[assignment]
-
-    def end(self) -> None:
-        self._streamer.end()

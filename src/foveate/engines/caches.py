@@ -49,6 +49,12 @@ def note(cache: Any, what: str, value: Any) -> None:
     setattr(cache, _NOTES, {**getattr(cache, _NOTES, {}), what: value})
 
 
+def forget(cache: Any) -> None:
+    """Take the notes off a cache that is empty."""
+    if hasattr(cache, _NOTES):
+        delattr(cache, _NOTES)
+
+
 def noted(cache: Any, what: str) -> Any:
     """Return what `note` left on a cache, if anything."""
     return getattr(cache, _NOTES, {}).get(what)
