@@ -161,6 +161,18 @@ def test_a_configuration_with_two_names_is_asked_once(small: None, tmp_path: Pat
     assert (found["own.json 32 0"].right == found["vispruner 32 0"].right).all()
 
 
+def test_rows_name_the_commits_of_their_answers(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows, found = tmp_path / "rows.jsonl", _entries()[:3]
+    for commit, images in (("b" * 40, 2), ("a" * 40, 4)):
+        monkeypatch.setattr(scenes, "versions", lambda commit=commit: {"commit": commit})
+        answers = scenes.collect(found, images, 0, rows)
+    answers |= scenes.collect(_entries()[3:], 4, 0, rows)
+    assert answers["vispruner 32 0"].commits == ("a" * 12, "b" * 12)
+    monkeypatch.setattr(leaderboard, "BASELINES", ("random",))
+    commits = {row["method"]: row["commits"] for row in leaderboard.table_rows(_entries(), answers, {})}
+    assert commits == {"vispruner": ["a" * 12, "b" * 12], "random": ["a" * 12]}
+
+
 def test_answers_count_what_they_should(small: None, tmp_path: Path):
     found = scenes.collect(_entries()[:3], 2, 0, tmp_path / "rows.jsonl")
     unpruned, pruned = found[scenes.UNPRUNED], found["vispruner 32 0"]

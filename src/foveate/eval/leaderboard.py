@@ -63,7 +63,8 @@ def leaderboard(
     Returns
     -------
     dict
-        Plain values: configuration, versions, a row per method and budget, and why methods are left out.
+        Plain values: configuration, versions, a row per method and budget, and why methods are left out. The versions
+        are those that worked out figures and costs; rows name the commits of their answers.
     """
     blocks(images)  # refuses what cannot be run, before anything is loaded
     model, processor = nano.load()
@@ -91,7 +92,7 @@ def leaderboard(
 
 
 def _plain(answers: Answers) -> dict[str, Any]:
-    return Tally(answers.right, answers.asked).summary()
+    return {**Tally(answers.right, answers.asked).summary(), "commits": list(answers.commits)}
 
 
 def table_rows(
@@ -123,6 +124,7 @@ def table_rows(
             "worst": {"kind": worst, "relative": kinds[worst]},
             "loyalty": _loyalty(draws, unpruned),
             "cost": costs.get((entry.method, entry.budget)),
+            "commits": sorted({commit for d in draws for commit in d.commits}),
         })  # fmt: skip
     order = budgets_of(found)
     for budget in order:

@@ -80,12 +80,15 @@ class Answers:
         Per image, answers that are those of the unpruned model, int64 ``[images]``; of conditions with a method.
     kept
         Visual tokens that were left, the mean over the images; of conditions with a method.
+    commits
+        Commits of foveate at which the images were run, sorted; one outside a checkout is empty.
     """
 
     right: Counts
     asked: Counts
     agreed: Counts
     kept: float | None
+    commits: tuple[str, ...]
 
 
 def entries(
@@ -390,5 +393,6 @@ def _joined(lines: Sequence[Mapping[str, Any]]) -> Answers:
 
     kept = [line["kept"] for line in lines if "kept" in line]
     return Answers(
-        table("right"), table("asked"), np.array(rows("agreed"), np.int64), sum(kept) / len(kept) if kept else None
-    )
+        table("right"), table("asked"), np.array(rows("agreed"), np.int64), sum(kept) / len(kept) if kept else None,
+        tuple(sorted({line["commit"] for line in lines})),
+    )  # fmt: skip
