@@ -108,7 +108,7 @@ def test_the_leaderboard_follows_from_the_answers(monkeypatch):
             for n in (*BASELINES, "vispruner", "divprune"))]  # fmt: skip
     answers = collect(kept, config["images"], config["seed"], ROOT / "results/leaderboard.rows.jsonl")
     for row in table_rows(kept, answers, {}):
-        for figure in ("tokens", "accuracy", "kinds", "relative", "worst", "loyalty"):
+        for figure in ("tokens", "accuracy", "kinds", "relative", "worst", "loyalty", "commits"):
             assert row[figure] == named[row["method"]][figure], (row["method"], figure)
 
 

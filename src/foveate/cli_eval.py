@@ -54,7 +54,10 @@ def evaluate(
     ] = None,
     keep: Annotated[
         str | None,
-        typer.Option(help="Visual tokens to keep, with commas.  [default: 64,32,16]; lmms-eval: one budget."),
+        typer.Option(
+            help="Visual tokens to keep, with commas; JSON files lose their own budget.  [default: 64,32,16, files as "
+            "they are]; lmms-eval: one budget."
+        ),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Scenes.  [default: 300, of a backbone 150]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Different seeds give different scenes.")] = 0,
@@ -97,7 +100,6 @@ def evaluate(
         "batch_size": batch_size, "limit": limit, "out": out, "include_path": include_path, "samples": samples,
         "dtype": dtype, "attn": attn, "device_map": device_map,
     }  # fmt: skip
-    budgets = keep or "64,32,16"
     if published is not None:
         _list_published(published, as_json)
     elif against_paper is not None:
@@ -105,9 +107,9 @@ def evaluate(
     elif harness is Harness.lmms_eval:
         _benchmarks(model, tasks, methods, keep, options, as_json)
     elif backbone is not None:
-        _backbone(methods, budgets, images or 150, seed, out, page, as_json)
+        _backbone(methods, keep, images or 150, seed, out, page, as_json)
     else:
-        _scenes(methods, budgets, images or 300, seed, processes, out or Path("runs/leaderboard.json"), page, as_json)
+        _scenes(methods, keep, images or 300, seed, processes, out or Path("runs/leaderboard.json"), page, as_json)
 
 
 def _check_options(context: typer.Context, wanted: dict[str, bool]) -> None:
@@ -122,8 +124,9 @@ def _check_options(context: typer.Context, wanted: dict[str, bool]) -> None:
 
 
 def _scenes(
-    methods: str | None, keep: str, images: int, seed: int, processes: int, out: Path, page: Path | None, as_json: bool
-) -> None:
+    methods: str | None, keep: str | None, images: int, seed: int, processes: int, out: Path, page: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     from foveate.eval import leaderboard
     from foveate.eval.plot import plot
 
@@ -146,14 +149,18 @@ def _scenes(
 
 
 def _backbone(
-    methods: str | None, keep: str, images: int, seed: int, out: Path | None, page: Path | None, as_json: bool
+    methods: str | None, keep: str | None, images: int, seed: int, out: Path | None, page: Path | None, as_json: bool
 ) -> None:
     from foveate.eval import backbone
+    from foveate.eval.scenes import BUDGETS
 
+    names = _names(methods)
+    if keep is None and (files := [name for name in names if name.endswith(".json")]):
+        raise InputError(f"a backbone is run at equal numbers of tokens, which {files[0]} does not name: give --keep")
     with contextlib.redirect_stdout(sys.stderr), _bar("scenes") as bar:
         task = bar.add_task("scenes", total=None)
         result = backbone.recall(
-            _names(methods), _budgets(keep), images, seed,
+            names, _budgets(keep) or BUDGETS, images, seed,
             lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     if out is not None:
@@ -238,7 +245,9 @@ def _names(text: str | None) -> list[str]:
     return [] if text is None else [name.strip() for name in text.split(",")]
 
 
-def _budgets(text: str) -> list[int]:
+def _budgets(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
     try:
         budgets = [int(part) for part in text.split(",")]
     except ValueError as error:

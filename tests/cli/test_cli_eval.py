@@ -33,6 +33,7 @@ from foveate.eval import leaderboard
     (["--published", "fastv", "--out", "x.json"], "leave out --out"),
     (["--published", "fastv", "--harness", "scenes"], "leave out --harness"),
     (["--backbone", "dinov2", "--processes", "2"], "leave out --processes"),
+    (["--backbone", "dinov2", "--methods", "own.json"], "give --keep"),
     (["--against-paper", "nowhere.json", "--images", "25"], "leave out --images"),
     (["--against-paper", "nowhere.json", "--model", "nano"], "leave out --model"),
     (["--published", "nothing"], "no numbers of 'nothing'"),
@@ -120,5 +121,7 @@ def test_one_command_fills_the_page_and_draws_the_plot(foveate: Any, monkeypatch
     assert page.endswith("end\n")
     assert "<svg" in Path("images/page.svg").read_text()
     assert json.loads(Path("board.json").read_text()) == _board() == foveate(*arguments, "--json").json
+    foveate("eval", "--methods", "own.json")
+    assert called[-1][:2] == (["own.json"], None)
     Path("page.md").write_text("nothing")
     assert "has no place for" in foveate(*arguments).err

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from foveate import nano
+from foveate import Budget, nano
 from foveate.errors import FoveateError, InputError
 from foveate.eval import leaderboard, scenes
 from foveate.eval.plot import plot
-from foveate.methods import Random, VisPruner
-from foveate.reducer import list_methods
+from foveate.methods import CDPruner, FastV, FlowCut, Pool, Random, ToMe, VisPruner
+from foveate.nano.runner import Runner
+from foveate.reducer import Chain, list_methods
+from foveate.run import prepare
 
 pytestmark = pytest.mark.skipif(not (nano.WEIGHTS / "config.json").is_file(), reason="nano is not trained yet")
 
@@ -59,6 +61,56 @@ def test_methods_in_files_are_compared_too(model: Any, tmp_path: Path):
     assert found[-1].reducers == (VisPruner(keep=16, important_ratio=0.75),)
 
 
+def _job(model: Any) -> Any:
+    scene = nano.scene("test", 0, 0)
+    return prepare(model, nano.load()[1], scene.image, scene.questions[0].text, max_new_tokens=1)
+
+
+def test_files_run_as_they_are_beside_baselines_at_as_many_tokens(model: Any, tmp_path: Path):
+    pruned, inside = VisPruner(keep=0.2), FastV(keep=64, layer=2)
+    chain = Chain(VisPruner(keep=0.5), FastV(keep=0.5, layer=2))
+    adaptive = VisPruner(keep=Budget.coverage(0.9))
+    files = {str(tmp_path / f"{i}.json"): r for i, r in enumerate((pruned, inside, chain, adaptive))}
+    for path, reducer in files.items():
+        reducer.save(path)
+    own = scenes.as_they_are(_job(model), ["divprune", *files])
+    assert {name: entry.reducers for name, entry in own.items()} == {path: (r,) for path, r in files.items()}
+    budgets = [entry.budget for entry in own.values()]
+    assert budgets[:3] == [51, 160, 96]  # 96: two layers of 128 and two of 64
+    assert 0 < budgets[3] < 256
+    alone, _ = scenes.entries(model, list(files), [64], 256, own)
+    assert scenes.budgets_of(alone) == budgets
+    assert [e.budget for e in alone if e.method == "random"] == budgets
+    found, _ = scenes.entries(model, ["divprune", *files], [64], 256, own)
+    assert scenes.budgets_of(found) == [64, *budgets]
+    assert [(e.method, e.budget) for e in found[-5:]] == [("divprune", 64), *zip(files, budgets, strict=True)]
+
+
+def test_files_that_keep_everything_are_refused(model: Any, tmp_path: Path):
+    VisPruner(keep=1.0).save(path := str(tmp_path / "all.json"))
+    with pytest.raises(InputError, match="256 of 256 visual tokens leave nothing to reduce"):
+        scenes.entries(model, [path], [64], 256, scenes.as_they_are(_job(model), [path]))
+
+
+def test_the_budget_of_a_chain_cannot_be_replaced(model: Any, tmp_path: Path):
+    Chain(VisPruner(keep=0.5), FastV(keep=0.5)).save(path := str(tmp_path / "chain.json"))
+    with pytest.raises(InputError, match="leave out --keep"):
+        scenes.entries(model, [path], [64], 256)
+
+
+@pytest.mark.parametrize("chain", [
+    Chain(VisPruner(keep=0.5), FastV(keep=32, layer=1)), Chain(VisPruner(keep=0.5), CDPruner(keep=0.5)),
+    Chain(Pool(keep=64)), Chain(FlowCut(keep=64)), Chain(ToMe(keep=64), FastV(keep=32, layer=1)),
+], ids=repr)  # fmt: skip
+def test_chains_answer_scenes_as_when_attached(model: Any, chain: Chain):
+    runner, scene = Runner(model, nano.load()[1]), nano.scene("test", 0, 0)
+    condition = scenes.Entry("chain", 64, (chain,)).conditions()[0]
+    with torch.inference_mode():
+        inputs, tokens = runner.look(scene.image, [chain])
+        expected = runner.ask_attached(runner.prompts(inputs, scene.questions), condition)
+        assert runner.ask(inputs, tokens, condition, scene.questions) == expected
+
+
 @pytest.mark.parametrize("method", ["evs", "nothing", "codebook", "nowhere.json"])
 def test_methods_asked_for_must_run(model: Any, method: str):
     with pytest.raises(FoveateError):
@@ -100,6 +152,25 @@ def test_answers_on_disk_are_not_asked_for_again(small: None, tmp_path: Path, mo
     scenes.collect(_entries()[:3], 2, 1, rows)  # another seed
     assert asked[-2:] == [0, 1]
     assert len(asked) == 8
+
+
+def test_a_configuration_with_two_names_is_asked_once(small: None, tmp_path: Path):
+    twice = [*_entries()[:3], scenes.Entry("own.json", 32, (VisPruner(keep=32),))]
+    found = scenes.collect(twice, 2, 0, rows := tmp_path / "rows.jsonl")
+    assert len(rows.read_text().splitlines()) == 3
+    assert (found["own.json 32 0"].right == found["vispruner 32 0"].right).all()
+
+
+def test_rows_name_the_commits_of_their_answers(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows, found = tmp_path / "rows.jsonl", _entries()[:3]
+    for commit, images in (("b" * 40, 2), ("a" * 40, 4)):
+        monkeypatch.setattr(scenes, "versions", lambda commit=commit: {"commit": commit})
+        answers = scenes.collect(found, images, 0, rows)
+    answers |= scenes.collect(_entries()[3:], 4, 0, rows)
+    assert answers["vispruner 32 0"].commits == ("a" * 12, "b" * 12)
+    monkeypatch.setattr(leaderboard, "BASELINES", ("random",))
+    commits = {row["method"]: row["commits"] for row in leaderboard.table_rows(_entries(), answers, {})}
+    assert commits == {"vispruner": ["a" * 12, "b" * 12], "random": ["a" * 12]}
 
 
 def test_answers_count_what_they_should(small: None, tmp_path: Path):
@@ -149,6 +220,15 @@ def test_leaderboard(small: None, tmp_path: Path):
     assert (tmp_path / "board.svg").read_text() == picture
     with pytest.raises(InputError, match="cannot write"):
         plot(result, tmp_path / "board.nothing")
+
+
+def test_a_file_has_a_table_at_its_own_tokens(small: None, tmp_path: Path):
+    VisPruner(keep=0.2).save(path := str(tmp_path / "config.json"))
+    result = leaderboard.leaderboard([path], None, 2, 0, tmp_path / "board.rows.jsonl")
+    assert result["config"]["budgets"] == [51]
+    assert {row["method"] for row in result["rows"]} == {path, "random", "uniform", "pool", "downsample"}
+    assert next(row for row in result["rows"] if row["method"] == path)["reducers"] == [repr(VisPruner(keep=0.2))]
+    assert list(leaderboard.tables(result)) == ["leaderboard-about", "leaderboard-51"]
 
 
 def test_methods_for_two_models_are_left_out():

@@ -14,13 +14,16 @@ from foveate import nano
 from foveate.errors import InputError
 from foveate.eval.scenes import (
     BLIND,
+    BUDGETS,
     DRAWS,
     SPLIT,
     UNPRUNED,
     Answers,
     Counts,
     Entry,
+    as_they_are,
     blocks,
+    budgets_of,
     collect,
     entries,
     weights_digest,
@@ -30,7 +33,7 @@ from foveate.nano.evaluate import Tally, clustered
 from foveate.nano.questions import ASKED_KINDS, QUESTION_KINDS
 from foveate.pages import markdown_table
 from foveate.provenance import versions
-from foveate.run import BASELINES, Arm, measure, prepare
+from foveate.run import BASELINES, Arm, Job, measure, prepare
 
 Result = dict[str, Any]
 COSTED: Final = 1
@@ -39,7 +42,7 @@ COSTED: Final = 1
 
 def leaderboard(
     methods: Sequence[str],
-    budgets: Sequence[int],
+    budgets: Sequence[int] | None,
     images: int,
     seed: int,
     rows: Path,
@@ -53,26 +56,30 @@ def leaderboard(
     methods
         Names of methods or files with one; all methods if empty. The baselines are always added.
     budgets
-        Visual tokens to keep.
+        Visual tokens to keep, of files instead of their own budgets. `None`: `BUDGETS`, and files as they are.
     images, seed, rows, processes, progress
         See `foveate.eval.scenes.collect`.
 
     Returns
     -------
     dict
-        Plain values: configuration, versions, a row per method and budget, and why methods are left out.
+        Plain values: configuration, versions, a row per method and budget, and why methods are left out. The versions
+        are those that worked out figures and costs; rows name the commits of their answers.
     """
     blocks(images)  # refuses what cannot be run, before anything is loaded
     model, processor = nano.load()
     config = model.config
     total = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    found, left_out = entries(model, methods, budgets, total)
+    shown = [nano.scene(SPLIT, seed, index) for index in range(COSTED)]
+    jobs = [prepare(model, processor, s.image, s.questions[0].text, max_new_tokens=1) for s in shown]
+    own = as_they_are(jobs[0], methods) if budgets is None else {}
+    found, left_out = entries(model, methods, BUDGETS if budgets is None else budgets, total, own)
     answers = collect(found, images, seed, rows, processes, progress)
-    costs = _costs(model, processor, found, seed)
+    costs = _costs(jobs, found)
     return {
         "config": {
             "model": "nano", "weights": weights_digest(), "split": SPLIT, "seed": seed, "images": images,
-            "questions": int(answers[UNPRUNED].asked.sum()), "draws": DRAWS, "budgets": list(budgets),
+            "questions": int(answers[UNPRUNED].asked.sum()), "draws": DRAWS, "budgets": budgets_of(found),
             "visual_tokens": total, "dtype": "float32", "device": "cpu", "attention": config._attn_implementation,
             "bootstrap_samples": RESAMPLES, "sign_flips": FLIPS,
         },
@@ -85,7 +92,7 @@ def leaderboard(
 
 
 def _plain(answers: Answers) -> dict[str, Any]:
-    return Tally(answers.right, answers.asked).summary()
+    return {**Tally(answers.right, answers.asked).summary(), "commits": list(answers.commits)}
 
 
 def table_rows(
@@ -97,7 +104,8 @@ def table_rows(
     for entry in found:
         if not entry.reducers:
             continue
-        draws = [answers[condition.name] for condition in entry.conditions()]
+        conditions = entry.conditions()
+        draws = [answers[condition.name] for condition in conditions]
         total = np.sum([d.right for d in draws], axis=0)
         mean = total / len(draws)
         right[entry.method, entry.budget] = mean.sum(axis=1)
@@ -106,8 +114,9 @@ def table_rows(
         worst = min(kinds, key=lambda kind: kinds[kind])
         first = entry.reducers[0]
         rows.append({
-            "method": entry.method, "budget": entry.budget, "stage": first.stage, "query_aware": first.query_aware,
-            "merges": first.merges, "positions": first.positions, "reducers": [repr(r) for r in entry.reducers],
+            "method": entry.method, "budget": entry.budget, "stage": first.stages()[-1].stage,
+            "query_aware": any(part.query_aware for part in first.stages()),
+            "merges": first.merges, "positions": conditions[0].positions, "reducers": [repr(r) for r in entry.reducers],
             "tokens": round(float(np.mean([d.kept for d in draws])), 2),
             "accuracy": summary.pop("all"),
             "kinds": {kind: {**summary[kind], "relative": kinds[kind]} for kind in summary},
@@ -115,10 +124,11 @@ def table_rows(
             "worst": {"kind": worst, "relative": kinds[worst]},
             "loyalty": _loyalty(draws, unpruned),
             "cost": costs.get((entry.method, entry.budget)),
+            "commits": sorted({commit for d in draws for commit in d.commits}),
         })  # fmt: skip
-    for budget in dict.fromkeys(row["budget"] for row in rows):
+    order = budgets_of(found)
+    for budget in order:
         _compare([row for row in rows if row["budget"] == budget], right, unpruned)
-    order = list(dict.fromkeys(row["budget"] for row in rows))
     return sorted(rows, key=lambda row: (order.index(row["budget"]), -row["relative"]["average"]))
 
 
@@ -152,12 +162,8 @@ def _compare(rows: list[dict[str, Any]], right: Mapping[Any, NDArray[Any]], unpr
             }
 
 
-def _costs(
-    model: Any, processor: Any, found: Sequence[Entry], seed: int
-) -> dict[tuple[str, int | None], dict[str, Any]]:
+def _costs(jobs: Sequence[Job], found: Sequence[Entry]) -> dict[tuple[str, int | None], dict[str, Any]]:
     """Count the FLOPs and the KV cache of a prompt under each entry, means over a few scenes."""
-    shown = [nano.scene(SPLIT, seed, index) for index in range(COSTED)]
-    jobs = [prepare(model, processor, s.image, s.questions[0].text, max_new_tokens=1) for s in shown]
     listed = [entry for entry in found if entry.method != BLIND]
     reducers = [entry.reducers[0] if entry.reducers else None for entry in listed]
     arms = [measure(job, reducers, repeats=0) for job in jobs]

@@ -25,10 +25,11 @@ from foveate.in_llm import schedule
 from foveate.nano.evaluate import Asked, ask_all, count_kinds
 from foveate.nano.runner import Condition
 from foveate.provenance import versions
-from foveate.reducer import Reducer, get_method, list_methods, load_reducer
-from foveate.run import BASELINES
+from foveate.reducer import Chain, Reducer, get_method, list_methods, load_reducer
+from foveate.run import BASELINES, Job, measure
 
 SPLIT: Final = "test"
+BUDGETS: Final = (64, 32, 16)
 DRAWS: Final = 3
 """Runs of a method that draws, each with a seed of its own."""
 BLOCK: Final = 25
@@ -59,7 +60,10 @@ class Entry:
         """Return what the model is run with, one condition per draw."""
         if not self.reducers:
             return [Condition(self.method, wrong_image=self.method == BLIND)]
-        return [Condition(f"{self.method} {self.budget} {i}", r, r.positions) for i, r in enumerate(self.reducers)]
+        return [
+            Condition(f"{self.method} {self.budget} {i}", r, None if isinstance(r, Chain) else r.positions)
+            for i, r in enumerate(self.reducers)
+        ]
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,23 @@ class Answers:
         Per image, answers that are those of the unpruned model, int64 ``[images]``; of conditions with a method.
     kept
         Visual tokens that were left, the mean over the images; of conditions with a method.
+    commits
+        Commits of foveate at which the images were run, sorted; one outside a checkout is empty.
     """
 
     right: Counts
     asked: Counts
     agreed: Counts
     kept: float | None
+    commits: tuple[str, ...]
 
 
 def entries(
-    model: Any, methods: Sequence[str], budgets: Sequence[int], total: int
+    model: Any, methods: Sequence[str], budgets: Sequence[int], total: int, own: Mapping[str, Entry] | None = None
 ) -> tuple[list[Entry], list[dict[str, Any]]]:
     """Return what to compare: the given methods, or all if there are none, and always the baselines.
+
+    The baselines run at every budget, those of `own` included.
 
     Parameters
     ----------
@@ -96,9 +105,11 @@ def entries(
     methods
         Names, or JSON files that `Reducer.save` wrote.
     budgets
-        Visual tokens to keep.
+        Visual tokens to keep, of files instead of their own budgets.
     total
         Visual tokens of the unpruned prompt.
+    own
+        Files that run as they are, by `as_they_are`.
 
     Returns
     -------
@@ -111,17 +122,24 @@ def entries(
     FoveateError
         If a method that was asked for by name cannot run at any of the budgets, or a budget leaves nothing to reduce.
     """
-    if max(budgets) >= total:
-        raise InputError(f"{max(budgets)} of {total} visual tokens leave nothing to reduce: keep fewer")
+    own = own or {}
+    given = () if methods and own.keys() >= {*methods} else tuple(budgets)  # nothing else to compare with there
+    every = tuple(dict.fromkeys([*given, *budgets_of(own.values())]))
+    if max(every) >= total:
+        raise InputError(f"{max(every)} of {total} visual tokens leave nothing to reduce: keep fewer")
     found, left_out = [Entry(UNPRUNED), Entry(BLIND)], []
     for name in dict.fromkeys([*BASELINES, *(methods or list_methods())]):
+        if name in own:
+            found.append(own[name])
+            continue
         reasons: dict[str, list[int]] = {}
-        for budget in budgets:
+        at = every if name in BASELINES else given
+        for budget in at:
             try:
                 found.append(_entry(model, name, budget, total))
             except FoveateError as error:
                 reasons.setdefault(str(error), []).append(budget)
-                if name in methods and sum(map(len, reasons.values())) == len(budgets):
+                if name in methods and sum(map(len, reasons.values())) == len(at):
                     raise
         left_out += [{"method": name, "budgets": lacking, "reason": reason} for reason, lacking in reasons.items()]
     return found, left_out
@@ -130,13 +148,56 @@ def entries(
 def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
     depth = model.config.get_text_config().num_hidden_layers
     reducer = equal_tokens(name, budget, total, depth)
+    _check(model, reducer)
+    return Entry(name, budget, draws(reducer))
+
+
+def _check(model: Any, reducer: Reducer) -> None:
     if reducer.video_only:
         raise InputError(f"{reducer.name} leaves images alone")
     if reducer.guided:
         raise InputError(f"{reducer.name} needs a second model to guide this one, see foveate.guide")
     with attach(model, reducer):
         pass  # raises if the model cannot run the method
-    return Entry(name, budget, draws(reducer))
+
+
+def budgets_of(found: Iterable[Entry]) -> list[int]:
+    """Return the budgets of entries, each once."""
+    return list(dict.fromkeys(entry.budget for entry in found if entry.budget is not None))
+
+
+def as_they_are(job: Job, methods: Sequence[str]) -> dict[str, Entry]:
+    """Return an entry for each file among some methods, with the budget that is in it.
+
+    Parameters
+    ----------
+    job
+        A question about a scene. What a method leaves there, the mean over the layers of the LLM and rounded, is the
+        budget of its entry, at which it is compared.
+
+    Raises
+    ------
+    FoveateError
+        If a file holds no method, or the model cannot run it.
+    """
+    found = {}
+    for name in dict.fromkeys(filter(_is_file, methods)):
+        reducer = _from_file(name)
+        _check(job.model, reducer)
+        (arm,) = measure(job, [reducer], repeats=0)
+        found[name] = Entry(name, round(arm.equivalent), draws(reducer))
+    return found
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".json")
+
+
+def _from_file(name: str) -> Reducer:
+    try:
+        return load_reducer(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read a method from {name!r}: {error}") from error
 
 
 def draws(reducer: Reducer) -> tuple[Reducer, ...]:
@@ -155,12 +216,13 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
     Raises
     ------
     FoveateError
-        If its first layers alone see more, or `name` is neither a method nor a file with one.
+        If its first layers alone see more, it is a chain, or `name` is neither a method nor a file with one.
     """
-    try:
-        method = type(load_reducer(name)) if name.endswith(".json") else get_method(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read a method from {name!r}: {error}") from error
+    method = type(_from_file(name)) if _is_file(name) else get_method(name)
+    if method is Chain and _is_file(name):
+        raise InputError(
+            f"the parts of the chain {name} have budgets of their own: leave out --keep to run it as it is"
+        )
     solves = "equivalent" in {field.name for field in fields(method)}
     reducer = load_reducer(name, keep=None, equivalent=budget) if solves else load_reducer(name, keep=budget)
     if method.stage == "in_llm":
@@ -211,7 +273,8 @@ def collect(
         By the name of the condition.
     """
     starts = blocks(images)
-    conditions = {_key(c, seed, weights_digest()): c for entry in found for c in entry.conditions()}
+    keys = {c.name: _key(c, seed, weights_digest()) for entry in found for c in entry.conditions()}
+    conditions = {keys[c.name]: c for entry in found for c in entry.conditions()}  # each once, whatever it is called
     done = _read(rows)
     jobs = []
     for start in starts:
@@ -238,7 +301,7 @@ def collect(
             done |= {(line["key"], start): line for line in lines}
             if pool is not None:
                 advance(BLOCK * len(pending))
-    return {c.name: _joined([done[key, start] for start in starts]) for key, c in conditions.items()}
+    return {name: _joined([done[key, start] for start in starts]) for name, key in keys.items()}
 
 
 @functools.cache
@@ -330,5 +393,6 @@ def _joined(lines: Sequence[Mapping[str, Any]]) -> Answers:
 
     kept = [line["kept"] for line in lines if "kept" in line]
     return Answers(
-        table("right"), table("asked"), np.array(rows("agreed"), np.int64), sum(kept) / len(kept) if kept else None
-    )
+        table("right"), table("asked"), np.array(rows("agreed"), np.int64), sum(kept) / len(kept) if kept else None,
+        tuple(sorted({line["commit"] for line in lines})),
+    )  # fmt: skip

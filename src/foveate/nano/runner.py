@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import fmean
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from foveate.engines.hf import apply, decide, look, select
 from foveate.engines.settings import Settings
 from foveate.families import family_of
 from foveate.nano.questions import Question
-from foveate.reducer import Reducer, identity
+from foveate.reducer import Positions, Reducer, Stage, identity
 
 PROMPT: Final = "<image>"
 
@@ -32,15 +32,15 @@ class Condition:
         Key of the result.
     reducer : Reducer or None
         None keeps every token.
-    positions : str
-        ``"original"`` or ``"compact"``.
+    positions : str or None
+        ``"original"`` or ``"compact"``; `None` leaves it to the parts of a chain.
     wrong_image : bool
         Ask each scene's questions about the scene before it: what can be answered without seeing.
     """
 
     name: str
     reducer: Reducer | None = None
-    positions: Literal["original", "compact"] = "original"
+    positions: Positions | None = "original"
     wrong_image: bool = False
 
 
@@ -62,16 +62,22 @@ class Runner:
         """Encode an image once, with every probe that one of the reducers needs that do not change this pass."""
         inputs = dict(self.processor(images=image, text=PROMPT, return_tensors="pt").to(self.model.device))
         spans = self.family.spans(self.model, inputs)
-        sharing = [reducer for reducer in reducers if reducer.stage not in ("encoder", "in_llm")]
+        sharing = [reducer for reducer in reducers if not _stages(reducer) & {"encoder", "in_llm"}]
         return inputs, look(self.model, self.family, inputs, spans, sharing)
 
     def prefix(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, int]:
         """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
         selection, embeds = self._kept(inputs, tokens, condition)
-        reduced = apply(self.model, self.family, inputs, tokens.spans, selection, embeds, condition.positions)
+        positions = self._positions(condition)
+        reduced = apply(self.model, self.family, inputs, tokens.spans, selection, embeds, positions)
         cache = cache_of(self.model(**reduced, use_cache=True, logits_to_keep=1))
         full = inputs["input_ids"].shape[1]
-        return cache, full if condition.positions == "original" else int(reduced["input_ids"].shape[1])
+        return cache, full if positions == "original" else int(reduced["input_ids"].shape[1])
+
+    def _positions(self, condition: Condition) -> Positions:
+        if condition.positions is not None or condition.reducer is None:
+            return condition.positions or "original"
+        return Settings.make(condition.reducer, None, "drop", {}, self.family).positions
 
     def _kept(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, list[Tensor]]:
         """Selection and embeddings under a condition; only methods that change pixels or encoder encode again."""
@@ -79,8 +85,8 @@ class Runner:
         if reducer is None:
             selection = identity(tokens.spans)
             return selection, self.family.embed(self.model, tokens, selection, None)
-        settings = Settings(reducer, condition.positions)
-        if reducer.stage in ("pixels", "encoder"):
+        settings = Settings(reducer, self._positions(condition))
+        if _stages(reducer) & {"pixels", "encoder"}:
             selection, embeds, _ = select(self.model, self.family, inputs, tokens.spans, settings)
             return selection, embeds
         selection = decide(tokens, settings)
@@ -94,7 +100,7 @@ class Runner:
         Of a method inside the LLM these are its equivalent tokens, the mean over layers.
         """
         reducer = condition.reducer
-        if reducer is not None and (reducer.query_aware or reducer.stage == "in_llm"):
+        if reducer is not None and ("in_llm" in _stages(reducer) or any(r.query_aware for r in reducer.stages())):
             return self._ask_each(inputs, tokens, condition, questions)
         cache, start = self.prefix(inputs, tokens, condition)
         text = inputs["input_ids"].shape[1] - sum(map(len, tokens.spans))
@@ -108,7 +114,7 @@ class Runner:
         reducer = condition.reducer
         assert reducer is not None
         batch = self.prompts(inputs, questions)
-        if reducer.stage == "in_llm":
+        if "in_llm" in _stages(reducer):
             return self.ask_attached(batch, condition)
         spans, count = self.family.spans(self.model, batch), len(questions)
         shown = replace(
@@ -119,9 +125,10 @@ class Runner:
             embedded=None if tokens.embedded is None else tokens.embedded * count,
             queries=self.family.query(self.model, batch, spans),
         )
-        selection = decide(shown, Settings(reducer, condition.positions))
+        positions = self._positions(condition)
+        selection = decide(shown, Settings(reducer, positions))
         embeds = self.family.embed(self.model, shown, selection, reducer.merges)
-        reduced = apply(self.model, self.family, batch, spans, selection, embeds, condition.positions)
+        reduced = apply(self.model, self.family, batch, spans, selection, embeds, positions)
         return self._last_words(reduced), sum(map(len, selection)) / count
 
     def ask_attached(self, batch: Mapping[str, Any], condition: Condition) -> tuple[list[str], float]:
@@ -168,6 +175,10 @@ class Runner:
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
         words: Tensor = logits[torch.arange(len(ids), device=ids.device), ends].argmax(-1)
         return [str(word) for word in self.processor.tokenizer.convert_ids_to_tokens(words.tolist())]
+
+
+def _stages(reducer: Reducer) -> set[Stage]:
+    return {part.stage for part in reducer.stages()}
 
 
 def with_own_seed(condition: Condition, index: int) -> Condition:
