@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from foveate.errors import InputError
 from foveate.run import Arm
 from foveate.units import show_bytes, show_flops, show_time
-from foveate.viz.comparison import Comparison
+from foveate.viz.comparison import Comparison, reads
 from foveate.viz.fate import fate
 from foveate.viz.overlay import INK, NIGHT, SOFT_INK, draw_saliency, draw_tokens, frame, paint, plain, tallest
 from foveate.viz.panels import Panel
@@ -103,7 +103,7 @@ def _draw(figure: Figure, box: Any, comparison: Comparison, name: str, panel: Pa
             frame(axes, panel)
         else:
             draw_saliency(axes, panel, [saliency[i] for i in panel.numbers])
-        title = "reads no attention" if saliency is None else "attention that it reads"
+        title = f"reads {reads(arms[-1])}" if saliency is None else "attention that it reads"
         axes.set_title(title, size=9.5, color=INK, loc="left", pad=5)
         return
     axes = figure.add_axes(box)
