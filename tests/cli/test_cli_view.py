@@ -95,6 +95,8 @@ def test_methods_inside_the_llm(
         "attention of the vision encoder", "no attention", inside, inside, "no attention",
     ]  # fmt: skip
     assert [arm["reads"] for arm in (m["arms"][0] for m in _data(page)["methods"])] == [arm["reads"] for arm in arms]
+    words = [text.get_text() for text in drawn[0].texts]
+    assert words.count("mean over layers: 40.0 tokens") == 2
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
     assert titles.count(f"reads {inside}") == titles.count("reads no attention") == 2
 

@@ -66,6 +66,8 @@ def sheet(comparison: Comparison) -> Figure:
             x = _MARGIN + column * (_PANEL + _GAP)
             text(x, y + 0.08, shorten(f"{arm.answer}  ({same})", 52, placeholder=" …"), size=9.5)
             text(x, y + 0.28, _costs(arm), size=8.5, color=SOFT_INK)
+            if arm.equivalent != arm.kept:
+                text(x, y + 0.45, f"mean over layers: {arm.equivalent:,.1f} tokens", size=8.5, color=SOFT_INK)
     return figure
 
 
