@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from foveate.budget import Keep
-from foveate.errors import FoveateError, UnsupportedModelError
+from foveate.errors import UnsupportedModelError
 from foveate.in_llm import (
     Images,
     InLlmReducer,
@@ -113,8 +113,6 @@ class VisionDropLlm(InLlmReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_parameters(self.contextual_ratio, self.merge)
-        if self.rows not in ("all", "visible"):
-            raise FoveateError(f"rows are 'all' or 'visible', not {self.rows!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", check_layers(self.name, self.layers))
 
