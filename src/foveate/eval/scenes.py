@@ -157,10 +157,7 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
     FoveateError
         If its first layers alone see more, or `name` is neither a method nor a file with one.
     """
-    try:
-        method = type(load_reducer(name)) if name.endswith(".json") else get_method(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read a method from {name!r}: {error}") from error
+    method = type(load_reducer(name)) if name.endswith(".json") else get_method(name)
     solves = "equivalent" in {field.name for field in fields(method)}
     reducer = load_reducer(name, keep=None, equivalent=budget) if solves else load_reducer(name, keep=budget)
     if method.stage == "in_llm":
