@@ -8,7 +8,7 @@ import pytest
 
 import foveate.reducer
 from foveate import Budget, Chain, FoveateError, Reducer, VisPruner, list_methods, load_reducer, register
-from foveate.errors import BudgetError, UnknownNameError
+from foveate.errors import BudgetError, InputError, UnknownNameError
 from foveate.methods import (
     Downsample,
     DyVTE,
@@ -142,6 +142,37 @@ def test_values_of_the_wrong_kind_are_named(call, message):
     with pytest.raises(FoveateError, match=message) as caught:
         call()
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "does not describe a method: Expecting"),
+        ("\x80", "does not describe a method: .* codec"),
+        ("[" * 100_000, "does not describe a method: .* recursion"),
+        ("[1]", 'does not describe a method: it holds no object with the keys "method"'),
+        ("{}", '"method"'),
+        ('{"method": ["a"]}', r"is the name of a method, such as \"vispruner\", not \['a'\]"),
+        ('{"method": "chain", "reducers": 5}', "the reducers of a chain are a list, not 5"),
+        ('{"method": "chain", "reducers": {"method": "random", "keep": 5}}', "the reducers of a chain are a list"),
+        ('{"method": "random", "keep": {"coverage": 0.5, "foo": 0}}', "takes per, least, most beside it, not foo"),
+        ('{"method": "random", "keep": {"budget": 5, "pr": "crop"}}', "'budget' takes per beside it, not pr"),
+        ('{"method": "random", "keep": {"image": {"budget": 5, "pr": "crop"}}}', "not pr"),
+        ('{"method": "random", "keep": [{"budget": 5, "coverage": 0.5}]}', "not budget"),
+    ],
+)
+def test_files_that_describe_no_method(tmp_path, text, message):
+    path = tmp_path / "method.json"
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(FoveateError, match=message) as caught:
+        load_reducer(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for name in ("absent.json", "."):
+        with pytest.raises(InputError, match="cannot read the method from"):
+            load_reducer(tmp_path / name)
 
 
 def test_list_methods_takes_a_pattern():

@@ -32,7 +32,7 @@ import torch
 from foveate import budget
 from foveate.budget import Budget, ByKind, Coverage, Keep
 from foveate.coverage import with_coverage
-from foveate.errors import BudgetError, FoveateError, UnknownNameError
+from foveate.errors import BudgetError, FoveateError, InputError, UnknownNameError
 from foveate.probes import Probe
 from foveate.selection import Merging, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
@@ -208,10 +208,17 @@ def _plain(value: Any) -> Any:
 
 def _rich(value: Any) -> Any:
     if isinstance(value, dict):
-        if "coverage" in value:
-            return Budget.coverage(value["coverage"], **{k: v for k, v in value.items() if k != "coverage"})
-        if "budget" in value:
-            return Budget(value["budget"], value.get("per", "image"))
+        for key, make, others in (
+            ("coverage", Budget.coverage, ("per", "least", "most")),
+            ("budget", Budget, ("per",)),
+        ):
+            if key in value:
+                further = {k: v for k, v in value.items() if k != key}
+                if unknown := further.keys() - {*others}:
+                    raise BudgetError(
+                        f"a budget with {key!r} takes {', '.join(others)} beside it, not {', '.join(sorted(unknown))}"
+                    )
+                return make(value[key], **further)
         if "method" in value:
             return reducer_from_dict(value)
         return {k: _rich(v) for k, v in value.items()}
@@ -314,22 +321,33 @@ def reducer_from_dict(data: dict[str, Any]) -> Reducer:
     """Build a reducer from the data of `Reducer.to_dict`."""
     if not isinstance(data, dict) or "method" not in data:
         raise FoveateError('a reducer configuration is an object with the keys "method", "keep", ...')
+    if not isinstance(data["method"], str):
+        raise FoveateError(f'"method" is the name of a method, such as "vispruner", not {data["method"]!r}')
     cls = get_method(data["method"])
     arguments = {key: _rich(value) for key, value in data.items() if key != "method"}
     if cls is Chain:
         if set(arguments) != {"reducers"}:
             raise FoveateError("a chain has one parameter, its reducers: set the parameters of these")
+        if not isinstance(arguments["reducers"], tuple):
+            raise FoveateError(f"the reducers of a chain are a list, not {data['reducers']!r}")
         return Chain(*arguments["reducers"])
     try:
         return cls(**arguments)
     except FoveateError:  # some of which are TypeErrors
         raise
-    except TypeError as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OSError) as error:  # also of another package's method
         raise FoveateError(_signature_help(cls, arguments, error)) from error
 
 
 def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
     """Return a reducer from a registered name and its parameters, or from a JSON file that `Reducer.save` wrote.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such method.
+    FoveateError
+        If the file cannot be read or describes no method, or the method does not take these parameters.
 
     Examples
     --------
@@ -339,11 +357,25 @@ def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
     if isinstance(method, Reducer):
         return reducer_from_dict({**method.to_dict(), **config}) if config else method
     if isinstance(method, Path) or str(method).endswith(".json"):
-        return reducer_from_dict({**json.loads(Path(method).read_text(encoding="utf-8")), **config})
+        return reducer_from_dict({**_read(Path(method)), **config})
     return reducer_from_dict({"method": method, **config})
 
 
-def _signature_help(cls: type[Reducer], given: dict[str, Any], error: TypeError) -> str:
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the method from {str(path)!r}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} does not describe a method: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(
+            f'{str(path)!r} does not describe a method: it holds no object with the keys "method", "keep", ...'
+        )
+    return data
+
+
+def _signature_help(cls: type[Reducer], given: dict[str, Any], error: Exception) -> str:
     known = [f.name for f in dataclasses.fields(cls)]
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     missing, unknown = [n for n in required if n not in given], [n for n in given if n not in known]

@@ -144,6 +144,7 @@ def test_parameters_files_templates_and_options(foveate: Any, folder: Path, chat
         (["--method", "absent.json"], "cannot read the method"),
         (["--method", "chain"], "a chain has one parameter"),
         (["--set", "important_ratio"], "--set takes name=value"),
+        (["--set", "method=pool"], "give its name with --method"),
         (["--set", "colour=1"], "does not know colour"),
         (["--set", "important_ratio=7"], "a share from 0 to 1"),
         (["--model", "nothing"], "no model 'nothing'"),
