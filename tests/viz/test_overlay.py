@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_strips_are_stretched_until_their_tokens_show(size: tuple[int, int]) -> 
         assert min(box.width, box.height) > 0.85 * figure.dpi
     labels = [label.get_window_extent() for label in figure.axes[1].child_axes[0].get_yticklabels() if label.get_text()]
     inside = [box for box in labels if box.height]
-    assert all(a.y1 <= b.y0 for a, b in zip(inside, inside[1:], strict=False))
+    assert all(a.y1 <= b.y0 for a, b in pairwise(inside))
 
 
 def test_merged_tokens_are_named_as_such() -> None:
