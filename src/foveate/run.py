@@ -234,7 +234,7 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
     if any(isinstance(r, InLlmReducer) for r in reducer.stages()):
         received = schedule(reducer, job.model.config.get_text_config().num_hidden_layers, job.visual_tokens)
         keep = min(statistics.fmean(received) / job.visual_tokens, 1.0)
-    elif reducer.coverages() or isinstance(reducer, Chain):
+    elif reducer.coverages() or reducer.adaptive or isinstance(reducer, Chain):
         with torch.no_grad():
             tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
             keep = [len(chosen) for chosen in reducer.select(tokens)]
