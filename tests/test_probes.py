@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import foveate.probes
 import foveate.taps
 from foveate.errors import UnsupportedModelError
+from foveate.families.merged import mean_of_blocks
 from foveate.families.tower import encoder_layers, run_tower
 from foveate.probes import Attention, Features, cls_row, received
 from foveate.taps import Taps, layer_outputs, tap
@@ -341,3 +342,18 @@ def test_an_unfused_tower_is_named():
         tap(encoder, {encoder.timm_model[1]: [probe]}, 0),
     ):
         pass
+
+
+def test_attention_received_and_its_mean_over_blocks_by_hand():
+    """Sixteen tokens of two heads that formulas give, and their 4 x 4 grid merged 2 x 2 in raster order."""
+    tokens, heads, width = range(1, 17), range(1, 3), range(1, 5)
+    query = torch.tensor([[[[math.sin(0.7 * i + 1.1 * h * c) for c in width] for i in tokens] for h in heads]])
+    key = torch.tensor([[[[1.5 * math.cos(0.703 * i * c + 0.6 * h) for c in width] for i in tokens] for h in heads]])
+    got = received(query, key, 0.5)
+    expected = [
+        0.059091, 0.068178, 0.075789, 0.065843, 0.056212, 0.059994, 0.059977, 0.055996, 0.051159, 0.058784, 0.069677,
+        0.074087, 0.064927, 0.058036, 0.061830, 0.060417,
+    ]  # fmt: skip
+    assert got[0].tolist() == pytest.approx(expected, abs=2e-6)
+    merged = mean_of_blocks(got, (4, 4), 2)
+    assert merged[0].tolist() == pytest.approx([0.060869, 0.064402, 0.058227, 0.066503], abs=2e-6)

@@ -1,12 +1,14 @@
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from typing import Optional
 
 import pytest
 
 import foveate.reducer
 from foveate import Budget, Chain, FoveateError, Reducer, VisPruner, list_methods, load_reducer, register
-from foveate.errors import BudgetError, UnknownNameError
+from foveate.errors import BudgetError, InputError, UnknownNameError
 from foveate.methods import (
     Downsample,
     DyVTE,
@@ -20,7 +22,7 @@ from foveate.methods import (
     VisionZip,
     VisualExit,
 )
-from foveate.reducer import get_method, identity, reducer_from_dict
+from foveate.reducer import by_default, get_method, identity, reducer_from_dict
 from foveate.selection import Selection
 from tiny import IN_LLM, METHODS, STAGED, VIDEO_METHODS, make, method_id
 
@@ -101,10 +103,10 @@ def test_load_by_name_and_with_changes():
         (
             lambda: load_reducer("vispruner", keep=8, important_ratio="a"),
             FoveateError,
-            "vispruner cannot use keep=8, important_ratio='a': '<=' not supported",
+            "vispruner: important_ratio is a number, not 'a'",
         ),
         (lambda: load_reducer("pyramiddrop", layers=2), FoveateError, "layers of pyramiddrop .* not 2"),
-        (lambda: load_reducer("sparsevlm", keep=8, recycle="a"), FoveateError, "recycle is a share .* not 'a'"),
+        (lambda: load_reducer("sparsevlm", keep=8, recycle="a"), FoveateError, "recycle is a number, not 'a'"),
         (lambda: load_reducer("todre_exit", tau="x"), FoveateError, "tau is a share .* not 'x'"),
         (lambda: reducer_from_dict({"keep": 8}), FoveateError, '"method"'),
         (lambda: reducer_from_dict([]), FoveateError, '"method"'),
@@ -124,14 +126,14 @@ def test_errors_help(call, kind, message):
     [
         (lambda: PyramidDrop(layers=2), "layers of pyramiddrop ascend from 1 on, in whole numbers, not 2"),
         (lambda: PyramidDrop(layers="24"), "layers of pyramiddrop .* not"),
-        (lambda: SparseVLM(keep=8, recycle="a"), "recycle is a share of the dropped tokens from 0 to 1, not 'a'"),
-        (lambda: VisualExit(rule="mass", threshold="x"), "threshold is a number such as 0.1, not 'x'"),
+        (lambda: SparseVLM(keep=8, recycle="a"), "recycle is a number, not 'a'"),
+        (lambda: VisualExit(rule="mass", threshold="x"), "threshold is a number or None, not 'x'"),
         (lambda: VisualExit(rule="converged", threshold=float("nan")), "threshold is a number such as 0.99, not nan"),
         (lambda: VisualExit(rule=["mass"]), "rule is 'fixed', 'mass' or 'converged'"),
         (lambda: ToDREExit(tau="x"), "tau is a share of attention such as 0.1, not 'x'"),
         (lambda: DyVTE(gates=3), "gates are a safetensors file, or a folder with some, not 3"),
-        (lambda: DyVTE(gates="gates", bias="a"), "bias is a difference of logits such as 0.5, not 'a'"),
-        (lambda: VisionZip(keep=8, contextual_ratio="a"), "contextual_ratio is a share from 0 to 1, not 'a'"),
+        (lambda: DyVTE(gates="gates", bias="a"), "bias is a number, not 'a'"),
+        (lambda: VisionZip(keep=8, contextual_ratio="a"), "contextual_ratio is a number, not 'a'"),
         (lambda: VFlowOptLlm(ratios=2), "ratios of vflowopt_llm are shares .* not 2"),
         (lambda: Budget(float("nan")), "a budget is a count such as 64 or a ratio such as 0.25, not nan"),
     ],
@@ -140,6 +142,37 @@ def test_values_of_the_wrong_kind_are_named(call, message):
     with pytest.raises(FoveateError, match=message) as caught:
         call()
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "does not describe a method: Expecting"),
+        ("\x80", "does not describe a method: .* codec"),
+        ("[" * 100_000, "does not describe a method: .* recursion"),
+        ("[1]", 'does not describe a method: it holds no object with the keys "method"'),
+        ("{}", '"method"'),
+        ('{"method": ["a"]}', r"is the name of a method, such as \"vispruner\", not \['a'\]"),
+        ('{"method": "chain", "reducers": 5}', "the reducers of a chain are a list, not 5"),
+        ('{"method": "chain", "reducers": {"method": "random", "keep": 5}}', "the reducers of a chain are a list"),
+        ('{"method": "random", "keep": {"coverage": 0.5, "foo": 0}}', "takes per, least, most beside it, not foo"),
+        ('{"method": "random", "keep": {"budget": 5, "pr": "crop"}}', "'budget' takes per beside it, not pr"),
+        ('{"method": "random", "keep": {"image": {"budget": 5, "pr": "crop"}}}', "not pr"),
+        ('{"method": "random", "keep": [{"budget": 5, "coverage": 0.5}]}', "not budget"),
+    ],
+)
+def test_files_that_describe_no_method(tmp_path, text, message):
+    path = tmp_path / "method.json"
+    path.write_bytes(text.encode("latin1"))
+    with pytest.raises(FoveateError, match=message) as caught:
+        load_reducer(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    for name in ("absent.json", "."):
+        with pytest.raises(InputError, match="cannot read the method from"):
+            load_reducer(tmp_path / name)
 
 
 def test_list_methods_takes_a_pattern():
@@ -207,5 +240,92 @@ def test_a_broken_or_clashing_plugin_is_named_and_left_out(registry, monkeypatch
         assert "broken" not in list_methods()
     messages = [str(warning.message) for warning in caught]
     assert any("'broken' of 'no_such_package:Method' is left out" in m for m in messages)
-    assert any("'random' of 'foveate.methods:Pool' is left out" in m and "taken by Random" in m for m in messages)
+    assert any(
+        "'random' of 'foveate.methods:Pool' is left out" in m and "taken by foveate.methods.random.Random" in m
+        for m in messages
+    )
     assert set(list_methods()) == before
+
+
+def test_plugins_that_are_no_methods_are_left_out(registry, monkeypatch):
+    @dataclass(frozen=True)
+    class Random(foveate.Reducer):  # named as a method of ours
+        def select(self, tokens):
+            raise NotImplementedError
+
+    @dataclass(frozen=True)
+    class Unfinished(foveate.Reducer):
+        pass
+
+    @dataclass(frozen=True)
+    class Other:
+        keep: int
+
+    @dataclass(frozen=True)
+    class Picky(Random):
+        def __post_init__(self):
+            if self.keep != 7:
+                raise ValueError("seven")
+
+    class Point:
+        def __init__(self, cls, name):
+            self.name, self.value, self.load = name, f"elsewhere:{cls.__name__}", lambda: cls
+
+    points = [Point(Random, "random"), Point(Unfinished, "unfinished"), Point(Other, "other"), Point(Picky, "picky")]
+    monkeypatch.setattr(foveate.reducer, "entry_points", lambda group: points)
+    before = set(registry)
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        assert set(list_methods()) == {*before, "picky"}
+    assert ["taken by" in str(w.message) or "is no method" in str(w.message) for w in caught] == [True] * 3
+    assert by_default("picky") is Picky
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "allowed"),
+    [
+        ("vispruner", {"step": 2.5}, "a whole number or None"),
+        ("vispruner", {"step": "8"}, "a whole number or None"),
+        ("vispruner", {"order": ["rank"]}, "'similarity' or 'rank'"),
+        ("vtc_cls", {"reduce": "mean"}, "'sum', 'min' or 'max'"),
+        ("hiprune", {"alpha": "x"}, "a number"),
+        ("hiprune", {"alpha": True}, "a number"),
+        ("hiprune", {"wrap": 1}, "True or False"),
+        ("dart", {"pivots": 2.5}, "a whole number"),
+        ("prumerge", {"neighbours": 2.5}, "a whole number"),
+        ("prumerge", {"layer": False}, "a whole number"),
+        ("prumerge", {"layer": -1.5}, "a whole number"),
+        ("gprune", {"steps": 2.5}, "a whole number"),
+        ("holov", {"regions": 2.5}, "a whole number or None"),
+        ("random", {"seed": 1.5}, "a whole number"),
+        ("codebook", {"codebook": 5}, "a text"),
+        ("fastv", {"layer": 1.5}, "a whole number"),
+        ("topv", {"recovery": None}, "a whole number"),
+    ],
+    ids=str,
+)
+def test_parameters_of_another_type_are_refused(name, config, allowed):
+    ((parameter, value),) = config.items()
+    with pytest.raises(FoveateError, match=f"^{name}: {parameter} is {allowed}, not {re.escape(repr(value))}$"):
+        get_method(name)(keep=8, **config)
+
+
+def test_parameters_of_methods_of_others_are_checked_as_far_as_annotations_say_it(registry):
+    @register("shaped")
+    @dataclass(frozen=True)
+    class Shaped(Random):
+        size: "int | tuple[int, int]" = 3
+        ratio: float = 1
+        label: Optional[str] = None  # noqa: UP045
+
+    assert Shaped(keep=8, size="any").ratio == 1
+    with pytest.raises(FoveateError, match=r"^shaped: label is a text or None, not 3$"):
+        Shaped(keep=8, label=3)
+    with pytest.raises(FoveateError, match=r"^shaped: seed is a whole number, not 0.5$"):
+        Shaped(keep=8, seed=0.5)
+
+    @dataclass(frozen=True)
+    class Unnamed(Random):
+        size: "OnlyForTypeCheckers" = 3  # noqa: F821
+        ratio: float = 1
+
+    assert Unnamed(keep=8, ratio="any").size == 3

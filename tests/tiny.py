@@ -39,7 +39,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("vispruner", {}),
     ("vispruner", {"order": "rank", "important_ratio": 0.25, "step": 4}),
     ("vispruner", {"step": None}),
-    ("vtc_cls", {}),
+    ("vtc_cls", {"start": 1 / 3}),  # of three layers the projector may read the second
     ("vtc_cls", {"start": 0.5, "reduce": "min"}),
     ("hiprune", {}),
     ("hiprune", {"alpha": 0.8, "wrap": False}),
@@ -131,6 +131,7 @@ IN_LLM: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"keep": 9, "layer": 1}),
     ("fastv", {"keep": 0.3, "layer": 2, "query": "text"}),
     ("fastv", {"keep": 7, "layer": 3, "query": "all"}),
+    ("fastv", {"keep": 0.3, "layer": 1, "per_image": True}),
     ("pyramiddrop", {}),
     ("pyramiddrop", {"keep": 0.4, "layers": (1, 3)}),
     ("sparsevlm", {"keep": 0.3}),

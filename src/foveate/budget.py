@@ -141,7 +141,7 @@ class Coverage(Budget):
         )
 
 
-Keep: TypeAlias = int | float | Budget | Sequence["int | float | Budget"] | Mapping[str, "int | float | Budget"]
+Keep: TypeAlias = int | float | Budget | Sequence[int | float | Budget] | Mapping[str, int | float | Budget]
 """What users may pass as ``keep``: one budget, one per image of a prompt, or one per kind of span."""
 
 

@@ -24,7 +24,7 @@ from foveate.cli_nano import nano_app
 from foveate.cli_tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
 from foveate.cli_tune import tune
 from foveate.cli_view import view
-from foveate.errors import FoveateError, InputError
+from foveate.errors import FoveateError, InputError, UnknownNameError
 from foveate.units import show_bytes, show_flops, show_time
 
 if TYPE_CHECKING:
@@ -200,7 +200,10 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
     """List the methods and their parameters."""
     from foveate.reducer import get_method, list_methods
 
-    rows = [_method_row(get_method(name)) for name in list_methods(pattern)]
+    names = list_methods(pattern)
+    if not names:
+        raise UnknownNameError(f"no method matches {pattern!r}; there are: {', '.join(list_methods())}")
+    rows = [_method_row(get_method(name)) for name in names]
     if as_json:
         print_json(rows)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -41,16 +42,26 @@ def selection(
 ) -> None:
     """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
     from foveate.bench import selection as bench
+    from foveate.bench.inputs import random_codebook
     from foveate.reducer import get_method, list_methods, load_reducer, parameters_without_default
 
-    lacking = {name: more for name in list_methods() if (more := parameters_without_default(name))}
-    every = [name for name in list_methods() if name not in lacking and get_method(name).stage != "in_llm"]
-    names = dict.fromkeys([bench.REFERENCE, *(methods or every)])
-    with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status:
-        reducers = [load_reducer(name, keep=keep) for name in names]
+    known = list_methods()
+    left_out = {name: "stage in_llm" for name in known if get_method(name).stage == "in_llm"}
+    lacking = {name: more for name in known if (more := parameters_without_default(name)) and name != "codebook"}
+    left_out |= {name: f"needs {', '.join(more)}" for name, more in lacking.items()}
+    names = dict.fromkeys([bench.REFERENCE, *(methods or (name for name in known if name not in left_out))])
+    with (
+        contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status,
+        tempfile.TemporaryDirectory() as folder,
+    ):  # fmt: skip
+        random_codebook().save(book := f"{folder}/random.safetensors")
+        needed = {"codebook": {"codebook": book}}
+        reducers = [load_reducer(name, keep=keep, **needed.get(name, {})) for name in names]
         result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)
+        for row in result["rows"]:
+            row["reducer"] = row["reducer"].replace(repr(book), "'random.safetensors'")  # where it lay says nothing
     if not methods:
-        result["left_out"] |= {name: f"needs {', '.join(more)}" for name, more in lacking.items()}
+        result["left_out"] |= left_out
     if out is not None:
         write_json(out, result)
     if as_json:

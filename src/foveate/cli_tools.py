@@ -85,18 +85,13 @@ def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
     from foveate.reducer import get_method, load_reducer
 
     config: dict[str, Any] = dict(map(_setting, settings))
+    if "method" in config:
+        raise InputError("--set gives parameters of the method: give its name with --method")
     if keep is not None:
         config["keep"] = parse_keep(keep)
     elif not method.endswith(".json") and not _has_budget(get_method(method), config):
         config["keep"] = 0.25
-    try:
-        return load_reducer(method, **config)
-    except FoveateError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot read the method from {method!r}: {error.strerror}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{method!r} does not describe a method: {error}") from error
+    return load_reducer(method, **config)
 
 
 def _has_budget(cls: type[Reducer], config: dict[str, Any]) -> bool:

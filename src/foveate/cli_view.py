@@ -113,14 +113,17 @@ def _serve(
 def _show(data: dict[str, Any]) -> None:
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("method", "budget", "tokens", "FLOPs", "KV cache", "total", "answer"):
-        table.add_column(column, justify="left" if column in ("method", "answer") else "right")
     rows = [("unpruned", "", data["unpruned"])]
     rows += [(method["name"], arm["budget"], arm) for method in data["methods"] for arm in method["arms"]]
+    layered = any(arm["equivalent_tokens"] != arm["tokens"] for _, _, arm in rows)
+    counts = ("tokens", "mean over layers") if layered else ("tokens",)
+    for column in ("method", "budget", *counts, "FLOPs", "KV cache", "total", "answer"):
+        table.add_column(column, justify="left" if column in ("method", "answer") else "right")
     for name, budget, arm in rows:
         differs = "" if arm["answer"] == data["unpruned"]["answer"] else "  (differs)"
         table.add_row(
-            escape(name), budget, str(arm["tokens"]), "unknown" if arm["flops"] is None else show_flops(arm["flops"]),
+            escape(name), budget, str(arm["tokens"]), *([f"{arm['equivalent_tokens']:.1f}"] if layered else []),
+            "unknown" if arm["flops"] is None else show_flops(arm["flops"]),
             show_bytes(arm["kv_bytes"]), show_time(arm["seconds"]["total"]), escape(arm["answer"]) + differs,
         )  # fmt: skip
     console.print(f"\n[bold]{escape(data['question'])}[/bold]\n")

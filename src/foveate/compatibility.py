@@ -73,9 +73,10 @@ def table() -> dict[str, Any]:
 
 
 def reads(method: Reducer | type[Reducer]) -> list[str]:
-    """Return what a method reads besides the grid, in words."""
+    """Return what a method reads, in words."""
     probes = method.cues() if isinstance(method, Reducer) else method.needs
-    return list(dict.fromkeys(_WORDS.get(type(probe), "attention layers") for probe in probes))
+    words = dict.fromkeys(_WORDS.get(type(probe), "attention layers") for probe in probes)
+    return [*words, *["the grid"] * bool(method.reads_grid)]
 
 
 _WORDS: dict[type, str] = {
@@ -90,8 +91,8 @@ def _facts(name: str) -> list[str]:
     method = by_default(name)
     paper = method.paper.removeprefix("arXiv:")
     link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "-"
-    read = reads(method) + ["the grid"] * method.reads_grid
-    return [f"`{name}`", link, method.stage, ", ".join(read) or "nothing", method.merges or "no", method.complexity]
+    read = ", ".join(reads(method)) or "nothing"
+    return [f"`{name}`", link, method.stage, read, method.merges or "no", method.complexity]
 
 
 def page() -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.budget import Budget, Keep, is_number, resolve
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.probes import LlmProbe, Probe
-from foveate.reducer import Reducer, Stage, split
+from foveate.reducer import Reducer, Stage, check_fields, split
 from foveate.selection import Selection
 from foveate.tokens import CropBatch, Groups, VisualTokens, merged_selection
 
@@ -222,6 +222,8 @@ class InLlmReducer(Reducer):
     def __post_init__(self) -> None:
         if self.keep is not None:
             super().__post_init__()
+        else:
+            check_fields(self)
 
     @abstractmethod
     def boundaries(self, depth: int) -> Sequence[int]:

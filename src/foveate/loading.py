@@ -19,7 +19,11 @@ from foveate.families import FAMILIES, family_of, family_of_class
 IMAGE, VIDEO, QUESTION = "<image>", "<video>", "{question}"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, SafetensorError)
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# A PyTorch without CUDA asserts that it has it.
+_LOADING_ERRORS = (
+    OSError, ValueError, ImportError, RuntimeError, LookupError, TypeError, AssertionError, SafetensorError,
+)  # fmt: skip
 
 
 def load_model(
@@ -45,6 +49,8 @@ def load_model(
 
     Raises
     ------
+    InputError
+        If the type of numbers is none of these, or nothing can run on the device.
     UnknownNameError
         If there is no such model.
     UnsupportedModelError
@@ -53,6 +59,7 @@ def load_model(
         If it cannot be loaded, for instance because its weights are pickled.
     """
     kind = _torch_dtype(dtype)
+    _check_device(device_map)
     if name == "nano":
         return _load_nano(kind, device_map, attn)
     _check_name(name)
@@ -83,10 +90,20 @@ def load_model(
 
 
 def _torch_dtype(dtype: str) -> Any:
-    kind = "auto" if dtype == "auto" else getattr(torch, dtype, None)
-    if kind != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
-        raise InputError(f"dtype is 'auto', 'float32', 'bfloat16' or 'float16', not {dtype!r}")
-    return kind
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype is {', '.join(map(repr, _DTYPES[:-1]))} or {_DTYPES[-1]!r}, not {dtype!r}")
+    return "auto" if dtype == "auto" else getattr(torch, dtype)
+
+
+def _check_device(device_map: Any) -> None:
+    try:
+        kind = torch.device(device_map).type if isinstance(device_map, str) else None
+    except RuntimeError:  # "auto" and the like, or nonsense, which loading tells apart
+        return
+    if kind == "meta":
+        raise InputError("device_map='meta' loads no weights, and nothing can run there: pass 'auto', 'cpu' or 'cuda'")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device_map={device_map!r}, but PyTorch finds no CUDA device: pass 'cpu', or leave it out")
 
 
 def _default_device() -> str:

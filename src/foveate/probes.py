@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -43,7 +44,11 @@ class ClsSimilarity:
 
 @dataclass(frozen=True)
 class Query:
-    """The text of the prompt that follows its first image, as input embeddings ``[M, D]``; see `CropBatch.query`."""
+    """The text of the prompt that follows its first image, as input embeddings ``[M, D]``; see `CropBatch.query`.
+
+    Text before the image, where system prompts stand, counts only if none at all follows. What a chat template puts
+    behind the last image is text, too: so a question counts only if it stands behind the first image.
+    """
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class LayerProbe(ABC):
         Encoder layers, each either counted back from the one whose output the projector reads, which is ``-1`` (0 is
         the layer behind it, if there is one, else the same), or a share of the depth: ``1 / 3`` is layer 8 of the 24
         of CLIP-L. With several, the values have a last dimension for them. A single float stands for all layers from
-        that share of the depth up to the one whose output the projector reads.
+        that share of the depth up to the one whose output the projector reads. In encoders with attention within
+        windows, a share means the nearest layer that attends to whole pictures (of equally near ones the first), and a
+        single float only such layers; counted layers are taken as they are.
     """
 
     layers: tuple[int | float, ...] | float = field(default=(-1,), kw_only=True)
@@ -78,7 +85,7 @@ class LayerProbe(ABC):
         """Return how many attention rows are computed to read a layer of `length` tokens, of which `lead` in front."""
         return 0
 
-    def numbers(self, depth: int, read: int) -> list[int]:
+    def numbers(self, depth: int, read: int, whole: Sequence[int] | None = None) -> list[int]:
         """Return the layers as indices from 0.
 
         Parameters
@@ -87,23 +94,36 @@ class LayerProbe(ABC):
             Layers of the encoder.
         read
             Index of the layer whose output the projector reads.
+        whole
+            The layers that attend to whole pictures, where others attend within windows; `None` if all do.
 
         Raises
         ------
         UnsupportedModelError
             If the encoder has no such layer.
         """
+        among = range(depth) if whole is None else whole
         if isinstance(self.layers, float):
-            return list(range(min(int(self.layers * depth), read), read + 1))
+            first = int(self.layers * depth)
+            if found := [layer for layer in among if first <= layer <= read]:
+                return found
+            raise UnsupportedModelError(
+                f"{self} starts at layer {first}, but of the {depth} layers of this vision encoder the projector reads "
+                f"number {read}, and no later one counts: start at a share of the depth up to {read} / {depth}"
+                + ("" if whole is None else f"; layers {[*whole]} attend to whole pictures")
+            )
         found = [int(i * depth) if isinstance(i, float) else read + 1 + i for i in self.layers]
         found = [read if i == 0 and layer == depth else layer for i, layer in zip(self.layers, found, strict=True)]
         for given, layer in zip(self.layers, found, strict=True):
-            if not 0 <= layer < depth:
+            if not 0 <= layer < depth or (isinstance(given, float) and not among):
                 raise UnsupportedModelError(
                     f"{self} reads layer {given}, but this vision encoder has {depth} layers, of which the projector "
                     f"reads number {read}"
                 )
-        return found
+        return [
+            min(among, key=lambda n: (abs(n - layer), n)) if isinstance(given, float) else layer
+            for given, layer in zip(self.layers, found, strict=True)
+        ]
 
     @property
     def stacked(self) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import inspect
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -11,14 +13,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 
 from foveate import budget
 from foveate.budget import Budget, ByKind, Coverage, Keep
 from foveate.coverage import with_coverage
-from foveate.errors import BudgetError, FoveateError, UnknownNameError
+from foveate.errors import BudgetError, FoveateError, InputError, UnknownNameError
 from foveate.probes import Probe
 from foveate.selection import Merging, Selection, SpanSelection
 from foveate.tokens import Span, VisualTokens
@@ -71,6 +85,7 @@ class Reducer(ABC):
     """Position ids that the paper gives the kept tokens."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         budget.check(self.keep)
         if isinstance(self.keep, list):
             object.__setattr__(self, "keep", tuple(self.keep))
@@ -91,6 +106,11 @@ class Reducer(ABC):
     def cues(self) -> tuple[Probe, ...]:
         """Return everything that the method reads, in all its stages."""
         return tuple(dict.fromkeys(probe for part in self.stages() for probe in part.probes()))
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether `select` decides how many tokens stay, so that `keep` is a bound; a parameter of some methods."""
+        return False
 
     def stages(self) -> tuple[Reducer, ...]:
         """Return the methods of a single stage that this one is made of, in the order in which they act."""
@@ -130,6 +150,48 @@ class Reducer(ABC):
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
+_KINDS: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    NoneType: "None",
+}
+
+
+@functools.cache
+def _kinds(cls: type[Reducer]) -> dict[str, tuple[Any, ...]]:
+    """Return what fields take whose annotations are made of plain types and literals; budgets are checked elsewhere."""
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # a name that was imported for type checkers alone
+        return {}
+    found = {}
+    for name in {f.name for f in dataclasses.fields(cls)} - {"keep", *cls.budgets}:
+        kinds = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
+        if all(kind in _KINDS or get_origin(kind) is Literal for kind in kinds):
+            found[name] = kinds
+    return found
+
+
+def check_fields(reducer: Reducer) -> None:
+    """Raise `FoveateError` for the first parameter that is of another type than its annotation says."""
+    for name, kinds in _kinds(type(reducer)).items():
+        value = getattr(reducer, name)
+        if not any(_fits(value, kind) for kind in kinds):
+            words = [w for k in kinds for w in ([_KINDS[k]] if k in _KINDS else map(repr, get_args(k)))]
+            allowed = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+            raise FoveateError(
+                f"{getattr(reducer, 'name', type(reducer).__name__)}: {name} is {allowed}, not {value!r}"
+            )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Coverage):
         return {"coverage": value.value, "per": value.per, "least": value.least, "most": value.most}
@@ -146,10 +208,17 @@ def _plain(value: Any) -> Any:
 
 def _rich(value: Any) -> Any:
     if isinstance(value, dict):
-        if "coverage" in value:
-            return Budget.coverage(value["coverage"], **{k: v for k, v in value.items() if k != "coverage"})
-        if "budget" in value:
-            return Budget(value["budget"], value.get("per", "image"))
+        for key, make, others in (
+            ("coverage", Budget.coverage, ("per", "least", "most")),
+            ("budget", Budget, ("per",)),
+        ):
+            if key in value:
+                further = {k: v for k, v in value.items() if k != key}
+                if unknown := further.keys() - {*others}:
+                    raise BudgetError(
+                        f"a budget with {key!r} takes {', '.join(others)} beside it, not {', '.join(sorted(unknown))}"
+                    )
+                return make(value[key], **further)
         if "method" in value:
             return reducer_from_dict(value)
         return {k: _rich(v) for k, v in value.items()}
@@ -168,14 +237,16 @@ def register(name: str) -> Callable[[R], R]:
     Raises
     ------
     FoveateError
-        If the name is not lower case, is taken, or the class is not a frozen dataclass.
+        If the name is not lower case, is taken, or the class is no `Reducer` and frozen dataclass.
     """
 
     def decorate(cls: R) -> R:
         if name != name.lower() or not name.replace("_", "").replace("+", "").isalnum():
             raise FoveateError(f"a method name has lower-case letters, digits and '_': {name!r} does not")
-        if name in _registry and _registry[name].__qualname__ != cls.__qualname__:
-            raise FoveateError(f"the method name {name!r} is taken by {_registry[name].__qualname__}")
+        if not issubclass(cls, Reducer) or inspect.isabstract(cls):
+            raise FoveateError(f"{cls.__qualname__} is no method: derive it from foveate.Reducer and write its select")
+        if name in _registry and _origin(_registry[name]) != _origin(cls):
+            raise FoveateError(f"the method name {name!r} is taken by {'.'.join(_origin(_registry[name]))}")
         if "__dataclass_params__" not in vars(cls) or not vars(cls)["__dataclass_params__"].frozen:
             raise FoveateError(f"put @dataclass(frozen=True) below @register({name!r}): a reducer is its configuration")
         cls.name = name
@@ -183,6 +254,10 @@ def register(name: str) -> Callable[[R], R]:
         return cls
 
     return decorate
+
+
+def _origin(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 def _all() -> dict[str, type[Reducer]]:
@@ -232,33 +307,47 @@ def parameters_without_default(name: str) -> list[str]:
 
 
 def by_default(name: str) -> Reducer | type[Reducer]:
-    """Return a registered method with its defaults at some budget, or its class if it has parameters without any."""
+    """Return a registered method with its defaults at some budget, or its class if it takes more or another budget."""
     method = get_method(name)
     if method is Chain or parameters_without_default(name):
         return method
-    return method(keep=0.5) if method.budgets else method()  # type: ignore[call-arg]
+    try:
+        return method(keep=0.5) if method.budgets else method()  # type: ignore[call-arg]
+    except (FoveateError, ValueError):  # of another package
+        return method
 
 
 def reducer_from_dict(data: dict[str, Any]) -> Reducer:
     """Build a reducer from the data of `Reducer.to_dict`."""
     if not isinstance(data, dict) or "method" not in data:
         raise FoveateError('a reducer configuration is an object with the keys "method", "keep", ...')
+    if not isinstance(data["method"], str):
+        raise FoveateError(f'"method" is the name of a method, such as "vispruner", not {data["method"]!r}')
     cls = get_method(data["method"])
     arguments = {key: _rich(value) for key, value in data.items() if key != "method"}
     if cls is Chain:
         if set(arguments) != {"reducers"}:
             raise FoveateError("a chain has one parameter, its reducers: set the parameters of these")
+        if not isinstance(arguments["reducers"], tuple):
+            raise FoveateError(f"the reducers of a chain are a list, not {data['reducers']!r}")
         return Chain(*arguments["reducers"])
     try:
         return cls(**arguments)
     except FoveateError:  # some of which are TypeErrors
         raise
-    except TypeError as error:
+    except (TypeError, ValueError, LookupError, AttributeError, OSError) as error:  # also of another package's method
         raise FoveateError(_signature_help(cls, arguments, error)) from error
 
 
 def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
     """Return a reducer from a registered name and its parameters, or from a JSON file that `Reducer.save` wrote.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such method.
+    FoveateError
+        If the file cannot be read or describes no method, or the method does not take these parameters.
 
     Examples
     --------
@@ -268,11 +357,25 @@ def load_reducer(method: str | Path | Reducer, **config: Any) -> Reducer:
     if isinstance(method, Reducer):
         return reducer_from_dict({**method.to_dict(), **config}) if config else method
     if isinstance(method, Path) or str(method).endswith(".json"):
-        return reducer_from_dict({**json.loads(Path(method).read_text(encoding="utf-8")), **config})
+        return reducer_from_dict({**_read(Path(method)), **config})
     return reducer_from_dict({"method": method, **config})
 
 
-def _signature_help(cls: type[Reducer], given: dict[str, Any], error: TypeError) -> str:
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the method from {str(path)!r}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} does not describe a method: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(
+            f'{str(path)!r} does not describe a method: it holds no object with the keys "method", "keep", ...'
+        )
+    return data
+
+
+def _signature_help(cls: type[Reducer], given: dict[str, Any], error: Exception) -> str:
     known = [f.name for f in dataclasses.fields(cls)]
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     missing, unknown = [n for n in required if n not in given], [n for n in given if n not in known]

@@ -22,11 +22,12 @@ from foveate.engines.attach import attach
 from foveate.engines.given import Shown, given, priors_of
 from foveate.engines.hf import Reduced, apply, base_model, decide, look, select, shown_to_llm
 from foveate.engines.settings import Separators, Settings
-from foveate.errors import UnsupportedModelError
+from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import FAMILIES, Family, family_of
 from foveate.grids import middle
 from foveate.in_llm import InLlmReducer, schedule
 from foveate.loading import encoder_view, model_inputs, prompt_for
+from foveate.methods import Downsample
 from foveate.probes import Attention
 from foveate.reducer import Chain, Positions, Reducer, identity, load_reducer
 from foveate.selection import Selection
@@ -241,6 +242,12 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
     grid = all(crop.grid for span in job.spans for crop in span.crops)
     for other in (load_reducer(name, keep=keep) for name in BASELINES if name != reducer.name):
         lacking = job.family.lacks(other) or (None if grid or not other.reads_grid else "the grid of the tokens")
+        if lacking is None and isinstance(other, Downsample):
+            try:
+                [other.plan(span) for span in job.spans]
+            except BudgetError as error:
+                say(f"{other.name} is left out: {error}")
+                continue
         if lacking is None:
             others.append(other)
         else:

@@ -64,15 +64,18 @@ def test_command(tmp_path, monkeypatch):
     assert {row["method"] for row in json.loads(result.stdout)["rows"]} == {"vispruner", "uniform"}
 
 
-def test_methods_for_video_get_frames_and_those_that_need_a_file_are_left_out(monkeypatch):
+def test_methods_get_what_they_need_or_are_left_out(monkeypatch):
     monkeypatch.setattr("foveate.bench.selection.GRIDS", ((8, 8),))
     monkeypatch.setattr("foveate.bench.selection.against_plain", lambda **_: {})
-    monkeypatch.setattr("foveate.reducer.list_methods", lambda: ["chain", "codebook", "evs", "uniform"])
+    monkeypatch.setattr(
+        "foveate.reducer.list_methods", lambda: ["chain", "codebook", "dyvte", "evs", "fastv", "uniform"]
+    )
     result = CliRunner().invoke(app, ["bench", "selection", "--keep", "9", "--repeats", "1", "--json"])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert [row["method"] for row in data["rows"]] == ["vispruner", "evs", "uniform"] * 2
-    assert data["left_out"] == {"chain": "needs reducers", "codebook": "needs codebook"}
+    assert [row["method"] for row in data["rows"]] == ["vispruner", "codebook", "evs", "uniform"] * 2
+    assert data["rows"][1]["reducer"] == "CodebookPruner(keep=9, codebook='random.safetensors', score='cosine')"
+    assert data["left_out"] == {"chain": "needs reducers", "dyvte": "needs gates", "fastv": "stage in_llm"}
 
 
 @pytest.mark.parametrize("name", ["nothing"])

@@ -93,6 +93,8 @@ def test_other_methods_cost_exactly_this(foveate: Any, method: tuple[str, ...]) 
         (("--model", "no-such-shape"), "built-in shapes are nano, llava-1.5-7b"),
         (("--model", "nano", "--image-size", "large"), "WIDTHxHEIGHT"),
         (("--model", "nano", "--visual-tokens", "256", "--image-size", "10x10"), "leave out --image-size"),
+        (("--model", "qwen2.5-vl-7b", "--image-size", "10000x10"), "does not take pictures of 10000 x 10 pixels"),
+        (("--model", "qwen2.5-vl-7b", "--image-size", "9999999999x1"), "does not take pictures of 9999999999 x 1"),
         (("--model", "nano", "--formula", "sum"), "true, fastv, pyramiddrop"),
         (("--model", "nano", "--dtype", "int8"), "dtype is float32"),
         (("--model", "nano", "--frames", "4"), "take no videos"),

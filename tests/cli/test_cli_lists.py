@@ -23,6 +23,18 @@ def test_methods(foveate: Any) -> None:
     shown = foveate("methods").out
     assert "vispruner" in shown
     assert "O(N^2 C + N^3 / step)" in shown
+    reads = {row["name"]: row["reads"] for row in rows}
+    assert (reads["uniform"], reads["random"]) == (["the grid"], [])
+    assert reads["hiprune"] == ["attention", "the grid"]
+    assert "reads attention, the grid; runs on" in shown
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=str)
+def test_no_such_method(foveate: Any, options: tuple[str, ...]) -> None:
+    result = foveate("methods", "nosuch", *options)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: no method matches 'nosuch'; there are: agilepruner, ")
+    assert result.err.count("\n") == 1
 
 
 def test_families(foveate: Any) -> None:

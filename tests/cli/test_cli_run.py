@@ -144,11 +144,16 @@ def test_parameters_files_templates_and_options(foveate: Any, folder: Path, chat
         (["--method", "absent.json"], "cannot read the method"),
         (["--method", "chain"], "a chain has one parameter"),
         (["--set", "important_ratio"], "--set takes name=value"),
+        (["--set", "method=pool"], "give its name with --method"),
         (["--set", "colour=1"], "does not know colour"),
         (["--set", "important_ratio=7"], "a share from 0 to 1"),
         (["--model", "nothing"], "no model 'nothing'"),
         (["--model", "nobody/nothing-at-all"], "no usable model"),
         (["--dtype", "int8"], "dtype is"),
+        (["--dtype", "float8_e4m3fn"], "dtype is 'auto', 'float32', 'bfloat16' or 'float16', not 'float8_e4m3fn'"),
+        (["--device-map", "meta"], "device_map='meta' loads no weights"),
+        (["--device-map", "meta", "--model", "nano"], "device_map='meta' loads no weights"),
+        (["--device-map", "nonsense"], "cannot load"),
         (["--attn", "nonsense"], "cannot load"),
         (["--positions", "sideways"], "positions are"),
         (["--separators", "sideways"], "separators are"),
@@ -164,6 +169,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert result.code == 2
     assert result.out == ""
     assert message in _error(result.err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_without_cuda(foveate: Any, folder: Path, photo: Path, device: str) -> None:
+    for model in (folder, "nano"):
+        result = foveate("run", photo, "what ?", "--model", model, "--device-map", device)
+        assert result.code == 2
+        assert f"device_map='{device}', but PyTorch finds no CUDA device" in _error(result.err)
 
 
 def _error(err: str) -> str:

@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
 import foveate as library
+from foveate.viz import sheet
+from foveate.viz.comparison import reads
 
 FAST = ("--repeats", 1, "--max-new-tokens", 2)
 
@@ -60,6 +63,54 @@ def test_view_writes_a_sheet_and_a_page(foveate: Any, folder: Path, photo: Path,
     assert (panel["width"], panel["height"]) == (80, 80), "what the encoder sees of 120 x 80"
     assert [cell[:3] for cell in panel["cells"][:9]] == [[i, 1 + i // 8, 1 + i % 8] for i in range(9)]
     assert panel["cells"][63][3:] == [70, 70, 10, 10]
+
+
+def test_methods_inside_the_llm(
+    foveate: Any, folder: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    drawn: list[Any] = []
+    draw = sheet.sheet
+    monkeypatch.setattr(sheet, "sheet", lambda comparison: drawn.append(draw(comparison)) or drawn[0])
+    for name in ("fastv", "text_interaction", "topv"):
+        library.load_reducer(name, keep=0.5, layer=1).save(tmp_path / f"{name}.json")
+    methods = ("vispruner", "divprune", "fastv.json", "text_interaction.json", "topv.json")
+    given = [part for name in methods for part in ("--method", name)]
+    result = foveate(
+        "view", photo, "what is this ?", "--model", folder, *given, "--keep", 0.25, "--out", tmp_path, *FAST
+    )
+    assert result.code == 0, result.err
+    data = json.loads((tmp_path / "view.json").read_text())
+    arms = [method["arms"][0] for method in data["methods"]]
+    assert (arms[0]["tokens"], arms[2]["tokens"]) == (16, 16)
+    assert (arms[0]["equivalent_tokens"], arms[2]["equivalent_tokens"]) == (16, 40)
+    page = (tmp_path / "view.html").read_text(encoding="utf-8")
+    assert "mean over layers" in result.out
+    assert page.count("mean over layers</th>") == 1
+    for arm in arms:
+        assert f"{arm['equivalent_tokens']:.1f}" in result.out
+        assert f'<td class="number">{arm["equivalent_tokens"]:.1f}</td>' in page
+    inside = "attention inside the LLM"
+    assert [arm["reads"] for arm in arms] == [
+        "attention of the vision encoder", "no attention", inside, inside, "no attention",
+    ]  # fmt: skip
+    assert [arm["reads"] for arm in (m["arms"][0] for m in _data(page)["methods"])] == [arm["reads"] for arm in arms]
+    words = [text.get_text() for text in drawn[0].texts]
+    assert words.count("mean over layers: 40.0 tokens") == 2
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    assert titles.count(f"reads {inside}") == titles.count("reads no attention") == 2
+
+
+def test_methods_before_the_llm_have_no_mean_over_layers(foveate: Any, folder: Path, photo: Path, out: Path) -> None:
+    result = foveate("view", photo, "what is this ?", "--model", folder, "--keep", 8, "--out", out, *FAST)
+    assert "mean over layers" not in result.out
+    assert "mean over layers</th>" not in (out / "view.html").read_text(encoding="utf-8")
+
+
+def test_what_is_read_in_any_stage() -> None:
+    chain = library.Chain(library.load_reducer("divprune", keep=32), library.load_reducer("fastv", keep=8))
+    assert reads(SimpleNamespace(reducer=chain, saliency=None)) == "attention inside the LLM"
+    assert reads(SimpleNamespace(reducer=None, saliency=None)) == "no attention"
 
 
 def test_view_prints_a_table_and_takes_files_of_methods(

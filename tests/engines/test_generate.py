@@ -12,10 +12,11 @@ from oracle import (
     every_position_in_depth,
     generate,
 )
+from transformers import StoppingCriteria
 
 import foveate
 from foveate import Budget, Chain
-from foveate.methods import Uniform, VisPruner
+from foveate.methods import Random, Uniform, VisPruner
 from tiny import (
     collate,
     model,
@@ -77,6 +78,34 @@ def test_streamer_gets_the_whole_prompt():
     assert torch.equal(streamer.received[0], inputs["input_ids"])
     assert torch.cat([x.flatten() for x in streamer.received]).tolist() == out[0].tolist()
     assert streamer.ended
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True}], ids=str)
+def test_callbacks_see_the_whole_prompt(options):
+    net, inputs = model("llava"), collate(samples("llava"))
+    whole, seen = inputs["input_ids"], []
+
+    def note(ids, scores=None):
+        each = len(ids) // len(whole)
+        assert torch.equal(ids[:, : whole.shape[1]], whole.repeat_interleave(each, dim=0))
+        seen.append(ids.shape[1] - whole.shape[1])
+        return scores
+
+    class Stop(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            note(ids)
+            return torch.full((len(ids),), ids.shape[1] >= whole.shape[1] + 3)
+
+    def allowed(prompt, ids):
+        assert torch.equal(ids[: whole.shape[1]], whole[prompt])
+        return list(range(5, 40))
+
+    calls = {"stopping_criteria": [Stop()], "logits_processor": [note], "prefix_allowed_tokens_fn": allowed}
+    with foveate.attach(net, Random(keep=9)):
+        out = net.generate(**inputs, max_new_tokens=9, **calls, **options)
+    assert sorted(set(seen)) == [0, 1, 2, 3]
+    assert out.shape[1] == whole.shape[1] + 3
+    assert bool(((out[:, whole.shape[1] :] >= 5) & (out[:, whole.shape[1] :] < 40)).all())
 
 
 @pytest.mark.parametrize("how", ["max_length", "config", "config-object", "default", "min_length"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from layered import layered_answer
@@ -10,6 +12,7 @@ from transformers import GenerationConfig
 import foveate
 from foveate import Chain, FoveateError
 from foveate.engines.prompts import prompts_only, with_answer
+from foveate.errors import AttachError, InputError
 from foveate.families import family_of
 from foveate.methods import SGL, VisPruner
 from foveate.selection import SpanSelection
@@ -115,6 +118,14 @@ def test_scores_must_be_there_and_fit():
     with foveate.attach(net, SGL(keep=0.3, layer=2)) as handle:
         with pytest.raises(FoveateError, match=r"foveate\.guide"):
             net.generate(**inputs, max_new_tokens=2)
+        for wrong, message in [
+            ([[0.5] * 64] * 3, r"one real tensor \[n\] .* \[0\] is a list"),
+            ([torch.rand(64), 0.5], r"\[1\] is a float"),
+            ([torch.rand(1, 64)] * 3, r"shape \(1, 64\)"),
+            ([torch.rand(64), torch.full((128,), torch.nan)], r"\[1\] .* NaN"),
+        ]:
+            with pytest.raises(InputError, match=message), handle.scored(wrong):
+                pass
         with handle.scored([torch.rand(64)] * 3), pytest.raises(FoveateError, match=r"\[64, 128, 64\]"):
             net.generate(**inputs, max_new_tokens=2)
 
@@ -322,6 +333,15 @@ def test_a_configuration_without_an_end_takes_that_of_the_model(monkeypatch):
     given = [{"max_new_tokens": T}, {"generation_config": config}]
     confidences = [[guided.generate(**inputs, **g), guided.outcomes[0].confidence][1] for g in given]
     assert confidences[0] == confidences[1]
+
+
+def test_other_methods_and_an_attached_small_model_are_refused():
+    large, small, inputs = deep_model("llava"), copy.deepcopy(deep_model("llava")), collate(samples("llava"))
+    with pytest.raises(InputError, match="pass an SGL"):
+        foveate.guide(large, small, foveate.methods.FastV(keep=9))
+    guided = foveate.guide(large, small)
+    with foveate.attach(small, "uniform", keep=9), pytest.raises(AttachError, match="attached to the small model"):
+        guided.generate(**inputs, max_new_tokens=2)
 
 
 def test_bad_thresholds():

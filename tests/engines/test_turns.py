@@ -18,11 +18,13 @@ from transformers import DynamicCache
 import foveate
 from foveate.engines.caches import NAME as CACHE
 from foveate.engines.caches import cache_of
-from foveate.methods import Random, Uniform
+from foveate.errors import InputError
+from foveate.methods import FastV, Random, Uniform
 from tiny import (
     TINIES,
     VISUALS,
     collate,
+    deep_model,
     model,
     sample,
     samples,
@@ -156,3 +158,56 @@ def test_gaps_between_positions_are_no_borders(family):
     positions = TINIES[family].positions[0]
     with foveate.attach(net, Random(keep=9), positions=positions):
         close(net(**bare, use_cache=False).logits, net(**inputs, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("positions", [None, "original"])
+@pytest.mark.parametrize("cut", ["reset", "turn", "answer"])
+def test_caches_that_were_emptied_or_cropped(family, positions, cut):
+    net, cache = model(family), DynamicCache()
+    inputs = collate([sample(4, VISUALS[family][0], 9)])
+    texts = [collate([sample(7, seed=60 + i)])["input_ids"] for i in range(2)]
+
+    def turn(before, text):
+        ids = torch.cat([before, text], dim=1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    with foveate.attach(net, Random(keep=9), positions=positions):
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
+        held = cache.get_seq_length()
+        first = generate(net, turn(one.sequences, texts[0]), **{CACHE: cache})
+        if cut == "reset":
+            cache.reset()
+            again = generate(net, turn(texts[1], texts[0]), **{CACHE: cache})
+            expected = generate(net, turn(texts[1], texts[0]))
+        elif cut == "turn":  # the same question once more, then another
+            for text in texts:
+                cache.crop(-(cache.get_seq_length() - held))
+                again = generate(net, turn(one.sequences, text), **{CACHE: cache})
+                fresh = DynamicCache()
+                other = generate(net, inputs, max_new_tokens=4, **{CACHE: fresh})
+                expected = generate(net, turn(other.sequences, text), **{CACHE: fresh})
+                close(torch.stack(again.logits), torch.stack(expected.logits))
+        else:  # the answer once more, from within the text of the prompt on
+            cache.crop(-(cache.get_seq_length() - held + 3 + 5))
+            again = generate(net, {k: inputs[k] for k in ("input_ids", "attention_mask")}, **{CACHE: cache})
+            expected = generate(net, inputs)
+        close(torch.stack(again.logits), torch.stack(expected.logits))
+        assert first.sequences.shape[0] == 1
+
+
+def test_a_cache_cropped_into_an_image_is_refused():
+    net, cache, inputs = model("llava"), DynamicCache(), collate([sample(4, "image", 9), sample(9, "image", 2)])
+    ids = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    with foveate.attach(net, Random(keep=9)):
+        generate(net, inputs, max_new_tokens=2, **{CACHE: cache})
+        cache.crop(-8)
+        with pytest.raises(InputError, match="cropped to where an image is"):
+            generate(net, ids, **{CACHE: cache})
+    net = deep_model("llava")
+    with foveate.attach(net, FastV(keep=9, layer=1)):
+        cache = DynamicCache()
+        generate(net, inputs, max_new_tokens=2, **{CACHE: cache})
+        cache.crop(-8)
+        with pytest.raises(InputError, match="cropped to where an image is"):
+            net(input_ids=ids["input_ids"][:, -1:], **{CACHE: cache})

@@ -33,7 +33,7 @@ def test_a_method_can_come_from_a_file(tmp_path):
         (("vispruner", "many"), BudgetError, "'many'"),
         (("vispruner", None), FoveateError, "lacks keep"),
         ((None, 64), InputError, "keep has no meaning"),
-        (("missing.json", None), InputError, "'missing.json' does not describe a method"),
+        (("missing.json", None), InputError, "cannot read the method from 'missing.json'"),
     ],
 )
 def test_wrong_methods_are_named(given, kind, fault):

@@ -1,5 +1,6 @@
 """Qwen-VL and its relatives: where their tokens are, and what is read of their encoders."""
 
+import copy
 import importlib
 from types import SimpleNamespace
 
@@ -16,10 +17,11 @@ from foveate import Budget
 from foveate.errors import InputError
 from foveate.families import family_of
 from foveate.families.qwen2_5_vl import window_order
-from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
+from foveate.methods import VTCCLS, Downsample, FasterVLM, HiPrune, Pool, Random, Uniform, VisPruner
 from foveate.probes import Attention, Embeddings, Features, Keys
 from foveate.run import Job, measure
 from tiny import Visual, collate, model, sample, samples
+from tiny_families.base import spread
 from tiny_families.mrope import MERGE, PATCH, films
 
 NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "paddleocr_vl"]
@@ -92,6 +94,26 @@ def test_attention_is_that_of_the_token(name, kind, monkeypatch):
             assert got.std() > 1e-3 * got.mean()
             start += h * w
     assert start == len(patches)
+
+
+def test_layers_named_by_depth_attend_to_the_whole_picture():
+    """Attention within a window adds up to one there, so that it would outweigh the layers that see everything."""
+    config = copy.deepcopy(model("qwen2_5_vl").config)
+    config.vision_config.depth, config.vision_config.fullatt_block_indexes = 8, [3, 7]
+    net = spread(type(model("qwen2_5_vl"))(config)).eval()
+    family, inputs = family_of(net), collate([sample(3, Visual("qwen2_5_vl", ("image", 1, 5, 7)), 4)])
+    spans = family.spans(net, inputs)  # windows of 2 x 2 tokens: those at the edges are smaller
+    (summed,), (middle, _) = VTCCLS(keep=9, start=0.25).probes(), HiPrune(keep=9).probes()
+    counted = Attention(layers=(-5, -1))
+    with torch.no_grad():
+        tokens = family.encode(net, inputs, spans, (summed, middle, counted, Attention(layers=(-6,))))
+    (expected,), (got,), (objects,) = (tokens.probe(p) for p in (counted, summed, middle))
+    close(got, expected)
+    close(objects, tokens.probe(counted)[0][:, 0])
+    close(got.sum(dim=0), torch.ones(2) / MERGE**2)
+    assert tokens.probe(Attention(layers=(-6,)))[0].sum() > 11.9 / MERGE**2
+    kept = expected.sum(dim=1).topk(9).indices.sort().values
+    assert foveate.reduce(net, inputs, VTCCLS(keep=9, start=0.25)).selection[0].kept.tolist() == kept.tolist()
 
 
 def test_window_order_is_the_models():

@@ -3,7 +3,7 @@ import torch
 from by_hand import check_boxes, merged, received, saliency
 
 import foveate
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
 from foveate.methods import Downsample, Random
 from tiny import collate, model, samples
@@ -78,3 +78,13 @@ def test_what_is_refused():
     net.config.vision_feature_select_strategy = "default"
     with pytest.raises(UnsupportedModelError, match="use 'full'"):
         foveate.reduce(net, inputs, Random(keep=3))
+
+
+def test_a_lone_token():
+    """Stock Mistral 3 squeezes it away, LLaVA with the same tower does not."""
+    net, inputs = model("mistral3"), collate(samples("mistral3"))
+    with pytest.raises(BudgetError, match="keep at least 2 tokens of each image"):
+        foveate.reduce(net, inputs, "downsample", keep=1)
+    assert all(len(chosen) == 2 for chosen in foveate.reduce(net, inputs, "downsample", keep=2).selection)
+    net, inputs = model("pixtral"), collate(samples("pixtral"))
+    assert all(len(chosen) == 1 for chosen in foveate.reduce(net, inputs, "downsample", keep=1).selection)

@@ -46,12 +46,15 @@ def test_published_picks():
     expected, gaps = reference(S64, 16)
     assert expected == picks
     assert min(gaps) > 1e-4
+    assert min(gaps[6::3]) == pytest.approx(0.033, abs=5e-4)  # where each of four pivots has its three
     assert pick(S64, 16) == picks
 
 
 def test_published_picks_of_two_pivots():
     picks = [8, 14, 6, 15, 1, 0, 2]
-    assert reference(S16, 7, pivots=2)[0] == picks
+    expected, gaps = reference(S16, 7, pivots=2)
+    assert expected == picks
+    assert min(gaps[4], gaps[6]) == pytest.approx(0.011, abs=5e-4)
     assert pick(S16, 7, pivots=2) == picks
 
 

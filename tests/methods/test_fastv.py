@@ -1,6 +1,7 @@
 """FastV: the specification's toy with its four queries, counts, and budgets per layer."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import layer_tokens
 
+import foveate
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.in_llm import LayerAttention
 from foveate.methods import FastV
 from foveate.rows import Rows
+from foveate.tokens import Crop
+from tiny import collate, deep_model, sample
 
 LOGITS = {
     1: ([1, 0], [1, 0]),
@@ -132,12 +136,41 @@ def test_bad_parameters():
         FastV(keep=9, query="first")
     with pytest.raises(FoveateError, match="at least 1"):
         FastV(keep=9, layer=0)
+    with pytest.raises(FoveateError, match="True or False, not 1"):
+        FastV(keep=9, per_image=1)
+    for keep in ([64, 16], {"image": 9}):
+        with pytest.raises(BudgetError, match="one for all"):
+            FastV(keep=keep, per_image=True)
     with pytest.raises(BudgetError, match="earlier layer"):
         FastV(equivalent=30).schedule(32, 576)
     with pytest.raises(UnsupportedModelError, match="layers 0 to 31"):
         FastV(keep=9, layer=32).schedule(32, 576)
     with pytest.raises(BudgetError):
         FastV(keep=0)
+
+
+def test_images_compete_or_have_their_share():
+    attention = torch.tensor([9.0, 8, 7, 6, 5, 4, 3, 2, 0.1, 0.4, 0.3, 0.2])
+    last = LayerAttention("last")
+    (chosen,) = FastV(keep=3).select(layer_tokens([12], [6], {last: [attention]}))
+    assert chosen.kept.tolist() == [0, 1, 2, 3, 4, 5]
+    apart = layer_tokens([12], [6], {last: [attention[:8], attention[8:]]})
+    crops = tuple(Crop(torch.arange(*ends), None) for ends in ((0, 8), (8, 12)))
+    apart = replace(apart, spans=(replace(apart.spans[0], crops=crops),))
+    (chosen,) = FastV(keep=3, per_image=True).select(apart)
+    assert chosen.kept.tolist() == [0, 1, 2, 3, 9, 10]
+
+
+@pytest.mark.parametrize("query", ["last", "text", "all"])
+def test_images_of_a_prompt_are_cut_alike(query):
+    net, inputs = deep_model("llava"), collate([sample(3, "image", 4, "image", 5), sample(2, "image", 9)])
+    for reducer in (
+        FastV(keep=0.25, query=query, per_image=True),
+        FastV(equivalent=0.625, query=query, per_image=True),
+    ):
+        with foveate.attach(net, reducer) as handle, torch.no_grad():
+            net(**inputs)
+        assert [[len(span) for span in row] for row in handle.selections] == [[16, 16], [16]]
 
 
 def test_ties_go_to_the_lower_index():

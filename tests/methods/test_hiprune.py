@@ -127,7 +127,10 @@ def test_layers():
     middle, last = HiPrune(keep=8).probes()
     assert (middle.numbers(24, 22), last.numbers(24, 22)) == ([8], [22])
     middle, _ = HiPrune(keep=8, object_layer=15 / 32).probes()
-    assert middle.numbers(32, 31) == [15]
+    assert middle.numbers(32, 31) == middle.numbers(32, 31, [7, 15, 23, 31]) == [15]
+    middle, last = HiPrune(keep=8).probes()
+    assert (middle.numbers(32, 31, [7, 15, 23, 31]), last.numbers(32, 31, [7, 15, 23, 31])) == ([7], [31])
+    assert HiPrune(keep=8, object_layer=11 / 32).probes()[0].numbers(32, 31, [7, 15, 23, 31]) == [7]  # as near as 15
     assert HiPrune(keep=8).probes() == HiPrune.needs
 
 

@@ -22,8 +22,8 @@ from foveate.methods import TOPS
 from foveate.probes import Attention, Embeddings
 
 
-def reference(embeddings, saliency, count, alpha=0.5, lam=0.5):
-    """Return the picks, and by how much each was ahead."""
+def reference(embeddings, saliency, count, alpha=0.5, lam=0.5, share=True):
+    """Return the picks, and by how much each was ahead, as a share of its score or as it is."""
     similarity, n = cosines(embeddings, embeddings), len(embeddings)
     first, gap = choose(dict(enumerate(saliency)))
     picks, gaps = [first], [gap]
@@ -43,7 +43,7 @@ def reference(embeddings, saliency, count, alpha=0.5, lam=0.5):
                     scores[i] += weight * values[i] / mean
         pick, gap = choose(scores)
         picks.append(pick)
-        gaps.append(gap)
+        gaps.append(gap if share else gap * scores[pick])
         closest = [max(c, s) for c, s in zip(closest, similarity[pick], strict=True)]
     return picks, gaps
 
@@ -57,11 +57,14 @@ def test_published_picks():
     picks, gaps = reference(S64, SALIENCY64, 8)
     assert picks == [54, 24, 2, 13, 46, 43, 62, 16]
     assert min(gaps) > 1e-4
+    assert min(reference(S64, SALIENCY64, 8, share=False)[1][1:]) == pytest.approx(3e-3, rel=0.1)
     assert pick(S64, SALIENCY64, 8) == picks
 
 
 def test_published_picks_on_the_ring():
-    assert reference(RING12, RING_SALIENCY, 5)[0] == [11, 3, 6, 9, 0]
+    picks, gaps = reference(RING12, RING_SALIENCY, 5, share=False)
+    assert picks == [11, 3, 6, 9, 0]
+    assert min(gaps[1:]) == pytest.approx(0.19, abs=6e-3)
     assert pick(RING12, RING_SALIENCY, 5) == [11, 3, 6, 9, 0]
 
 

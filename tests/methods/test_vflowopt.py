@@ -59,6 +59,27 @@ def test_judged_attention_equals_the_whole_map(t, lead):
         torch.testing.assert_close(got.double(), judged(maps, t, lead), atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("t", [None, 0.0, 0.5, 1.0, 1.4, 3.0, 1000.0])
+@pytest.mark.parametrize("lead", [0, 1])
+@pytest.mark.parametrize("square", [True, False], ids=["queries too", "keys only"])
+def test_what_the_mask_hides_neither_judges_nor_is_judged(t, lead, square):
+    """The encoders of Idefics3 hide the padding of a picture: the others are as if it were not there."""
+    generator = torch.Generator().manual_seed(lead)
+    for size in (2, 9, 70, 201):
+        query, key = (2 * torch.randn(3, 3, size + lead, 4, generator=generator) for _ in range(2))
+        shown = torch.rand(3, size + lead, generator=generator) < 0.7
+        shown[:, : lead + 1] = True
+        shown[0] = True
+        key.transpose(1, 2)[~shown] = 9.0  # strong, if it were seen
+        mask = shown[:, None, None] & shown[:, None, :, None] if square else shown[:, None, None]
+        got = Judged(t).read(Heads(query, key, key, 0.5, lead, mask))
+        for b, row in enumerate(shown):
+            alone = [x[b : b + 1, :, row] for x in (query, key)]
+            expected = judged((alone[0] @ alone[1].mT * 0.5).softmax(dim=-1), t, lead)[0]
+            torch.testing.assert_close(got[b, row[lead:]].double(), expected, atol=1e-6, rtol=1e-4)
+            assert not got[b, ~row[lead:]].any()
+
+
 def test_only_rows_of_judges_are_computed_for_the_map():
     assert Judged(28.683).rows(729, 0) == 729 + 25
     assert Judged(0.0).rows(729, 0) == 2 * 729

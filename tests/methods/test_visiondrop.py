@@ -245,7 +245,7 @@ def test_the_ranking_is_that_of_the_layer_with_full_maps(heads):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"keep": 8, "rows": "half"}, "rows are"),
+        ({"keep": 8, "rows": "half"}, "rows is"),
         ({"keep": 8, "layers": (3, 2)}, "layers of visiondrop_llm ascend"),
         ({"keep": 8, "layers": ()}, "layers of visiondrop_llm ascend"),
         ({"keep": 8, "merge": "sum"}, "merge is"),

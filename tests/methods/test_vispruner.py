@@ -126,8 +126,12 @@ def test_reference_drops_what_the_published_loop_drops():
         [33, 19, 28, 34, 16, 50, 61, 52], [31, 49, 27, 21, 40, 20, 22, 60], [7, 10, 26, 29, 1, 53, 3, 30],
     ]  # fmt: skip
     _, rounds, _ = reference(FEATURES, SALIENCY, 15)
-    assert rounds[0] == [8, 45, 16, 0, 15, 19, 14, 55]
-    assert rounds[-1] == [51]
+    assert rounds == [
+        [8, 45, 16, 0, 15, 19, 14, 55], [38, 9, 5, 29, 42, 4, 46, 10], [23, 59, 7, 58, 31, 36, 20, 44],
+        [61, 48, 33, 53, 25, 50, 27, 60], [56, 26, 47, 3, 18, 22, 12, 17], [57, 41, 40, 11, 1, 39, 34, 6], [51],
+    ]  # fmt: skip
+    assert reference(RING, RING_SALIENCY, 6, step=2)[1] == [[9, 2], [1, 7], [8, 4]]
+    assert reference(RING, RING_SALIENCY, 6, step=8)[1] == [[9, 2, 5, 8, 7], [0]]
 
 
 def test_reversed_picture_gives_the_mirrored_selection():

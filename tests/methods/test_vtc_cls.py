@@ -6,7 +6,7 @@ import pytest
 import torch
 from greedy_cases import cases, crop_batch
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, UnsupportedModelError
 from foveate.methods import VTCCLS, FasterVLM
 from foveate.probes import Attention
 from tiny import visual_tokens
@@ -66,7 +66,19 @@ def test_the_layers_of_clip():
     (probe,) = VTCCLS(keep=8, start=22 / 24).probes()
     assert probe.numbers(24, 22) == [22]
     (probe,) = VTCCLS(keep=8, start=0.99).probes()
-    assert probe.numbers(24, 22) == [22]
+    with pytest.raises(UnsupportedModelError, match=r"starts at layer 23, but .* 22, .* up to 22 / 24$"):
+        probe.numbers(24, 22)
+
+
+def test_layers_that_attend_within_windows_are_left_out():
+    """Qwen2.5-VL has 32 layers, of which 4 attend to the whole picture."""
+    whole = [7, 15, 23, 31]
+    (probe,) = VTCCLS(keep=8).probes()
+    assert probe.numbers(32, 31, whole) == [23, 31]
+    (probe,) = VTCCLS(keep=8, start=0.99).probes()
+    assert probe.numbers(32, 31, whole) == [31]
+    with pytest.raises(UnsupportedModelError, match=r"layers \[7, 15\] attend to whole pictures"):
+        probe.numbers(32, 31, whole[:2])
 
 
 def test_the_last_layer_would_change_the_selection():

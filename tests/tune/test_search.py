@@ -22,8 +22,8 @@ from foveate.tune.candidates import BUDGETS, CONTROLS, METHODS, candidates
 from foveate.tune.journal import Journal
 from foveate.tune.measure import Bench, divergence
 from foveate.tune.prompts import Prompt
-from foveate.tune.report import markdown, report, table, verdict
-from foveate.tune.search import Wish, pareto, rung_sizes, search
+from foveate.tune.report import HEADER, markdown, report, table, verdict
+from foveate.tune.search import Wish, pareto, rung_sizes, search, standing
 from foveate.viz.front import save
 
 TRUTH = {
@@ -254,6 +254,13 @@ def test_divergence() -> None:
     p, q = torch.tensor([0.2689414, 0.7310586]), torch.tensor([0.5, 0.5])
     assert divergence(one, torch.tensor([2.0, 2.0, -torch.inf])) == pytest.approx(float((p * (p / q).log()).sum()))
     assert divergence(one, one) == 0.0
+    ruled_out = torch.tensor([0.0, -torch.inf, -torch.inf])
+    assert divergence(one, ruled_out) == math.inf
+    assert divergence(ruled_out, one) == pytest.approx(1.3132617)
+    # What is as good as ruled out counts nothing, but what the rest comes to does.
+    tiny = torch.tensor([0.0, 1.0, -1e4])
+    assert divergence(tiny, torch.tensor([2.0, 2.0, -torch.inf])) == pytest.approx(float((p * (p / q).log()).sum()))
+    assert math.isfinite(divergence(tiny, torch.tensor([0.0, -3e38, 3e38]))), "logits that are numbers rule nothing out"
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +295,63 @@ def test_measures_what_the_library_does(model: Any, tmp_path: Path) -> None:
         full = loaded(**inputs).logits[0, -1]
         kept = loaded(**foveate.reduce(loaded, inputs, arms["vispruner 32"])).logits[0, -1]
     assert found["vispruner 32"]["kl"] == pytest.approx(divergence(full, kept), rel=1e-3)
+
+
+def test_an_infinite_divergence_is_valid_json(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = nano.sample()
+    prompt = Prompt(1, (nano.SAMPLE,), about.question, about.answer)
+    head = model[0].lm_head
+    passes = []
+
+    def rule_out(module: Any, args: Any, logits: torch.Tensor) -> None:
+        passes.append(logits)
+        if len(passes) > 1:  # the pruned model's turn
+            logits[..., int(passes[0][0, -1].argmax())] = -math.inf
+
+    bench = Bench(*model, max_new_tokens=1)
+    monkeypatch.setattr("random.Random.randint", lambda self, low, high: high)  # candidates first
+    hook = head.register_forward_hook(rule_out)
+    try:
+        row = bench.ask(prompt, {"random 9": Random(keep=9)})
+    finally:
+        hook.remove()
+    assert row["arms"]["random 9"]["kl"] is None
+    json.dumps(row, allow_nan=False)
+    found = standing("random 9", [row], [prompt], 0.95)
+    assert found.kl == math.inf
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["kl"] is None
+
+
+def test_infinite_divergences_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wish, ask = Wish(max_loss=0.02), Known.ask
+
+    def infinite(self: Known, *args: Any, **options: Any) -> dict[str, Any]:
+        row = ask(self, *args, **options)
+        for arm in row["arms"].values():
+            arm["kl"] = None
+        return row
+
+    monkeypatch.setattr(Known, "ask", infinite)
+    found = run(tmp_path / "rows", wish)
+    data = report(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
+    data = json.loads(json.dumps({**data, "config": {"clock": "wall"}}, allow_nan=False))
+    assert found.winner == "good 0.2"
+    assert {row[HEADER.index("KL")] for row in table(data)} == {"inf"}
+
+
+def test_logits_that_are_no_numbers_are_refused(model: Any) -> None:
+    about = nano.sample()
+    prompt = Prompt(1, (nano.SAMPLE,), about.question, about.answer)
+
+    def overflow(module: Any, args: Any, logits: torch.Tensor) -> None:
+        logits[..., 5] = math.inf
+
+    hook = model[0].lm_head.register_forward_hook(overflow)
+    try:
+        with pytest.raises(InputError, match="another dtype"):
+            Bench(*model, max_new_tokens=1).ask(prompt, {})
+    finally:
+        hook.remove()
 
 
 def test_a_prompt_that_the_model_cannot_take_is_named(model: Any, tmp_path: Path) -> None:

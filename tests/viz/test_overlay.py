@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,20 @@ def test_panels_of_an_image_its_tiles_and_frames() -> None:
     assert len([t for t in titles(frames, [picture] * 3, heat) if t == attention]) == 3
     with pytest.raises(FoveateError, match="one picture or one per crop"):
         titles(frames, [picture] * 2, None)
+
+
+@pytest.mark.parametrize("size", [(4000, 30), (30, 4000)])
+def test_strips_are_stretched_until_their_tokens_show(size: tuple[int, int]) -> None:
+    chosen = Selection((SpanSelection(16, torch.tensor([5])),))
+    figure = draw([[Image.new("RGB", size)]], [_image_span()], chosen, [torch.rand(16)])
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        box = axes.get_window_extent()
+        assert max(box.width / box.height, box.height / box.width) == pytest.approx(5, rel=0.01)
+        assert min(box.width, box.height) > 0.85 * figure.dpi
+    labels = [label.get_window_extent() for label in figure.axes[1].child_axes[0].get_yticklabels() if label.get_text()]
+    inside = [box for box in labels if box.height]
+    assert all(a.y1 <= b.y0 for a, b in pairwise(inside))
 
 
 def test_merged_tokens_are_named_as_such() -> None:

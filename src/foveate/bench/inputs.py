@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from foveate.codebook import Codebook
 from foveate.probes import ClsSimilarity, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
 from foveate.tokens import Crop, Span, VisualTokens
 
 # CLIP-L/336 before a 7B language model.
 HEADS, HEAD_SIZE, DEPTH, READ = 16, 64, 24, 22
 WIDTH, EMBEDDING, WORDS = HEADS * HEAD_SIZE, 4096, 16
+PROTOTYPES = 454
 
 
 def random_tokens(
@@ -52,6 +54,12 @@ def random_tokens(
             planes[probe] = [_layer_values(probe, normal(3, 1, HEADS, 1 + n, HEAD_SIZE)) for _ in range(batch * parts)]
     queries = tuple(normal(WORDS, EMBEDDING) for _ in range(batch)) if Query() in probes else None
     return VisualTokens(spans, planes, torch.device("cpu"), cls=ClsToken() in probes, queries=queries)
+
+
+def random_codebook(seed: int = 0) -> Codebook:
+    """Make a codebook of as many prototypes as the published one of LLaVA-1.5-7B has."""
+    prototypes = torch.randn(PROTOTYPES, EMBEDDING, generator=torch.Generator().manual_seed(seed))
+    return Codebook(prototypes, "none: random prototypes", "")
 
 
 def _layer_values(probe: LayerProbe, heads: Tensor) -> Tensor:

@@ -41,8 +41,9 @@ def selection(
     Parameters
     ----------
     reducers
-        What to time; one of them is VisPruner. Methods that do not select tokens (stages ``"pixels"`` and
-        ``"encoder"``) have no time of their own and are left out by name.
+        What to time; one of them is VisPruner. Methods of the stages ``"pixels"`` (`downsample`: a smaller picture) and
+        ``"encoder"`` (`flowcut`, `tome`: between layers of the vision tower, on what these compute) decide nothing on
+        tokens that are there already, so they have no time of their own and are left out by name.
     grids
         Rows and columns of the tokens of a picture. Methods for video get them cut into frames.
     batches

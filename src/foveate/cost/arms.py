@@ -132,14 +132,9 @@ def _before(reducer: Reducer) -> Reducer | None:
 
 
 def _bound(stage: Reducer) -> Reducer:
-    if is_adaptive(stage) and any(f.name == "adaptive" for f in fields(stage)):
+    if stage.adaptive and any(f.name == "adaptive" for f in fields(stage)):
         return replace(stage, adaptive=False)  # type: ignore[call-arg]
     return stage
-
-
-def is_adaptive(stage: Reducer) -> bool:
-    """Return whether a method of a single stage decides how many tokens stay, so that its cost here is a bound."""
-    return bool(getattr(stage, "adaptive", False))
 
 
 def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:

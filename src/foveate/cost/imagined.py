@@ -57,7 +57,8 @@ def imagine(
     Raises
     ------
     InputError
-        If the counts do not go together, or the model needs a processor and there is none.
+        If the counts do not go together, or the model needs a processor and there is none, or one that refuses the
+        size.
     """
     _check(anatomy, size, images, frames, visual_tokens)
     if visual_tokens is not None:
@@ -207,8 +208,14 @@ def _processed(anatomy: Anatomy, size: Size, images: int, processor: Any) -> dic
             f"what an image comes to in the family {anatomy.family.name!r} depends on its processor, and there is no "
             "preprocessor_config.json: say how many visual tokens there are (--visual-tokens)"
         )
-    blank = Image.new("RGB", size)
-    return dict(processor(images=[[blank]] * images, return_tensors="pt"))
+    try:
+        blank = Image.new("RGB", size)
+        return dict(processor(images=[[blank]] * images, return_tensors="pt"))
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:
+        raise InputError(
+            f"{type(processor).__name__} does not take pictures of {size[0]} x {size[1]} pixels: {error}; use another "
+            "--image-size"
+        ) from error
 
 
 def _frames(grid: Grid, frames: int, lead: int) -> Layout:

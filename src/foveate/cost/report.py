@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from foveate.cost.anatomy import Anatomy
-from foveate.cost.arms import arm_cost, decided, is_adaptive
+from foveate.cost.arms import arm_cost, decided
 from foveate.cost.flops import decode_flops, kv_bytes
 from foveate.cost.formulas import FORMULAS, PerLayer, equivalent_tokens, per_layer
 from foveate.cost.work import Work
@@ -129,7 +129,7 @@ def report(
 
 def deciding(reducer: Reducer) -> list[str]:
     """Return the names of those stages of a method that decide how many tokens stay, whose costs are upper bounds."""
-    return list(dict.fromkeys(stage.name for stage in reducer.stages() if is_adaptive(stage)))
+    return list(dict.fromkeys(stage.name for stage in reducer.stages() if stage.adaptive))
 
 
 def _counted(arm: Figures, formula: str) -> int:

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
 
-from foveate.engines.caches import COMPACTION, HELD, cache_of, given_cache, note, noted
+from foveate.engines.caches import COMPACTION, HELD, cache_of, forget, given_cache, note, noted
+from foveate.engines.callbacks import show_whole_prompts
 from foveate.engines.compaction import Compaction, check_mask, compact_planes, position_behind
 from foveate.engines.given import Shown, given
 from foveate.engines.hf import (
@@ -38,6 +38,8 @@ from foveate.in_llm import InLlmReducer
 from foveate.reducer import Positions, Reducer, load_reducer
 from foveate.selection import Selection, SpanSelection
 from foveate.tokens import Span
+
+_HANDLE: Final = "_foveate"
 
 
 def attach(
@@ -73,8 +75,8 @@ def attach(
 
 def attached(model: Any) -> Handle | None:
     """Return the handle that is attached to a model, if any."""
-    owner = getattr(vars(model).get("generate"), "__self__", None)
-    return owner if isinstance(owner, Handle) else None
+    handle: Handle | None = vars(model).get(_HANDLE)
+    return handle
 
 
 class Handle:
@@ -98,7 +100,9 @@ class Handle:
         self._local = threading.local()
         self._before = model.__dict__.get("generate")
         self._generate: Callable[..., Any] = model.generate
-        model.generate = self._wrapped_generate
+        self._wrapper = self._wrapped_generate
+        model.generate = self._wrapper
+        setattr(model, _HANDLE, self)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
@@ -155,8 +159,20 @@ class Handle:
         scores
             Per prompt with images ``[n]``: the score of each of its visual tokens, for calls in the body of the
             ``with`` statement on this thread.
+
+        Raises
+        ------
+        InputError
+            If they are no such tensors, or some score is NaN, which has no rank.
         """
-        self._local.scores = list(scores)
+        rows = list(scores)
+        for i, row in enumerate(rows):
+            if not isinstance(row, Tensor) or row.dim() != 1 or row.is_complex():
+                what = f"a tensor of shape {tuple(row.shape)}" if isinstance(row, Tensor) else f"a {type(row).__name__}"
+                raise InputError(f"scores are one real tensor [n] per prompt with images, but [{i}] is {what}")
+            if row.isnan().any():
+                raise InputError(f"scores [{i}] of a prompt with images have NaN, which has no rank: pass numbers")
+        self._local.scores = rows
         try:
             yield
         finally:
@@ -189,6 +205,9 @@ class Handle:
             hook.remove()
         if self._layers is not None:
             self._layers.remove()
+        delattr(self._model, _HANDLE)
+        if vars(self._model).get("generate") is not self._wrapper:
+            return  # wrapped by somebody since, whose wrapper goes on to the model's own
         del self._model.generate
         if self._before is not None:
             self._model.generate = self._before
@@ -206,6 +225,8 @@ class Handle:
         self.detach()
 
     def _wrapped_generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if attached(self._model) is not self:
+            return self._generate(*(() if inputs is None else (inputs,)), *args, **kwargs)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         cache = given_cache(kwargs)
@@ -217,8 +238,7 @@ class Handle:
             return self._run_generate(args, reduced)
         full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
         self._shorten_limits(reduced, full_ids.shape[1] - width)
-        if reduced.get("streamer") is not None:
-            reduced["streamer"] = _WholePrompt(reduced["streamer"], full_ids)
+        show_whole_prompts(reduced, full_ids, width)
         out = self._run_generate(args, reduced)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
@@ -282,7 +302,9 @@ class Handle:
 
     def _reduce_continued(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
         """Reduce inputs that may continue a cache whose prompt was reduced before."""
-        filled = cache.get_seq_length() if cache is not None else 0
+        filled = int(cache.get_seq_length()) if cache is not None else 0
+        if not filled:
+            forget(cache)
         if self._layers is None and noted(cache, HELD):
             raise InputError(
                 "the deep layers of this cache hold fewer tokens than the first ones: attach the method inside the LLM "
@@ -304,8 +326,10 @@ class Handle:
             self._remember(out.selection, inputs.get("input_ids"))
             return out
         ids = inputs["input_ids"]
+        if filled < state.width:
+            state = state.cropped(filled)
         state = state.expanded(len(ids))
-        cached = state.length + cache.get_seq_length() - state.width  # columns of the full prompt behind the cache
+        cached = state.length + filled - state.width  # columns of the full prompt behind the cache
         mask = inputs.get("attention_mask")
         only_new = ids.shape[1] <= cached if mask is None else mask.shape[1] > ids.shape[1]
         head = cached if only_new else state.length
@@ -403,17 +427,3 @@ class Handle:
     def _remember(self, selection: Selection | None, ids: Tensor | None) -> None:
         if ids is not None and (selection is not None or self._layers is not None):
             self.selection, self._batch = selection, len(ids)
-
-
-class _WholePrompt(BaseStreamer):  # type: ignore[misc]
-    """Shows a streamer the full prompt where the model was given the compact one."""
-
-    def __init__(self, streamer: BaseStreamer, prompt: Tensor):
-        self._streamer, self._prompt = streamer, prompt
-
-    def put(self, value: Tensor) -> None:
-        self._streamer.put(value if self._prompt is None else self._prompt.cpu())
-        self._prompt = None  # type: ignore[assignment]
-
-    def end(self) -> None:
-        self._streamer.end()

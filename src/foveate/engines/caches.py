@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
+from transformers import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 NAMES: Final = ("cache", "past_key_values")
@@ -26,6 +27,8 @@ def given_cache(inputs: Mapping[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """Return the cache in an output of ``forward`` or ``generate``, if there is one."""
+    if isinstance(output, tuple):
+        return next((x for x in output if isinstance(x, Cache)), None)
     return getattr(output, NAME, None)
 
 
@@ -44,6 +47,12 @@ def note(cache: Any, what: str, value: Any) -> None:
         layer that holds less than the first one holds, a `Held` each.
     """
     setattr(cache, _NOTES, {**getattr(cache, _NOTES, {}), what: value})
+
+
+def forget(cache: Any) -> None:
+    """Take the notes off a cache that is empty."""
+    if hasattr(cache, _NOTES):
+        delattr(cache, _NOTES)
 
 
 def noted(cache: Any, what: str) -> Any:

@@ -65,6 +65,21 @@ class Compaction:
         columns = torch.cat([self.columns, tail.to(self.columns.device)], dim=1)
         return Compaction(columns, self.length + other.length, self.padded or other.padded, other.behind)
 
+    def cropped(self, width: int) -> Compaction:
+        """Return the compaction of prompts of which a cache has only the first columns left, `width` of the W.
+
+        Raises
+        ------
+        InputError
+            If it is not clear where the prompts go on: they end differently, or, with `behind`, in front of an image.
+        """
+        length = int(self.columns[0, width - 1]) + 1
+        ends, text = self.columns[:, width - 1], self.length - length == self.width - width
+        if bool((ends != length - 1).any()) or (self.behind is not None and not text):
+            raise InputError("this cache was cropped to where an image is or was: start with a new cache")
+        behind = None if self.behind is None else self.behind - (self.width - width)
+        return Compaction(self.columns[:, :width], length, self.padded, behind)
+
     def expanded(self, batch: int) -> Compaction:
         """Return the compaction for a batch in which each prompt stands several times in a row."""
         rows = len(self.columns)

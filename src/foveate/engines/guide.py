@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.engines.attach import attach
+from foveate.engines.attach import attach, attached
 from foveate.engines.attention_sum import AttentionSum
 from foveate.engines.caches import NAMES
 from foveate.engines.given import given
 from foveate.engines.hf import base_model, pad_id
 from foveate.engines.in_llm import check_decoder
 from foveate.engines.prompts import prompts_only, with_answer
-from foveate.errors import InputError
+from foveate.errors import AttachError, InputError
 from foveate.families import Family, family_of
 from foveate.grids import resampled
 from foveate.methods.sgl import SGL, share_of
@@ -79,9 +79,16 @@ def guide(
     >>> guided = foveate.guide(large, small, SGL(keep=0.3), exit_at=0.9)  # doctest: +SKIP
     >>> out = guided.generate(**inputs)  # doctest: +SKIP
     >>> guided.outcomes[0].source, guided.outcomes[0].confidence  # doctest: +SKIP
+
+    Raises
+    ------
+    InputError
+        If `exit_at` is no share, or the method is another one.
     """
     if exit_at is not None and not 0.0 <= exit_at <= 1.0:
         raise InputError(f"exit_at is a score from 0 (always) to 1, or None for never, not {exit_at!r}")
+    if method is not None and not isinstance(method, SGL):
+        raise InputError(f"a guided model is cut by scores from elsewhere: pass an SGL, or nothing, not {method!r}")
     return Guided(base_model(large), base_model(small), method or SGL(), exit_at, resample)
 
 
@@ -197,6 +204,10 @@ class Guided:
         self, inputs: dict[str, Any], spans: Sequence[Span], options: dict[str, Any]
     ) -> tuple[Answer, list[Tensor], list[float]]:
         """Let the small model answer; returns also a score ``[n]`` per span, and confidences."""
+        if (handle := attached(self.small)) is not None:
+            raise AttachError(
+                f"{handle.reducer!r} is attached to the small model, which must see all tokens: detach it"
+            )
         ids = inputs["input_ids"]
         prompts = given(spans, inputs.get("attention_mask"), ids.shape[1], ids.device)
         greedy = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}

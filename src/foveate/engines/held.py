@@ -32,6 +32,11 @@ class Held:
         """Return the columns when the first layer has so many."""
         if length == self.length:
             return self.columns
+        if length < self.length:  # the cache was cropped
+            left = self.columns[:, : length - self.length]
+            if bool((left >= length).any()) or bool((self.columns[:, left.shape[1] :] < length).any()):
+                raise InputError("this cache was cropped to where an image is: start with a new cache")
+            return left
         further = torch.arange(self.length, length, device=self.columns.device)
         return torch.cat([self.columns, further.expand(len(self.columns), -1)], dim=1)
 

@@ -335,4 +335,6 @@ def pad_id(model: Any) -> int:
 
 def base_model(model: Any) -> Any:
     """Return the model inside a PEFT wrapper, or the model itself."""
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError("torch.compile hides the parts of this model: pass the one that it was made of")
     return model.get_base_model() if hasattr(model, "get_base_model") else model

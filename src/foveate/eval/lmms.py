@@ -54,12 +54,7 @@ def make_reducer(method: str | Path | Reducer | None, keep: Any = None, **config
         return None
     if keep is not None:
         config["keep"] = parse_keep(str(keep)) if isinstance(keep, str | int | float) else keep
-    try:
-        return load_reducer(method, **config)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FoveateError):
-            raise
-        raise InputError(f"{str(method)!r} does not describe a method: {error}") from error
+    return load_reducer(method, **config)
 
 
 def run(

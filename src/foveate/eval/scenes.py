@@ -182,7 +182,7 @@ def as_they_are(job: Job, methods: Sequence[str]) -> dict[str, Entry]:
     """
     found = {}
     for name in dict.fromkeys(filter(_is_file, methods)):
-        reducer = _from_file(name)
+        reducer = load_reducer(name)
         _check(job.model, reducer)
         (arm,) = measure(job, [reducer], repeats=0)
         found[name] = Entry(name, round(arm.equivalent), draws(reducer))
@@ -191,13 +191,6 @@ def as_they_are(job: Job, methods: Sequence[str]) -> dict[str, Entry]:
 
 def _is_file(name: str) -> bool:
     return name.endswith(".json")
-
-
-def _from_file(name: str) -> Reducer:
-    try:
-        return load_reducer(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read a method from {name!r}: {error}") from error
 
 
 def draws(reducer: Reducer) -> tuple[Reducer, ...]:
@@ -218,7 +211,7 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
     FoveateError
         If its first layers alone see more, it is a chain, or `name` is neither a method nor a file with one.
     """
-    method = type(_from_file(name)) if _is_file(name) else get_method(name)
+    method = type(load_reducer(name)) if _is_file(name) else get_method(name)
     if method is Chain and _is_file(name):
         raise InputError(
             f"the parts of the chain {name} have budgets of their own: leave out --keep to run it as it is"

@@ -144,7 +144,8 @@ class Family(ABC):
     def query(self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span]) -> tuple[Tensor, ...]:
         """Return, per prompt, the input embeddings ``[M, D]`` of its text behind its first span.
 
-        Of a prompt without text there, the text before it counts.
+        Of a prompt without any token there, the text before it counts. No tokenizer tells a question before the image
+        from a system prompt, or the end of a chat template from a question; see `Query`.
         """
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")

@@ -94,6 +94,10 @@ class MergedFamily(Family):
         """Return the index of the encoder layer whose output the projector reads."""
         return len(self.layers(model)) - 1
 
+    def whole_layers(self, model: Any) -> Sequence[int] | None:
+        """Return which encoder layers attend to whole pictures, where others attend within windows; else `None`."""
+        return None
+
     def layers(self, model: Any) -> nn.ModuleList:
         """Return the layers of the vision encoder."""
         encoder = self.encoder(model)
@@ -190,7 +194,8 @@ class MergedFamily(Family):
             return self.image_features(model, inputs, kind), {}
         layers, encoder = self.layers(model), self.encoder(model)
         assert encoder is not None
-        numbers = {p: p.numbers(len(layers), self.read_layer(model)) for p in probes}
+        read_layer, whole = self.read_layer(model), self.whole_layers(model)
+        numbers = {p: p.numbers(len(layers), read_layer, whole) for p in probes}
         watched: dict[nn.Module, list[LayerProbe]] = {}
         for probe, read in numbers.items():
             for i in read:

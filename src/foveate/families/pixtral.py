@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.families.base import Grid
 from foveate.families.llava import feature_layers, strategy
 from foveate.families.raster import RasterFamily
@@ -25,6 +25,8 @@ class Mistral3(RasterFamily):
     name = "mistral3"
     model_types = ("mistral3",)
     side_inputs: ClassVar[tuple[str, ...]] = ("image_sizes", "vision_feature_layer")
+    squeezes: ClassVar[bool] = True
+    """Whether `get_image_features` takes the dimension of a lone token for one of size 1 to squeeze away."""
     notes = "pictures of any size, tokens of 2 x 2 patches; [IMG_BREAK] and [IMG_END] are text and stay"
 
     def grids(self, model: Any, inputs: Mapping[str, Any]) -> list[Grid]:
@@ -38,6 +40,10 @@ class Mistral3(RasterFamily):
         return int(model.config.spatial_merge_size)
 
     def encode_smaller(self, model: Any, inputs: Mapping[str, Any], picture: int, grid: Grid) -> Tensor:
+        if grid == (1, 1) and self.squeezes:
+            raise BudgetError(
+                f"the family {self.name!r} encodes no picture of a single token: keep at least 2 tokens of each image"
+            )
         patch = model.config.vision_config.patch_size
         (height, width), side = self.grids(model, inputs)[picture], patch * self.block(model)
         whole = inputs["pixel_values"][picture, :, : height * patch, : width * patch]
@@ -57,6 +63,7 @@ class Pixtral(Mistral3):
     name = "pixtral"
     model_types = ("llava",)
     side_inputs = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    squeezes = False
     notes = "pictures of any size, a token per patch; [IMG_BREAK] and [IMG_END] are text and stay"
 
     def matches(self, config: Any) -> bool:

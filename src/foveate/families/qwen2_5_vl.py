@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ class Qwen2_5Vl(MRopeFamily):  # noqa: N801  the model's own name
     model_types = ("qwen2_5_vl",)
     side_inputs = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     notes = "as qwen2_vl; probes are put back from window order"
+
+    def whole_layers(self, model: Any) -> Sequence[int]:
+        return sorted(model.config.vision_config.fullatt_block_indexes)
 
     def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
         tokens = super().to_tokens(model, inputs, kind, values)

@@ -41,9 +41,12 @@ class CDPruner(Reducer):
 
     Deviations from the paper: its relevance on LLaVA is the negated cosine of CLIP's patches with CLIP's text tower,
     which the checkpoint of a VLM does not hold. The relevance here is what a third party uses for models without CLIP;
-    it is UNVERIFIED against the paper's numbers. It is normalised per crop, not over the batch. Without text (M = 0)
-    or differences of relevance, it is 1 everywhere. Once all other tokens are linear combinations of the picked ones
-    (less than 1e-5 of their squared norm is left; the official code divides by zero there), the most relevant follow.
+    it is UNVERIFIED against the paper's numbers. It is normalised per crop; over the batch, as in the official code, a
+    crop would depend on its batch, so that this is not offered. Neither is OpenVINO's ``relevance_weight``: relevance
+    is not mixed with anything. The text is that behind the first image: a question before it is not read if any token,
+    such as those that end a chat template, follows. Without text (M = 0) or differences of relevance, it is 1
+    everywhere. Once all other tokens are linear combinations of the picked ones (less than 1e-5 of their squared norm
+    is left; the official code divides by zero there), the most relevant follow.
     """
 
     theta: float | None = None

@@ -62,10 +62,9 @@ class CodebookPruner(Reducer):
     complexity = "O(N K D)"
 
     def __post_init__(self) -> None:
+        if isinstance(self.codebook, os.PathLike):
+            object.__setattr__(self, "codebook", os.fspath(self.codebook))
         super().__post_init__()
-        object.__setattr__(self, "codebook", os.fspath(self.codebook))
-        if self.score not in ("cosine", "softmax"):
-            raise FoveateError(f"score is 'cosine' or 'softmax', not {self.score!r}")
         Codebook.load(self.codebook)
 
     def check(self, model: Any, family: Family) -> None:

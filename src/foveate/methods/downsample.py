@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.errors import BudgetError
 from foveate.grids import crop_budgets, middle, smaller_grid
 from foveate.reducer import Reducer, Stage, register
 from foveate.selection import Selection, SpanSelection
@@ -33,9 +34,21 @@ class Downsample(Reducer):
     reads_grid = True
 
     def plan(self, span: Span) -> list[tuple[tuple[int, int], Tensor]]:
-        """Return, for each crop, the smaller grid and the positions in the span that its tokens stand for."""
+        """Return, for each crop, the smaller grid and the positions in the span that its tokens stand for.
+
+        Raises
+        ------
+        BudgetError
+            If there are fewer tokens than crops.
+        """
         plans = []
-        for crop, grid, count in crop_budgets(span, self.keep, self.name):
+        budgets = crop_budgets(span, self.keep, self.name)
+        if not all(count for *_, count in budgets):
+            raise BudgetError(
+                f"downsample makes a smaller picture of each crop: keep at least {len(budgets)} tokens of an "
+                f"{span.kind} of {len(budgets)} crops"
+            )
+        for crop, grid, count in budgets:
             small = smaller_grid(grid, count)
             rows, columns = (
                 torch.tensor([middle(i, n, size) for i in range(n)]) for n, size in zip(small, grid, strict=True)

@@ -39,6 +39,7 @@ class ExitReducer(InLlmReducer):
                 f"keep of {self.name} is the least share of the layers that see the image, such as 0.5, not "
                 f"{self.keep!r}: where the tokens leave depends on the prompt"
             )
+        super().__post_init__()
 
     def boundaries(self, depth: int) -> Sequence[int]:
         return range(max(1, math.ceil((self.keep or 0.0) * depth - 1e-9)), depth)
@@ -97,12 +98,10 @@ class DyVTE(ExitReducer):
     complexity = "O(2048 D) per layer"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_number(self.bias):
-            raise FoveateError(f"bias is a difference of logits such as 0.5, not {self.bias!r}")
         if not isinstance(self.gates, str | os.PathLike):
             raise FoveateError(f"gates are a safetensors file, or a folder with some, not {self.gates!r}")
         object.__setattr__(self, "gates", os.fspath(self.gates))
+        super().__post_init__()
         Gates.load(self.gates)
 
     def check(self, model: Any, family: Family) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from foveate.budget import Keep
-from foveate.errors import FoveateError
+from foveate.errors import BudgetError, FoveateError
 from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens, boundary_in, check_equivalent, one_cut
 from foveate.probes import LlmProbe
 from foveate.ranking import top
@@ -23,7 +23,7 @@ class FastV(InLlmReducer):
     Parameters
     ----------
     keep
-        The budget; of several images the sum of their budgets, for which all their tokens compete.
+        The budget; of several images the sum of their budgets, for which all their tokens compete unless `per_image`.
     layer
         The first layer that runs without the dropped tokens, counted from 0: the paper's K.
     query
@@ -31,6 +31,8 @@ class FastV(InLlmReducer):
         the prompt, of the ``"text"`` behind the last image, or of ``"all"`` tokens.
     equivalent
         Instead of `keep`: how many tokens per image (or which share) the layers receive on average.
+    per_image
+        Images do not compete: each has a part of the sum of the budgets, in proportion to its tokens.
 
     Notes
     -----
@@ -42,6 +44,7 @@ class FastV(InLlmReducer):
     layer: int = 2
     query: Literal["last", "text", "all"] = "last"
     equivalent: int | float | None = None
+    per_image: bool = False
 
     budgets = ("keep", "equivalent")
     query_aware = True
@@ -55,6 +58,17 @@ class FastV(InLlmReducer):
             raise FoveateError(f"the query of fastv is 'last', 'text' or 'all', not {self.query!r}")
         if type(self.layer) is not int or self.layer < 1:
             raise FoveateError(f"fastv needs a layer in front of the cut: layer is at least 1, not {self.layer!r}")
+        if not isinstance(self.per_image, bool):
+            raise FoveateError(f"per_image is True or False, not {self.per_image!r}")
+        if self.per_image and isinstance(self.keep, Sequence | Mapping):
+            raise BudgetError(
+                f"per_image divides one budget in proportion to the tokens of the images, not keep={self.keep!r}: give "
+                "one for all, or leave per_image out"
+            )
+
+    @property
+    def unit(self) -> Literal["prompt", "image", "crop"]:  # type: ignore[override]
+        return "image" if self.per_image else "prompt"
 
     def llm_probes(self) -> tuple[LlmProbe, ...]:
         return (LayerAttention(self.query),)

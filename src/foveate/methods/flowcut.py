@@ -64,8 +64,9 @@ class FlowCut(EncoderReducer):
 
     Deviations from the paper: `entropy` is a constant (0.9 is UNVERIFIED), where the official code measures it in every
     layer and drops as many tokens as the crop of the batch that drops most; so the numbers of tokens follow from N and
-    T, and a crop does not depend on its batch. ``[CLS]`` and patches that show padding stay until the end. Pruning
-    inside the LLM, which the official code adds for LLaVA-NeXT, is left out, and every crop has its own budget there.
+    T, and a crop does not depend on its batch. That count of the official code is not offered. ``[CLS]`` and patches
+    that show padding stay until the end. Pruning inside the LLM, which the official code adds for LLaVA-NeXT, is left
+    out, and every crop has its own budget there.
     """
 
     entropy: float = 0.9

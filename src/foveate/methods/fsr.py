@@ -40,8 +40,9 @@ class FSR(Reducer):
     Deviations from the paper: its code is not released, and its description was read in part. The share of 0.9, that
     the focus ends at T, and the count and the weights of the refinement are UNVERIFIED. So is the relevance, which the
     paper takes from CLIP's text tower, absent from the checkpoint of a VLM: here it is the mean cosine between a
-    token's embedding and the input embeddings of the prompt's text ``[M, D]``. It is 1 everywhere without text (M = 0)
-    or differences. Encoders without ``[CLS]`` use the attention that each token receives.
+    token's embedding and the input embeddings of the prompt's text ``[M, D]``, which is that behind the first image: a
+    question before it is not read if any token, such as those that end a chat template, follows. It is 1 everywhere
+    without text (M = 0) or differences. Encoders without ``[CLS]`` use the attention that each token receives.
     """
 
     focus: float = 0.9

@@ -45,7 +45,8 @@ class GPrune(Reducer):
     Deviations from the paper: of tile sets, each crop is a graph; the official code joins all tiles but the thumbnail
     in a single one, which on them alone a joint budget does. Newline vectors are left to the engine; the official code
     keeps all of them. Neighbours are counted by the threshold, as the official code does in float32 but not in float16.
-    A zero vector has no edges and scores 0. Ties go to the lower index. Tokens keep their original positions.
+    A zero vector has no edges and scores 0. A ratio rounds half to even, as everywhere here, where the official code
+    truncates. Ties go to the lower index. Tokens keep their original positions.
     """
 
     threshold: float = 0.5

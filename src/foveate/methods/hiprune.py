@@ -33,7 +33,8 @@ class HiPrune(Reducer):
         Share of the budget for anchors and neighbours, from 0 to 1. No anchors if ``T * alpha / 5`` rounds to zero.
     object_layer
         The middle layer, as a share of the depth in [0, 1): 1 / 3 is layer 8 (from 0) of the 24 of CLIP-L. The
-        authors take layer 15 of the 32 of Qwen2.5-VL, which is 15 / 32.
+        authors take layer 15 of the 32 of Qwen2.5-VL, which is 15 / 32. In encoders with attention within windows it is
+        the nearest layer that attends to whole pictures: 7 there by default.
     wrap
         As published, neighbours are counted along the raster: those beyond the end of a row are in the next one, and
         those outside of the grid become its first or last token. With `False` they do not exist.

@@ -40,9 +40,11 @@ class MMTok(Reducer):
 
     Deviations from the paper: it covers the question's words without its answer-format suffix and about 45 words that
     nothing visual corresponds to. A method sees no tokenizer, so that here every text token behind the first image
-    counts, those of the chat template too (UNVERIFIED effect). Without text (M = 0) only the visual tokens are covered.
-    In families that merge patches, the features are the merged tokens (UNVERIFIED effect). The padding of squared
-    pictures can be picked. Crops are selected from one by one (UNVERIFIED for LLaVA-NeXT).
+    counts, those of the chat template too (UNVERIFIED effect), and a question before it is not read if any of them
+    follows. Candidates whose gain is within a share of ``1e-6 / min(temperature)`` of the best one's tie, and the
+    lowest index is picked: softmax blows float32 noise of the cosines up to that. Without text (M = 0) only the visual
+    tokens are covered. In families that merge patches, the features are the merged tokens (UNVERIFIED effect). The
+    padding of squared pictures can be picked. Crops are selected from one by one (UNVERIFIED for LLaVA-NeXT).
     """
 
     text_temperature: float = 0.02

@@ -49,7 +49,8 @@ class PruMerge(Reducer):
     encoder.
 
     Deviations from the paper: a budget instead of a count that depends on the image, unless `adaptive`. Quartiles are
-    those of each crop, not of the batch. At least one token is a centre; a budget of 1 is a centre without the sum of
+    those of each crop; of the whole batch, as in the official code, they are not offered, as a crop would depend on its
+    batch. At least one token is a centre; a budget of 1 is a centre without the sum of
     the others. Tokens are in raster order, the sum last, where the official code lists them by attention; centres that
     fill the last places move ahead by one. Encoders without ``[CLS]`` use the attention that each token receives, and
     those whose last layer makes the features have no layer behind it and are read there.

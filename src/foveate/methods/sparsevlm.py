@@ -155,11 +155,13 @@ class SparseVLM(TextRated):
 
     Deviations from the paper: its text ranks an adaptive number of tokens by the rank of the attention, compares states
     by cosine and adds up clusters; here as in its code numbers are fixed, distances are Euclidean and clusters
-    averaged. No noise is added to densities: of equal ones, the first is higher. The code always drops at least one
-    token. If two ways make the same number of tokens, more of them are kept by rank. With several images their tokens
-    compete and are clustered together, and the clusters lie behind the last token. If no text token stands out, all of
-    the text behind the image rates, without any the last token. The places that `Handle.layers` names for clusters,
-    and for kept tokens that make way for them, are stand-ins.
+    averaged. The rule by rank is left out, also as an option: of a matrix in half precision it hangs on rounding, it is
+    at most the number of raters, and no budget could be met. No noise is added to densities: of equal ones, the first
+    is higher. The code always drops at least one token. If two ways make the same number of tokens, more of them are
+    kept by rank of attention. With several images their tokens compete and are clustered together, and the clusters lie
+    behind the last token. If no text token stands out, all of the text behind the image rates, without any the last
+    token. The places that `Handle.layers` names for clusters, and for kept tokens that make way for them, are
+    stand-ins.
     """
 
     recycle: float = 0.3

@@ -71,8 +71,6 @@ class TextInteractionImage(Reducer):
         super().__post_init__()
         if not 0.0 <= self.least <= 1.0:
             raise FoveateError(f"least is a share of the tokens from 0 to 1, not {self.least!r}")
-        if self.similarity not in ("cosine", "attention"):
-            raise FoveateError(f"similarity is 'cosine' or 'attention', not {self.similarity!r}")
 
     def probes(self) -> tuple[Probe, ...]:
         return self.needs if self.similarity == "cosine" else (Attention(),)

@@ -43,7 +43,7 @@ class ToDRE(Reducer):
     Deviations from the paper: each crop, tile or frame starts from its own pivot. With a joint budget there is a single
     one among all tokens; on tiles the paper takes it from the thumbnail. Newline vectors do not compete. The pivot's
     attention is that of the layer that makes the features (UNVERIFIED), or the attention that each token receives where
-    the encoder has no ``[CLS]``.
+    the encoder has no ``[CLS]``. A ratio rounds half to even, as everywhere here, where the paper truncates.
     """
 
     criterion: Literal["max_sum", "k_center"] = "max_sum"
@@ -51,11 +51,6 @@ class ToDRE(Reducer):
     needs = (Embeddings(), Attention())
     paper = "arXiv:2505.18757"
     complexity = "O(N^2 D + T N)"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.criterion not in ("max_sum", "k_center"):
-            raise FoveateError(f"criterion is 'max_sum' or 'k_center', not {self.criterion!r}")
 
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop(self.keep, self.pick)

@@ -26,18 +26,22 @@ class Judged(LayerProbe):
     ----------
     t
         Judges are the patches that receive more than `t` times the mean attention, at least the one that receives
-        most. `None`: the 3 % that receive most, at least one.
+        most. `None`: the 3 % that receive most, at least one. Patches that the encoder masks out neither judge nor
+        count.
     """
 
     t: float | None = None
 
     def read(self, heads: Heads) -> Tensor:
-        got = received(heads.query, heads.key, heads.scaling, skip=heads.lead)
+        got = received(heads.query, heads.key, heads.scaling, heads.lead, heads.mask)
+        seen = torch.ones_like(got) if heads.mask is None else heads.mask.any(dim=2)[:, 0, heads.lead :].float()
+        size = seen.sum(dim=1, keepdim=True)
         judges = descending(got)[:, : self._most(got.shape[1])]
-        weight = torch.ones_like(judges, dtype=torch.float32)
-        if self.t is not None:
-            weight = (got.gather(1, judges) > self.t * got.mean(dim=1, keepdim=True)).float()
-            weight[:, 0] = 1.0
+        if self.t is None:
+            weight = (torch.arange(judges.shape[1], device=got.device) < (JUDGES * size.double()).round()).float()
+        else:
+            weight = (got.gather(1, judges) > self.t * got.sum(dim=1, keepdim=True) / size).float()
+        weight[:, 0] = 1.0
         weight = weight / weight.sum(dim=1, keepdim=True)
         return _weighted_rows(heads, judges + heads.lead, weight)[:, heads.lead :]
 
@@ -55,9 +59,13 @@ def _weighted_rows(heads: Heads, index: Tensor, weight: Tensor, chunk: int = 64)
     """Return the sum of the attention rows `index` ``[B, J]``, each times its `weight`, mean over heads ``[B, S]``."""
     transposed, parts = heads.key.float().transpose(-1, -2), []
     for rows, share in zip(torch.split(index, chunk, dim=1), torch.split(weight, chunk, dim=1), strict=True):
-        query = heads.query.take_along_dim(rows[:, None, :, None], dim=2).float()
-        attention = (torch.matmul(query, transposed) * heads.scaling).softmax(dim=-1).mean(dim=1)
-        parts.append(torch.bmm(share[:, None], attention)[:, 0])
+        rows = rows[:, None, :, None]
+        logits = torch.matmul(heads.query.take_along_dim(rows, dim=2).float(), transposed) * heads.scaling
+        if heads.mask is not None:
+            seen = heads.mask.expand(-1, -1, heads.query.shape[2], -1).take_along_dim(rows, dim=2)
+            # Not infinite: rows that padding fills have a weight of 0, and nothing to see.
+            logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
+        parts.append(torch.bmm(share[:, None], logits.softmax(dim=-1).mean(dim=1))[:, 0])
     return torch.stack(parts).sum(dim=0)
 
 
@@ -92,8 +100,10 @@ class VFlowOpt(Reducer):
     Deviations from the paper: the default recycles nothing and has a share of judges, as no parameters were published
     for encoders with ``[CLS]`` (3 % is UNVERIFIED); there only patches are judges. Blocks do not reach from one tile
     into the next. The term of patch entropy, whose weight is 0 in all released settings, is left out. If no patch
-    exceeds `t`, the one with the most attention is the judge. Negative importance counts as 0 in a mean, and a block
-    of zeros is averaged plainly. M is at most T. A leftover that is added flows into the mean of its block, too.
+    exceeds `t`, the one with the most attention is the judge. Negative importance counts as 0 in a mean, and a block of
+    zeros is averaged plainly. M is at most T. A ratio r rounds to T half to even, as everywhere here, where the
+    official code rounds the number ``N * (1 - r)`` of dropped ones: half a token may go the other way. A leftover that
+    is added flows into the mean of its block, too.
     """
 
     t: float | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from foveate.budget import Keep
-from foveate.errors import FoveateError, UnsupportedModelError
+from foveate.errors import UnsupportedModelError
 from foveate.in_llm import (
     Images,
     InLlmReducer,
@@ -91,8 +91,10 @@ class VisionDropLlm(InLlmReducer):
 
     Deviations from the paper: a contextual token is at its anchor's place, where the official code puts it behind the
     dominant ones. The counts of the one published configuration (48, 35, 26, 19, mean 32) are met; others are
-    UNVERIFIED. With several images each is given its share of the count, in proportion to its tokens, and ranks by
-    itself, as under a causal mask the first image gets attention from all of them.
+    UNVERIFIED. A token's attention to itself counts, as in the official code, and there is no option to leave it out:
+    the last token, which no other one sees, would have no score. With several images each is given its share of the
+    count, in proportion to its tokens, and ranks by itself, as under a causal mask the first image gets attention from
+    all of them.
     """
 
     keep: Keep
@@ -111,8 +113,6 @@ class VisionDropLlm(InLlmReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_parameters(self.contextual_ratio, self.merge)
-        if self.rows not in ("all", "visible"):
-            raise FoveateError(f"rows are 'all' or 'visible', not {self.rows!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", check_layers(self.name, self.layers))
 

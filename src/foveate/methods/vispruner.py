@@ -44,8 +44,10 @@ class VisPruner(Reducer):
     Cosine similarities are computed once, ``O(N^2 C)``; the rounds, about ``(N - T) / step`` of them, only read them.
 
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives, as the authors
-    advise. Where the official code fails (an odd number of residual tokens, fewer than `step` even ones), the even
-    half is the larger and a round drops at most all of it. Sorting is stable in float32, ties to the lower index.
+    advise. It is that of the layer that makes the features; last-layer attention with penultimate features, as the
+    official code has for SigLIP, is not offered. Where the official code fails (an odd number of residual tokens, fewer
+    than `step` even ones), the even half is the larger and a round drops at most all of it. Sorting is stable in
+    float32, ties to the lower index.
     """
 
     important_ratio: float = 0.5
@@ -62,8 +64,6 @@ class VisPruner(Reducer):
             raise FoveateError(f"important_ratio is a share from 0 to 1, not {self.important_ratio}")
         if self.step is not None and self.step < 1:
             raise FoveateError(f"a round drops at least one token: step={self.step} is not possible, use 8 or None")
-        if self.order not in ("similarity", "rank"):
-            raise FoveateError(f"order is 'similarity' or 'rank', not {self.order!r}")
 
     def probes(self) -> tuple[Probe, ...]:
         return self.needs[1:] if self.important_ratio == 1 else self.needs

@@ -28,15 +28,16 @@ class VTCCLS(Reducer):
         The budget T.
     start
         The first layer, as a share of the depth in [0, 1): 2 / 3 is layer 16 (from 0) of the 24 of CLIP-L. The last
-        is the one whose output the projector reads, layer 22 there; a start behind it stands for that layer alone,
-        which is FasterVLM.
+        is the one whose output the projector reads, layer 22 there; 22 / 24 is that layer alone, which is FasterVLM.
+        A start behind it raises `UnsupportedModelError` once the model is known.
     reduce
         How the layers are joined: ``"sum"``, ``"min"`` or ``"max"``.
 
     Notes
     -----
     Deviations from the paper: encoders without ``[CLS]``, which it leaves open, use the attention that each token
-    receives (UNVERIFIED). Crops and frames are ranked one by one; the official code knows a single crop.
+    receives (UNVERIFIED), and those with windows only the layers that attend to whole pictures: attention within a
+    window adds up to one there. Crops and frames are ranked one by one; the official code knows a single crop.
     """
 
     start: float = 2 / 3
@@ -50,8 +51,6 @@ class VTCCLS(Reducer):
         super().__post_init__()
         if not 0.0 <= self.start < 1.0:
             raise FoveateError(f"start is a share of the encoder's depth from 0 up to 1, such as 2/3, not {self.start}")
-        if self.reduce not in ("sum", "min", "max"):
-            raise FoveateError(f"reduce is 'sum', 'min' or 'max', not {self.reduce!r}")
 
     def probes(self) -> tuple[Probe, ...]:
         return (Attention(layers=float(self.start)),)

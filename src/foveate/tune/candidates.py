@@ -47,7 +47,7 @@ def candidates(
     left_out: dict[str, str] = {}
     for name in dict.fromkeys([*methods, *CONTROLS]):
         if name.endswith(".json"):
-            _add(found, left_out, name, name, family, _from_file(name))
+            _add(found, left_out, name, name, family, load_reducer(name))
             continue
         if more := parameters_without_default(name):
             left_out[name] = f"it must be given {', '.join(more)}: write a JSON file with them"
@@ -68,17 +68,6 @@ def candidates(
         reasons = "; ".join(f"{key}: {reason}" for key, reason in left_out.items()) or "only controls are named"
         raise InputError(f"no method is left to try on the family {family.name!r}: {reasons}")
     return found, left_out
-
-
-def _from_file(name: str) -> Reducer:
-    try:
-        return load_reducer(name)
-    except FoveateError:
-        raise
-    except OSError as error:
-        raise InputError(f"cannot read the method from {name!r}: {error.strerror}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{name!r} does not describe a method: {error}") from error
 
 
 def _add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +61,8 @@ class Bench:
         Returns
         -------
         dict
-            JSON-compatible: what is said of the prompt, of the unpruned model and of each candidate.
+            JSON-compatible: what is said of the prompt, of the unpruned model and of each candidate. An infinite
+            divergence is `None`.
 
         Raises
         ------
@@ -102,9 +104,10 @@ class Bench:
             result, logits = self._run(job, reducer)
         except FoveateError as error:
             return {"error": str(error)}
+        kl = divergence(reference, logits)
         return {
             "answer": result.answer, "same": result.answer == stock.answer, "right": _right(prompt, result),
-            "kl": divergence(reference, logits), "seconds": _total(result),
+            "kl": kl if math.isfinite(kl) else None, "seconds": _total(result),
             "tokens": sum(result.layers) / len(result.layers) / job.visual_tokens,
             "flops": flops / stock_flops if flops and stock_flops else None,
         }  # fmt: skip
@@ -112,7 +115,7 @@ class Bench:
     def _run(self, job: Job, reducer: Reducer | None) -> tuple[Result, Tensor]:
         with first_logits(self.model) as caught:
             result = once(job, self._settings(job, reducer), now=self.now)
-        if caught[0].isnan().any():
+        if (caught[0].isnan() | caught[0].isposinf()).any():
             raise InputError("the model's logits are no numbers: load it in another dtype")
         return result, caught[0]
 
@@ -134,10 +137,14 @@ def _right(prompt: Prompt, result: Result) -> bool | None:
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:
-    """Return KL(reference || other) of two next-token distributions, given as logits ``[V]``, in nats."""
+    """Return KL(reference || other) of two next-token distributions, given as logits ``[V]``, in nats.
+
+    Infinite if the other rules out, with a logit of minus infinity, what the reference allows.
+    """
     log_p, log_q = (x.double().log_softmax(dim=-1) for x in (reference, other))
+    p = log_p.exp()
     # A token that the reference rules out counts nothing, whatever the other makes of it.
-    terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+    terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return max(0.0, float(terms.sum()))
 
 

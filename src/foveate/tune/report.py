@@ -93,10 +93,10 @@ def _cost(standing: Mapping[str, Any], result: Mapping[str, Any]) -> float:
 def _cells(name: str, standing: Mapping[str, Any]) -> list[str]:
     right = standing["agreement"] if standing["accuracy"] is None else standing["accuracy"]
     flops = "unknown" if standing["flops"] is None else f"{standing['flops']:.0%}"
-    loss = standing["loss"]
+    loss, kl = standing["loss"], "inf" if standing["kl"] is None else f"{standing['kl']:.4f}"
     return [
         name, str(standing["prompts"]), f"{loss['value']:.1%}", f"{loss['at_most']:.1%}", f"{right:.1%}",
-        f"{standing['kl']:.4f}", f"{standing['tokens']:.0%}", flops, f"{standing['time']['value']:.0%}",
+        kl, f"{standing['tokens']:.0%}", flops, f"{standing['time']['value']:.0%}",
     ]  # fmt: skip
 
 

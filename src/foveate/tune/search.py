@@ -122,8 +122,8 @@ class Standing:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-compatible data."""
         return {
-            "prompts": self.prompts, "loss": self.loss.to_dict(), "kl": round(self.kl, 6),
-            "agreement": round(self.agreement, 6),
+            "prompts": self.prompts, "loss": self.loss.to_dict(),
+            "kl": round(self.kl, 6) if math.isfinite(self.kl) else None, "agreement": round(self.agreement, 6),
             "accuracy": None if self.accuracy is None else round(self.accuracy, 6), "time": self.time.to_dict(),
             "flops": None if self.flops is None else round(self.flops, 6), "tokens": round(self.tokens, 6),
         }  # fmt: skip
@@ -269,8 +269,9 @@ def standing(name: str, rows: Sequence[Mapping[str, Any]], order: Sequence[Promp
     else:
         loss = drop([row["right"] - arm["right"] for row, arm in zip(rows, arms, strict=True)], images, confidence)
         accuracy = fmean(arm["right"] for arm in arms)
+    kl = fmean(math.inf if arm["kl"] is None else arm["kl"] for arm in arms)
     return Standing(
-        len(arms), loss, fmean(arm["kl"] for arm in arms), fmean(arm["same"] for arm in arms), accuracy,
+        len(arms), loss, kl, fmean(arm["same"] for arm in arms), accuracy,
         middle([arm["time"] for arm in arms], confidence), fmean(counted) if counted else None,
         fmean(arm["tokens"] for arm in arms),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import InputError
+from foveate.in_llm import LayerAttention
 from foveate.loading import encoder_view
 from foveate.reducer import Reducer
 from foveate.run import Arm, Job, measure
@@ -87,6 +88,7 @@ class Comparison:
             "into": [shown.into.tolist() for shown in fates],
             "shared": [shown.shared().tolist() for shown in fates],
             "saliency": self._saliency(arm),
+            "reads": reads(arm),
         }
 
     def _saliency(self, arm: Arm) -> list[list[float | None]] | None:
@@ -102,6 +104,15 @@ class Comparison:
                 first += 1
             rows.append(row)
         return rows
+
+
+def reads(arm: Arm) -> str:
+    """Say which attention the method of an arm reads; of the vision encoder's there is a picture, its saliency."""
+    if arm.saliency is not None:
+        return "attention of the vision encoder"
+    stages = () if arm.reducer is None else arm.reducer.stages()
+    inside = any(isinstance(probe, LayerAttention) for stage in stages for probe in stage.cues())
+    return "attention inside the LLM" if inside else "no attention"
 
 
 def compare(
@@ -166,4 +177,4 @@ def reducers(methods: Sequence[str], budgets: Sequence[str], make: Callable[[str
     return {name: [make(name, keep) for keep in budgets] for name in methods}
 
 
-__all__ = ["Comparison", "compare", "reducers"]
+__all__ = ["Comparison", "compare", "reads", "reducers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -30,6 +31,8 @@ _TINT = 0.5
 _LUMA = np.array([0.299, 0.587, 0.114])
 # Inches: width of a panel, space after it, place for a colour bar, height of a panel's heading, margin of the figure.
 _PANEL, _GAP, _BAR, _LABEL, _MARGIN = 4.6, 0.3, 0.75, 0.3, 0.3
+# The most that a picture is drawn longer than it is wide, or the other way round: a strip would show no tokens.
+_ASPECT = 5.0
 
 
 def highlight(picture: NDArray[np.float64], crops: Sequence[Crop], shown: Fate) -> NDArray[np.float64]:
@@ -123,7 +126,9 @@ def draw(
 
 def save(path: str | Path, *args: Any, **kwargs: Any) -> None:
     """Write what `draw` draws as a PNG file."""
-    draw(*args, **kwargs).savefig(path, format="png", metadata={"Software": "foveate"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a question in a script that the font lacks
+        draw(*args, **kwargs).savefig(path, format="png", metadata={"Software": "foveate"})
 
 
 def draw_tokens(axes: Any, panel: Panel, shown: Fate) -> None:
@@ -151,16 +156,18 @@ def draw_saliency(axes: Any, panel: Panel, saliency: Sequence[Tensor]) -> None:
     bar = axes.figure.colorbar(
         image, cax=axes.inset_axes((1.02, 0.0, 0.03, 1.0)), format=lambda share, _: f"{100 * share:.3g}%"
     )
-    bar.locator = MaxNLocator(5)
+    height, width = panel.pixels.shape[:2]
+    bar.locator = MaxNLocator(5 if 2 * height > width else 2)  # labels of a low bar would cover each other
     bar.minorticks_off()
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=SOFT_INK, length=2)
 
 
 def frame(axes: Any, panel: Panel) -> None:
-    """Fit axes to a panel, without ticks or borders."""
+    """Fit axes to a panel, without ticks or borders; one beyond `_ASPECT` is stretched across its long side."""
     height, width = panel.pixels.shape[:2]
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], aspect="equal", anchor="NW")
+    stretch = max(1.0, width / height / _ASPECT) / max(1.0, height / width / _ASPECT)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], aspect=stretch, anchor="NW")
     for spine in axes.spines.values():
         spine.set_visible(False)
 

@@ -39,13 +39,14 @@ def page(comparison: Comparison) -> str:
     for method in data["methods"]:
         for arm in method["arms"]:
             arm["figures"] = _figures(method["name"], arm["budget"], arm)
+    layered = any(arm.equivalent != arm.kept for arms in comparison.arms.values() for arm in arms)
     data["panels"] = [_panel(panel) for panel in comparison.panels]
     data["colors"] = {
         "groups": [to_hex(hue(i)) for i in range(1 + _most_groups(data))],
         "steps": steps(len(comparison.budgets)),
         "heat": [to_hex(color) for color in matplotlib.colormaps["inferno"](np.linspace(0, 1, 64))],
     }
-    return environment.get_template("page.html.j2").render(data=data, rows=rows)
+    return environment.get_template("page.html.j2").render(data=data, rows=rows, layered=layered)
 
 
 def write_page(path: Path, comparison: Comparison) -> None:
@@ -66,7 +67,7 @@ def _figures(method: str, budget: str, arm: dict[str, Any]) -> dict[str, Any]:
     seconds = arm["seconds"]
     return {
         "method": method, "budget": budget, "answer": arm["answer"], "same": arm.get("same_answer"),
-        "tokens": f"{arm['tokens']:,}",
+        "tokens": f"{arm['tokens']:,}", "mean": f"{arm['equivalent_tokens']:,.1f}",
         "flops": "unknown" if arm["flops"] is None else show_flops(arm["flops"]),
         "kv": show_bytes(arm["kv_bytes"]),
         "first": show_time(seconds["total"] - seconds["decode"]), "total": show_time(seconds["total"]),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from foveate.errors import InputError
 from foveate.run import Arm
 from foveate.units import show_bytes, show_flops, show_time
-from foveate.viz.comparison import Comparison
+from foveate.viz.comparison import Comparison, reads
 from foveate.viz.fate import fate
 from foveate.viz.overlay import INK, NIGHT, SOFT_INK, draw_saliency, draw_tokens, frame, paint, plain, tallest
 from foveate.viz.panels import Panel
@@ -66,6 +66,8 @@ def sheet(comparison: Comparison) -> Figure:
             x = _MARGIN + column * (_PANEL + _GAP)
             text(x, y + 0.08, shorten(f"{arm.answer}  ({same})", 52, placeholder=" …"), size=9.5)
             text(x, y + 0.28, _costs(arm), size=8.5, color=SOFT_INK)
+            if arm.equivalent != arm.kept:
+                text(x, y + 0.45, f"mean over layers: {arm.equivalent:,.1f} tokens", size=8.5, color=SOFT_INK)
     return figure
 
 
@@ -103,7 +105,7 @@ def _draw(figure: Figure, box: Any, comparison: Comparison, name: str, panel: Pa
             frame(axes, panel)
         else:
             draw_saliency(axes, panel, [saliency[i] for i in panel.numbers])
-        title = "reads no attention" if saliency is None else "attention that it reads"
+        title = f"reads {reads(arms[-1])}" if saliency is None else "attention that it reads"
         axes.set_title(title, size=9.5, color=INK, loc="left", pad=5)
         return
     axes = figure.add_axes(box)
