@@ -55,8 +55,8 @@ def evaluate(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Visual tokens to keep, with commas; JSON files lose their own budget.  [default: 64,32,16, files as "
-            "they are]; lmms-eval: one budget."
+            help="Visual tokens to keep, with commas, in place of the budgets of JSON files; by default 64,32,16, and "
+            "files as they are. lmms-eval: one budget."
         ),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Scenes.  [default: 300, of a backbone 150]")] = None,
