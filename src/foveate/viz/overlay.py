@@ -31,8 +31,6 @@ _TINT = 0.5
 _LUMA = np.array([0.299, 0.587, 0.114])
 # Inches: width of a panel, space after it, place for a colour bar, height of a panel's heading, margin of the figure.
 _PANEL, _GAP, _BAR, _LABEL, _MARGIN = 4.6, 0.3, 0.75, 0.3, 0.3
-# The most that a picture is drawn longer than it is wide, or the other way round: a strip would show no tokens.
-_ASPECT = 5.0
 
 
 def highlight(picture: NDArray[np.float64], crops: Sequence[Crop], shown: Fate) -> NDArray[np.float64]:
@@ -164,10 +162,9 @@ def draw_saliency(axes: Any, panel: Panel, saliency: Sequence[Tensor]) -> None:
 
 
 def frame(axes: Any, panel: Panel) -> None:
-    """Fit axes to a panel, without ticks or borders; one beyond `_ASPECT` is stretched across its long side."""
+    """Fit axes to a panel, without ticks or borders."""
     height, width = panel.pixels.shape[:2]
-    stretch = max(1.0, width / height / _ASPECT) / max(1.0, height / width / _ASPECT)
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], aspect=stretch, anchor="NW")
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[], aspect="equal", anchor="NW")
     for spine in axes.spines.values():
         spine.set_visible(False)
 

@@ -16,6 +16,9 @@ from foveate.tokens import Crop, Span
 
 Box: TypeAlias = tuple[float, float, float, float]
 
+# The most that a picture is drawn longer than it is wide, or the other way round: a strip would show no tokens.
+_ASPECT = 5
+
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
@@ -48,9 +51,9 @@ class Panel:
 
     @cached_property
     def pixels(self) -> NDArray[np.float64]:
-        """The picture at the size of drawing, ``[H, W, 3]``, 0 to 1."""
+        """The picture at the size of drawing, ``[H, W, 3]``, 0 to 1; a strip is stretched."""
         scale = self.long_side / max(self.picture.size)
-        width, height = (max(1, round(side * scale)) for side in self.picture.size)
+        width, height = (max(self.long_side // _ASPECT, round(side * scale)) for side in self.picture.size)
         return np.asarray(self.picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)) / 255.0
 
 
