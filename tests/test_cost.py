@@ -28,6 +28,7 @@ from foveate.cost.report import figures, report
 from foveate.cost.shapes import SHAPES, load_shape
 from foveate.families import family_of
 from foveate.methods import FastV
+from foveate.probes import Attention
 
 SEVEN = LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
 THIRTEEN = LlamaConfig(num_hidden_layers=40, hidden_size=5120, intermediate_size=13824, num_attention_heads=40)
@@ -377,3 +378,10 @@ def test_chains_and_several_images_inside_the_llm() -> None:
         assert chain.flops[part] == alone.flops[part]
     # One row of attention over 576 visual and 40 other tokens.
     assert chain.flops["selection"] == alone.flops["selection"] + 2 * (576 + 40) * 4096
+
+
+def test_probes_by_depth_are_counted_in_layers_without_windows():
+    anatomy = anatomy_of(load_shape("qwen2.5-vl-7b")[0])
+    rows = [40 * 40]
+    named = probe_flops(anatomy, [Attention(of="received", layers=2 / 3)], rows)
+    assert named == probe_flops(anatomy, [Attention(of="received", layers=(-9, -1))], rows) > 0  # 23 and 31 of 32

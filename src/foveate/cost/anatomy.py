@@ -7,7 +7,7 @@ projector's or an MLP's layout; only how many rows each part sees, and how wide 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -94,6 +94,11 @@ class Tower:
     whole: frozenset[int] = frozenset()
     packed: bool = False
     grid: tuple[int, int] | None = None
+
+    @property
+    def whole_layers(self) -> Sequence[int] | None:
+        """The layers that attend to whole pictures, where others attend within windows; else `None`."""
+        return sorted(self.whole) if self.window else None
 
 
 @dataclass(frozen=True, eq=False)

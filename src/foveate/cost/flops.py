@@ -184,7 +184,7 @@ def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int], windo
     depth, read = len(tower.layers), tower.read - 1
     behind = 0
     for probe in layer_probes:
-        numbers = probe.numbers(depth, read)
+        numbers = probe.numbers(depth, read, tower.whole_layers)
         behind = max(behind, max(numbers) - read)
         for number in numbers:
             for length in _sequences(tower, number, rows, windows):

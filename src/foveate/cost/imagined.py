@@ -284,7 +284,7 @@ def _layer_values(anatomy: Anatomy, probe: LayerProbe, n: int, generator: torch.
     if anatomy.tower is None:
         raise UnsupportedModelError(f"the encoder of {anatomy.family.name} has no attention to read")
     layers = anatomy.tower.layers
-    count = len(probe.numbers(len(layers), anatomy.tower.read - 1))
+    count = len(probe.numbers(len(layers), anatomy.tower.read - 1, anatomy.tower.whole_layers))
     if isinstance(probe, Attention):
         values = torch.rand(n, count, generator=generator).softmax(dim=0)
     else:
