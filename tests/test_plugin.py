@@ -53,7 +53,7 @@ def test_it_is_a_method_like_any_other(installed: dict[str, str]) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=installed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = {row["name"]: row for row in json.loads(done.stdout)}
-    assert rows["largest_norm"]["parameters"] == {"keep": None, "order": "2.0"}
+    assert rows["largest_norm"]["parameters"] == {"keep": {}, "order": {"default": 2.0}}
     assert rows["largest_norm"]["summary"] == "Keep the tokens whose features have the largest norm."
     assert "vispruner" in rows
 

@@ -86,6 +86,7 @@ def run(
         from foveate import run as job_module
         from foveate.engines.settings import Settings
         from foveate.loading import open_image, prompt_for
+        from foveate.provenance import machine, versions
         from foveate.report import report
         from foveate.video import open_video
 
@@ -111,7 +112,11 @@ def run(
             if drawn:
                 _draw(folder / "overlay.png", job, pruned, pictures, clip, question, data)
         overlay = str(folder / "overlay.png") if drawn else None
-        data = {**data, "model": model, "images": images, "video": video, "question": question, "overlay": overlay}
+        data = {
+            **data, "model": model, "images": images, "video": video, "question": question, "overlay": overlay,
+            "dtype": str(loaded.dtype).removeprefix("torch."), "attention": loaded.config._attn_implementation,
+            "versions": versions(), "machine": machine(),
+        }  # fmt: skip
         write_json(folder / "result.json", data)
     if as_json:
         print_json(data)
@@ -209,7 +214,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
         return
     console = Console(highlight=False)
     for row in rows:
-        given = ", ".join(n if v is None else f"{n}={v}" for n, v in row["parameters"].items())
+        given = ", ".join(f"{n}={json.dumps(v['default'])}" if v else n for n, v in row["parameters"].items())
         facts = ", ".join(filter(None, (row["stage"], row["complexity"], row["paper"])))
         console.print(
             f"[bold]{escape(row['name'])}[/bold]({escape(given)})  [dim]{escape(facts)}[/dim]", soft_wrap=True
@@ -228,7 +233,7 @@ def _method_row(cls: Any) -> dict[str, Any]:
     from foveate.reducer import by_default
 
     parameters = {
-        p.name: None if p.default is p.empty else json.dumps(p.default, default=str)
+        p.name: {} if p.default is p.empty else {"default": p.default}
         for p in inspect.signature(cls).parameters.values()
     }
     merges = isinstance(cls.merges, str)

@@ -8,14 +8,18 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on, and the git commit (empty outside a checkout)."""
+    """Return the versions that a result depends on, and the git commit (empty outside a checkout of this project)."""
     import torch
     import transformers
 
     import foveate
 
-    command = ("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    here = Path(__file__)
+    git = ("git", "-C", str(here.parent))
+    # An installed package may lie in the checkout of another project.
+    tracked = subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=False)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = "" if tracked.returncode else head.stdout.strip()
     return {
         "foveate": foveate.__version__,
         "commit": commit,

@@ -64,4 +64,4 @@ def test_mistakes_are_one_line(foveate: Any, folder: Path, photo: Path, tmp_path
         assert (result.code, result.out) == (2, "")
         assert message in result.err.replace("\n", " ")
     assert not Path("x.safetensors").exists()
-    assert json.loads(foveate("methods", "codebook", "--json").out)[0]["parameters"]["codebook"] is None
+    assert json.loads(foveate("methods", "codebook", "--json").out)[0]["parameters"]["codebook"] == {}

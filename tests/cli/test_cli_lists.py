@@ -14,8 +14,8 @@ def test_methods(foveate: Any) -> None:
     rows = foveate("methods", "--json").json
     assert [row["name"] for row in rows] == library.list_methods()
     (row,) = (row for row in rows if row["name"] == "vispruner")
-    assert row["parameters"]["keep"] is None
-    assert row["parameters"]["important_ratio"] == "0.5"
+    assert row["parameters"]["keep"] == {}
+    assert row["parameters"]["important_ratio"] == {"default": 0.5}
     assert row["paper"] == "arXiv:2412.01818"
     assert row["complexity"] == "O(N^2 C + N^3 / step)"
     assert all(row["complexity"] for row in rows)

@@ -82,6 +82,13 @@ def test_methods_that_merge_or_act_inside_the_encoder(foveate: Any, folder: Path
     assert processor.decode(out[0, ready["input_ids"].shape[1] :], skip_special_tokens=True).strip() == data["answer"]
 
 
+def test_a_result_says_where_it_comes_from(foveate: Any, folder: Path, photo: Path) -> None:
+    data = foveate("run", photo, "what ?", "--model", folder, "--keep", 9, "--attn", "eager", "--json", *FAST).json
+    assert (data["dtype"], data["attention"]) == ("float32", "eager")
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["machine"]["threads"] == torch.get_num_threads()
+
+
 def test_compare_lists_the_baselines(foveate: Any, folder: Path, photo: Path) -> None:
     args = ("run", photo, "what is this ?", "--model", folder, "--keep", "0.25", "--compare", *FAST)
     rows = foveate(*args, "--json").json["compare"]
