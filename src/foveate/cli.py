@@ -60,21 +60,21 @@ def run(
         str | None,
         typer.Option(
             help="32: tokens. 0.1: share. coverage:0.9: adaptive. 64,16: one per image.  "
-            "[default: the method's own, or 0.25]"
+            "\\[default: the method's own, or 0.25]"
         ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run the baselines at the same budget.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the overlay.  [default: runs/IMAGE-METHOD]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the overlay.  \\[default: runs/IMAGE-METHOD]")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
     prompt_template: Annotated[
         str | None, typer.Option(help="Text with {question}, an <image> per image, and a <video> for a video.")
     ] = None,
-    positions: Annotated[str | None, typer.Option(help="original or compact.  [default: as in the paper]")] = None,
+    positions: Annotated[str | None, typer.Option(help="original or compact.  \\[default: as in the paper]")] = None,
     separators: Annotated[str, typer.Option(help="Newline and frame tokens: drop, keep or nonempty.")] = "drop",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on the answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs; the median counts.")] = 3,

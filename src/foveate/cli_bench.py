@@ -33,7 +33,7 @@ bench_app = typer.Typer(help="Measure time and memory.", no_args_is_help=True)
 @bench_app.command()
 @guarded
 def selection(
-    methods: Annotated[list[str] | None, typer.Argument(help="Names of methods.  [default: all]")] = None,
+    methods: Annotated[list[str] | None, typer.Argument(help="Names of methods.  \\[default: all]")] = None,
     keep: Annotated[int, typer.Option(min=1, help="Tokens to keep.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs per method.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
@@ -110,17 +110,19 @@ def model(
     ] = "nano",
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
-        str | None, typer.Option(help="Budget, as in `foveate run`.  [default: the method's own, or 0.25]")
+        str | None, typer.Option(help="Budget, as in `foveate run`.  \\[default: the method's own, or 0.25]")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value.")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers of a shape's LLM; the whole one of 7B has 32.  [default: 4]")
+        int | None, typer.Option(min=1, help="Layers of a shape's LLM; the whole one of 7B has 32.  \\[default: 4]")
     ] = None,
     tied: Annotated[bool, typer.Option(help="Let the layers of a shape's LLM share the weights of one.")] = True,
     text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of a shape's prompt.")] = 64,
-    image: Annotated[Path | None, typer.Option(help="Image file for a model with weights.  [default: a scene]")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Image file for a model with weights.  \\[default: a scene]")
+    ] = None,
     question: Annotated[str, typer.Option(help="What to ask a model with weights.")] = "What is in the picture?",
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or float16; of shapes, auto is bfloat16.")
@@ -128,7 +130,7 @@ def model(
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Turns, in each of which every arm runs once.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  [default: torch's own]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  \\[default: torch's own]")] = None,
     clock: Annotated[Clocks, typer.Option(help="cpu: processor time of one thread, for busy machines.")] = Clocks.wall,
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for a plot, as PNG.")] = None,

@@ -30,17 +30,17 @@ def cost(
     method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
     keep: Annotated[
         str | None,
-        typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  [default: the method's own, or 0.25]"),
+        typer.Option(help="32: tokens. 0.1: share. 64,16: one per image.  \\[default: the method's own, or 0.25]"),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")
     ] = None,
     visual_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Visual tokens of the prompt.  [default: what the images come to]")
+        int | None, typer.Option(min=1, help="Visual tokens of the prompt.  \\[default: what the images come to]")
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=0, help="Other tokens of the prompt.")] = 40,
     images: Annotated[
-        int | None, typer.Option(min=0, help="Images of the prompt.  [default: 1, or 0 beside frames]")
+        int | None, typer.Option(min=0, help="Images of the prompt.  \\[default: 1, or 0 beside frames]")
     ] = None,
     frames: Annotated[int, typer.Option(min=0, help="Frames of a video in the prompt.")] = 0,
     image_size: Annotated[str, typer.Option(help="Width and height in pixels.")] = "672x672",

@@ -50,7 +50,7 @@ def evaluate(
     context: typer.Context,
     harness: Annotated[Harness, typer.Option(help="Drawn scenes on nano, or public benchmarks.")] = Harness.scenes,
     methods: Annotated[
-        str | None, typer.Option("--methods", "--method", help="Names or JSON files, with commas.  [default: all]")
+        str | None, typer.Option("--methods", "--method", help="Names or JSON files, with commas.  \\[default: all]")
     ] = None,
     keep: Annotated[
         str | None,
@@ -59,11 +59,11 @@ def evaluate(
             "files as they are. lmms-eval: one budget."
         ),
     ] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Scenes.  [default: 300, of a backbone 150]")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Scenes.  \\[default: 300, of a backbone 150]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Different seeds give different scenes.")] = 0,
     processes: Annotated[int, typer.Option(min=1, help="Single-threaded processes.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="File for the result, in JSON.  [default: runs/leaderboard.json]")
+        Path | None, typer.Option(help="File for the result, in JSON.  \\[default: runs/leaderboard.json]")
     ] = None,
     page: Annotated[
         Path | None, typer.Option(help="Markdown page with marker lines for tables; its plot goes beside it.")

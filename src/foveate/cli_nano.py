@@ -18,7 +18,7 @@ nano_app = typer.Typer(
     help="The embedded model: train it again, score it, compare methods on it.", no_args_is_help=True
 )
 
-Folder = Annotated[Path | None, typer.Option("--model", help="Model folder.  [default: the shipped one]")]
+Folder = Annotated[Path | None, typer.Option("--model", help="Model folder.  \\[default: the shipped one]")]
 Images = Annotated[int, typer.Option(min=1, help="How many scenes.")]
 Seed = Annotated[int, typer.Option(help="Different seeds give different scenes.")]
 Processes = Annotated[int, typer.Option(min=1, help="Single-threaded processes.")]
@@ -29,7 +29,7 @@ Result = Annotated[Path | None, typer.Option(help="File for the result, in JSON.
 @guarded
 def train(
     out: Annotated[Path, typer.Option(help="Folder for images, checkpoints, log and weights.")] = Path("runs/nano"),
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file.  [default: that of the shipped weights]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file.  \\[default: that of the shipped weights]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints in the folder.")] = False,
     processes: Processes = 2,
     as_json: Json = False,

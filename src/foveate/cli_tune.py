@@ -48,22 +48,23 @@ def tune(
     model: Annotated[str, typer.Option(help="nano, a hub id, or a folder.")] = "nano",
     methods: Annotated[
         str | None,
-        typer.Option("--methods", "--method", help="Names or JSON files, with commas.  [default: see the docs]"),
+        typer.Option("--methods", "--method", help="Names or JSON files, with commas.  \\[default: see the docs]"),
     ] = None,
-    keep: Annotated[str | None, typer.Option(help="Budgets, with commas.  [default: 0.75,0.5,0.33,0.2,0.1]")] = None,
+    keep: Annotated[str | None, typer.Option(help="Budgets, with commas.  \\[default: 0.75,0.5,0.33,0.2,0.1]")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts to use, drawn from the file.")] = None,
     start: Annotated[int, typer.Option(min=4, help="Prompts that every candidate is asked.")] = 16,
     confidence: Annotated[float, typer.Option(help="Of every bound.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Order of prompts and candidates.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results; an interrupted search in it goes on.  [default: a new one]")
+        Path | None,
+        typer.Option(help="Folder for results; an interrupted search in it goes on.  \\[default: a new one]"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help="Text with {question} and an <image> per image.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on answers.")] = 32,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  [default: torch's own]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  \\[default: torch's own]")] = None,
     clock: Annotated[Clocks, typer.Option(help="cpu: processor time of one thread, for busy machines.")] = Clocks.wall,
     as_json: Json = False,
 ) -> None:

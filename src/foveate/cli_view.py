@@ -26,13 +26,13 @@ def view(
     model: Annotated[str, typer.Option(help="nano, a hub id, or a folder.")] = "nano",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Name of a method, or a JSON file with one; repeatable.  [default: vispruner]"),
+        typer.Option(help="Name of a method, or a JSON file with one; repeatable.  \\[default: vispruner]"),
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Budget, as of `run`; repeatable.  [default: 0.05, 0.1, 0.25 and 0.5]"),
+        typer.Option(help="Budget, as of `run`; repeatable.  \\[default: 0.05, 0.1, 0.25 and 0.5]"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures.  [default: runs/IMAGE-view]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures.  \\[default: runs/IMAGE-view]")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,

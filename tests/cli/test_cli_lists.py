@@ -103,3 +103,10 @@ def test_missing_nano_weights(foveate: Any, tmp_path: Path, monkeypatch: pytest.
     result = foveate("run", "x.png", "what ?")
     assert (result.code, result.out) == (2, "")
     assert "weights of nano are missing" in result.err
+
+
+def test_help_shows_defaults_that_are_written_by_hand(foveate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = foveate("run", "--help").out
+    assert "[default: the method's own, or 0.25]" in shown
+    assert "[default: runs/IMAGE-METHOD]" in shown
