@@ -49,6 +49,9 @@ def selection(
     left_out = {name: "stage in_llm" for name in known if get_method(name).stage == "in_llm"}
     lacking = {name: more for name in known if (more := parameters_without_default(name)) and name != "codebook"}
     left_out |= {name: f"needs {', '.join(more)}" for name, more in lacking.items()}
+    for name in methods or ():
+        if name in left_out:
+            raise InputError(f"{name} has no selection to time by itself: {left_out[name]}")
     names = dict.fromkeys([bench.REFERENCE, *(methods or (name for name in known if name not in left_out))])
     with (
         contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status,

@@ -116,6 +116,8 @@ def _show(data: dict[str, Any], deciding: list[str]) -> None:
     console.print(f"[bold]{escape(data['model'])}[/bold]  {escape(data['method'])}", soft_wrap=True)
     console.print(f"[dim]{data['text_tokens']} text tokens; selection costs {escape(data['complexity'])}[/dim]\n")
     console.print(table)
+    if data["guided"]:
+        console.print("\nwithout the small model that guides it, whose cost comes on top", soft_wrap=True)
     if data["upper_bound"]:
         verb = "decides while it runs" if len(deciding) == 1 else "decide while they run"
         console.print(f"\nat most: {' and '.join(deciding)} {verb}", soft_wrap=True)

@@ -96,6 +96,8 @@ def evaluate(
             "--against-paper": against_paper is not None, LMMS: harness is Harness.lmms_eval,
         },
     )  # fmt: skip
+    if page is not None and not page.is_file():
+        raise InputError(f"no page at {str(page)!r}: make one with the marker lines first")
     options = {
         "batch_size": batch_size, "limit": limit, "out": out, "include_path": include_path, "samples": samples,
         "dtype": dtype, "attn": attn, "device_map": device_map,

@@ -69,6 +69,7 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Find the method and the budget that fulfil a wish on your own images and questions."""
+    from foveate.timing import check_clock
     from foveate.timing import threads as torch_threads
     from foveate.tune.candidates import BUDGETS, METHODS
     from foveate.tune.journal import Journal
@@ -101,6 +102,7 @@ def tune(
             "attention": loaded.config._attn_implementation, "prompt_template": prompt_template,
             "max_new_tokens": max_new_tokens, "clock": clock.value, "threads": threads,
         }  # fmt: skip
+        check_clock(clock.value, loaded.device)
         folder = make_folder(out, f"{prompts.stem}-tune")
         journal = Journal(folder / "rows.jsonl", config)
         ERRORS.print(f"{len(found)} candidates, {len(asked)} prompts; rows go to {folder}", highlight=False)

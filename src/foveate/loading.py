@@ -66,7 +66,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except _LOADING_ERRORS as error:
-        raise UnknownNameError(f"no usable model at {name!r}: {_first_line(error)}") from error
+        raise UnknownNameError(f"no usable model at {name!r}: {first_line(error)}") from error
     model_class = AutoModelForImageTextToText._model_mapping.get(type(config), None)
     if model_class is None:
         raise UnsupportedModelError(
@@ -81,7 +81,7 @@ def load_model(
             device_map=device_map or _default_device(), **({"attn_implementation": attn} if attn else {}),
         )  # fmt: skip
     except _LOADING_ERRORS as error:
-        raise FoveateError(f"cannot load {name!r}: {_first_line(error)}") from error
+        raise FoveateError(f"cannot load {name!r}: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise FoveateError(f"{name!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
@@ -125,7 +125,7 @@ def _load_nano(dtype: Any, device_map: str | None, attn: str | None) -> tuple[An
         device = device_map if device_map not in (None, "auto") else _default_device()
         model = model.to(device) if dtype == "auto" else model.to(device, dtype)
     except _LOADING_ERRORS as error:
-        raise FoveateError(f"cannot load 'nano' that way: {_first_line(error)}") from error
+        raise FoveateError(f"cannot load 'nano' that way: {first_line(error)}") from error
     return model.eval(), processor
 
 
@@ -150,7 +150,8 @@ def _check_name(name: str) -> None:
     raise FoveateError(f"{name!r} holds no weights: a model folder holds config.json and *.safetensors")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -176,7 +177,7 @@ def open_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise InputError(f"{str(path)!r} is not an image that Pillow can read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the image {str(path)!r}: {_first_line(error)}") from error
+        raise InputError(f"cannot read the image {str(path)!r}: {first_line(error)}") from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -263,7 +264,7 @@ def model_inputs(
     try:
         return processor(**visuals, text=prompt, return_tensors="pt", add_special_tokens=special)
     except _LOADING_ERRORS as error:
-        raise InputError(f"{type(processor).__name__} does not take these pictures: {_first_line(error)}") from error
+        raise InputError(f"{type(processor).__name__} does not take these pictures: {first_line(error)}") from error
 
 
 def encoder_view(processor: Any, image: Image.Image, kind: str = "image") -> Image.Image:

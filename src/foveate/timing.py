@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from foveate.errors import InputError
+
 STAGES = ("vision", "select", "prefill", "decode")
 
 
@@ -20,6 +22,12 @@ class Meter(Protocol):
 
     def stop(self, stage: str) -> None:
         """End a stage, which began where the one before it ended. A stage may come in several pieces."""
+
+
+def check_clock(name: str, device: torch.device) -> None:
+    """Raise `InputError` if a clock called ``"cpu"`` would not show how long a run takes."""
+    if name == "cpu" and (torch.get_num_threads() > 1 or device.type != "cpu"):
+        raise InputError("processor time is the time of a run only with one thread and without a GPU: use 1 thread")
 
 
 class Clock:

@@ -228,6 +228,12 @@ def test_memory_is_the_peak_of_each_stage():
     }  # fmt: skip
 
 
+def test_a_run_that_fails_leaves_no_profiler_behind():
+    with pytest.raises(InputError, match="scores from elsewhere"):
+        measure(arms_of(job(), settings("sgl", keep=9, layer=1)), 1)
+    assert not torch.autograd._profiler_enabled()
+
+
 def test_the_result_says_what_was_measured():
     said = []
     result = measure(arms_of(job(), settings(keep=9)), 2, say=said.append)

@@ -42,6 +42,13 @@ def test_the_table(foveate, folder, photo):
     assert "nan" not in result.out.lower().replace("naive", "")
 
 
+def test_methods_without_a_selection_of_their_own_are_refused(foveate):
+    for name, reason in (("fastv", "stage in_llm"), ("dyvte", "needs gates")):
+        result = foveate("bench", "selection", name)
+        assert (result.code, result.out) == (2, "")
+        assert f"{name} has no selection to time by itself: {reason}" in result.err
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -111,3 +111,19 @@ def test_one_line_about_mistakes(foveate: Any, arguments: tuple[str, ...], messa
     assert result.code == 2
     assert message in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_a_guided_method_is_told_without_its_guide(foveate: Any) -> None:
+    arguments = ("cost", "--model", "llava-1.5-7b", "--method", "sgl", "--keep", "64")
+    assert foveate(*arguments, "--json").json["guided"] is True
+    assert "without the small model that guides it" in foveate(*arguments).out
+    assert foveate("cost", "--model", "nano", "--json").json["guided"] is False
+
+
+def test_an_impossible_configuration_is_one_line(foveate: Any, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(WEIGHTS).to_dict()
+    config["text_config"] |= {"hidden_size": 1024, "num_attention_heads": 15}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = foveate("cost", "--model", tmp_path)
+    assert (result.code, len(result.err.strip().splitlines())) == (2, 1)
+    assert "no usable model configuration" in result.err

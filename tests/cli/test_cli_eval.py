@@ -17,6 +17,7 @@ from foveate.eval import leaderboard
     (["--keep", "256"], "nothing to reduce"),
     (["--methods", "nothing"], "no method is called 'nothing'"),
     (["--images", "30"], "multiple of"),
+    (["--page", "nowhere.md"], "no page at"),
     (["--tasks", "gqa"], "an option of --harness lmms-eval, not of --harness scenes: leave out --tasks"),
     (["--dtype", "auto"], "leave out --dtype"),
     (["--harness", "lmms-eval", "--tasks", "gqa", "--method", "vispruner"], "--keep 64"),

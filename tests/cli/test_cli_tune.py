@@ -124,6 +124,7 @@ def test_scenes_are_prompts(foveate: Any, tmp_path: Path) -> None:
         (("{prompts}", "--speedup", "2", "--model", "{folder}", "--methods", "nope"), "no method is called 'nope'"),
         (("{prompts}", "--speedup", "2", "--model", "{folder}", "--methods", "evs"), "it leaves images alone"),
         (("{prompts}", "--speedup", "2", "--model", "{folder}", "--keep", "0"), "keep at least 1"),
+        (("{prompts}", "--speedup", "2", "--model", "{folder}", "--clock", "cpu", "--threads", "2"), "use 1 thread"),
     ],
 )
 def test_mistakes_end_with_one_line(

@@ -12,6 +12,7 @@ from foveate.families.smolvlm import BLOCKWISE
 from foveate.families.tiled import WHOLE, nearest_arrangement
 from foveate.probes import Attention, Keys
 from tiny import VISUALS, collate, model, sample, samples
+from tiny_families.base import Visual
 from tiny_processors import IMAGE_TOKENS, PROCESSORS
 
 TILED = ["internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm", "perception_lm"]
@@ -227,3 +228,14 @@ def test_smolvlm_of_two_versions_takes_multiples_of_a_block(monkeypatch, version
     assert counts == [[4, 8, 4], [12, 24, 12]]
     with pytest.raises(InputError, match=rf"\[6, 12, 6\] visual tokens, .* {version} only takes multiples of 4 "):
         foveate.reduce(net, inputs, "uniform", keep=6)
+
+
+@pytest.mark.parametrize(("size", "tokens"), [((20, 1500), 64), ((1500, 20), 72)])
+def test_llava_next_takes_pictures_of_whose_tiles_nothing_is_left(size, tokens):
+    net, inputs = model("llava_next"), collate([sample(3, Visual("llava_next", size), 4)])
+    assert int((inputs["input_ids"] == net.config.image_token_id).sum()) == tokens
+    with foveate.attach(net, "vispruner", keep=2) as handle:
+        net.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert handle.selections[0][0].kept.shape == (2,)
+    whole = foveate.reduce(net, inputs, "random", keep=1.0)
+    assert torch.equal(net(**whole).logits, net(**inputs).logits)

@@ -28,6 +28,7 @@ class MemoryMeter(Meter):
         else:
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.start()
+        self._running = device.type != "cuda"
 
     def stop(self, stage: str) -> None:
         if self._device.type == "cuda":
@@ -38,10 +39,16 @@ class MemoryMeter(Meter):
             with record_function(_MARK + stage):
                 pass
 
+    def close(self) -> None:
+        """End the measurement: a profiler that is left running takes the interpreter down with it."""
+        if self._running:
+            self._running = False
+            self._profile.stop()
+
     def peaks(self) -> dict[str, int]:
         """End the measurement, and return bytes by stage and their maximum as ``"total"``."""
-        if self._device.type != "cuda":
-            self._profile.stop()
+        if self._running:
+            self.close()
             # The public views of the profiler order events by operator; a peak needs them as they happened.
             self._peaks = _peaks(self._profile.profiler.kineto_results.events())  # type: ignore[union-attr]
         return {**self._peaks, "total": max(self._peaks.values())}

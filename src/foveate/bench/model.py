@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -16,10 +17,10 @@ from foveate.bench.memory import MemoryMeter
 from foveate.cost import prefill_flops
 from foveate.engines.caches import cache_of
 from foveate.engines.settings import Settings
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.errors import UnsupportedModelError
 from foveate.provenance import machine, versions
 from foveate.run import Job
-from foveate.timing import STAGES, Clock, summary
+from foveate.timing import STAGES, Clock, check_clock, summary
 
 FIRST_TOKEN = ("vision", "select", "prefill")
 ClockName: TypeAlias = Literal["wall", "cpu"]
@@ -69,14 +70,12 @@ def measure(
         The configuration of the job, versions and machine, a row per arm, and `comparisons` of the arms.
     """
     job = arms[0].job
-    if clock == "cpu" and (torch.get_num_threads() > 1 or job.model.device.type != "cpu"):
-        raise InputError("processor time is the time of a run only with one thread and without a GPU: use 1 thread")
+    check_clock(clock, job.model.device)
     start = partial(Clock, job.model.device, time.process_time if clock == "cpu" else time.perf_counter)
     memory, caches = {}, {}
     for arm in arms:
         say(f"memory: {arm.name}")
-        meter, out = arm.run(lambda: MemoryMeter(job.model.device))
-        memory[arm.name], caches[arm.name] = meter.peaks(), cache_bytes(cache_of(out))
+        memory[arm.name], caches[arm.name] = _bytes_of(arm, job.model.device)
     times: dict[str, list[dict[str, float]]] = {arm.name: [] for arm in arms}
     for turn in range(repeats):
         say(f"turn {turn + 1} of {repeats}")
@@ -96,6 +95,17 @@ def measure(
         "arms": rows,
         "comparisons": comparisons(rows, times, job.visual_tokens, job.max_new_tokens - 1),
     }  # fmt: skip
+
+
+def _bytes_of(arm: Arm, device: torch.device) -> tuple[dict[str, int], int]:
+    """Return the peaks of memory of a run by stage, and the size of the KV cache that it leaves."""
+    with ExitStack() as stack:
+
+        def meter() -> MemoryMeter:
+            return stack.enter_context(closing(MemoryMeter(device)))
+
+        running, out = arm.run(meter)
+        return running.peaks(), cache_bytes(cache_of(out))
 
 
 def cache_bytes(cache: Any) -> int:

@@ -116,6 +116,7 @@ def report(
         "dtype": dtype,
         "formula": formula,
         "upper_bound": bool(deciding(reducer)),
+        "guided": any(stage.guided for stage in reducer.stages()),
         "before": before.to_dict(),
         "after": after.to_dict(),
         "change": {

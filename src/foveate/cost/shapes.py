@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor
 
 from foveate.errors import UnknownNameError
+from foveate.loading import first_line
 
 _VICUNA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -144,7 +146,9 @@ def load_shape(name: str) -> tuple[Any, Any]:
     known = f"built-in shapes are nano, {', '.join(SHAPES)}; otherwise pass a hub id or a folder with config.json"
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, StrictDataclassError) as error:
+        raise UnknownNameError(f"no usable model configuration at {name!r}: {first_line(error)}") from error
+    except OSError as error:
         raise UnknownNameError(f"no model configuration at {name!r}: {known}") from error
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)

@@ -186,8 +186,10 @@ def _evaluate(adapter: Any, tasks: Sequence[str], manager: Any, limit: int | Non
         cause = error.last_attempt.exception()
         raise FoveateError(f"lmms-eval failed on {', '.join(tasks)}: {type(cause).__name__}: {cause}") from error
     except AssertionError as error:
-        hint = "" if adapter.is_simple else " (tasks that score given answers need simple=True)"
-        raise FoveateError(f"lmms-eval cannot run {', '.join(tasks)}: {error}{hint}") from error
+        hint = " (tasks that score given answers need foveate.eval.lmms.run(..., simple=True))"
+        raise FoveateError(
+            f"lmms-eval cannot run {', '.join(tasks)}: {error}{'' if adapter.is_simple else hint}"
+        ) from error
     if results is None:
         return None
     plain: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))

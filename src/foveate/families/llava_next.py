@@ -105,7 +105,8 @@ def mosaic(
             h, w = int(inside.any(1).sum()), int(inside.any(0).sum())
             offset = (int(inside.any(1).int().argmax()), int(inside.any(0).int().argmax())) if h * w else (0, 0)
             y, x = i * side + offset[0] - top, j * side + offset[1] - left
-            box = (x / columns, y / rows, (x + w) / columns, (y + h) / rows)
+            # A picture so thin that nothing of it is left has tiles, but no rows or no columns.
+            box = (x / columns, y / rows, (x + w) / columns, (y + h) / rows) if h * w else (0.0, 0.0, 0.0, 0.0)
             crops.append(Crop(tile[inside], (h, w), box, offset, first_row + len(crops)))
     starts = [side * side + r * (columns + 1) for r in range(rows + 1)]
     return starts[-1], tuple(c for c in crops if len(c)), tuple((start, start + columns) for start in starts[:-1])
