@@ -161,8 +161,6 @@ class VisualExit(ExitReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rule not in tuple(_THRESHOLDS):  # also of what cannot be hashed
-            raise FoveateError(f"rule is 'fixed', 'mass' or 'converged', not {self.rule!r}")
         if self.threshold is None:
             object.__setattr__(self, "threshold", _THRESHOLDS[self.rule])
         elif self.rule == "fixed":

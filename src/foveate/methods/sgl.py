@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.budget import Keep, is_number
+from foveate.budget import Keep
 from foveate.errors import BudgetError, FoveateError
 from foveate.in_llm import (
     Images,
@@ -83,9 +83,9 @@ class SGL(InLlmReducer):
             check_equivalent(self.name, self.keep, self.equivalent)
         if self.layer is not None:
             check_layers(self.name, (self.layer,))
-        if not is_number(self.depth) or not 0.0 < self.depth < 1.0:
+        if not 0.0 < self.depth < 1.0:
             raise FoveateError(f"depth is a share of the layers between 0 and 1, such as 0.3, not {self.depth!r}")
-        if not is_number(self.consistency_keep) or not 0.0 < self.consistency_keep <= 1.0:
+        if not 0.0 < self.consistency_keep <= 1.0:
             raise BudgetError(f"consistency_keep is a share of the tokens such as 0.05, not {self.consistency_keep!r}")
 
     def boundaries(self, depth: int) -> Sequence[int]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, is_number
+from foveate.budget import Keep
 from foveate.clustering import dpc_knn
 from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.in_llm import (
@@ -175,7 +175,7 @@ class SparseVLM(TextRated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.recycle) or not 0.0 <= self.recycle <= 1.0:
+        if not 0.0 <= self.recycle <= 1.0:
             raise FoveateError(f"recycle is a share of the dropped tokens from 0 to 1, not {self.recycle!r}")
 
     def published(self) -> bool:

@@ -20,7 +20,7 @@ from foveate.in_llm import (
     tokens_of,
 )
 from foveate.methods.pyramiddrop import QUARTERS
-from foveate.methods.visionzip import VisionZip, check_parameters, contextual_count, dominant_and_contextual
+from foveate.methods.visionzip import VisionZip, check_contextual_ratio, contextual_count, dominant_and_contextual
 from foveate.reducer import Reducer, register
 from foveate.schedules import after_shares, check_layers, falling, staged_budgets
 from foveate.selection import Selection
@@ -112,7 +112,7 @@ class VisionDropLlm(InLlmReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parameters(self.contextual_ratio, self.merge)
+        check_contextual_ratio(self.contextual_ratio)
         if self.layers is not None:
             object.__setattr__(self, "layers", check_layers(self.name, self.layers))
 

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import is_number
 from foveate.errors import FoveateError
 from foveate.probes import Attention, ClsToken, Keys, Probe
 from foveate.ranking import cosine_matrix, descending, make_room
@@ -60,7 +59,7 @@ class VisionZip(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parameters(self.contextual_ratio, self.merge)
+        check_contextual_ratio(self.contextual_ratio)
 
     def select(self, tokens: VisualTokens) -> Selection:
         return tokens.per_crop_merge(self.keep, self.pick)
@@ -69,12 +68,10 @@ class VisionZip(Reducer):
         return dominant_and_contextual(crops, count, contextual_count(count, self.contextual_ratio), self.merge)
 
 
-def check_parameters(contextual_ratio: float, merge: str) -> None:
-    """Raise `FoveateError` unless the parameters of the dominant-and-contextual rule are valid."""
-    if not is_number(contextual_ratio) or not 0.0 <= contextual_ratio <= 1.0:
+def check_contextual_ratio(contextual_ratio: float) -> None:
+    """Raise `FoveateError` unless the share of contextual tokens is valid."""
+    if not 0.0 <= contextual_ratio <= 1.0:
         raise FoveateError(f"contextual_ratio is a share from 0 to 1, not {contextual_ratio!r}")
-    if merge not in ("add", "mean"):
-        raise FoveateError(f"merge is 'add' or 'mean', not {merge!r}")
 
 
 def contextual_count(count: int, ratio: float) -> int:
