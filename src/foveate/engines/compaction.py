@@ -82,14 +82,19 @@ class Compaction:
 
     def expanded(self, batch: int) -> Compaction:
         """Return the compaction for a batch in which each prompt stands several times in a row."""
-        rows = len(self.columns)
-        if batch == rows:
+        times = repeats(len(self.columns), batch)
+        if times == 1:
             return self
-        if batch % rows:
-            raise InputError(f"a cache of {rows} prompts cannot be continued with a batch of {batch}")
-        behind = None if self.behind is None else self.behind.repeat_interleave(batch // rows)
-        columns = self.columns.repeat_interleave(batch // rows, dim=0)
+        behind = None if self.behind is None else self.behind.repeat_interleave(times)
+        columns = self.columns.repeat_interleave(times, dim=0)
         return Compaction(columns, self.length, self.padded, behind)
+
+
+def repeats(rows: int, batch: int) -> int:
+    """Return how often each prompt of a cache of so many stands in a batch, or raise `InputError`."""
+    if batch % rows:
+        raise InputError(f"a cache of {rows} prompts cannot be continued with a batch of {batch}")
+    return batch // rows
 
 
 def plan(ids: Tensor, mask: Tensor | None, spans: Sequence[Span], selection: Selection) -> Compaction:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.engines.compaction import repeats
 from foveate.errors import InputError
 
 
@@ -42,12 +43,8 @@ class Held:
 
     def expanded(self, batch: int) -> Held:
         """Return the same for a batch in which each prompt stands several times in a row."""
-        rows = len(self.columns)
-        if rows == batch:
-            return self
-        if batch % rows:
-            raise InputError(f"a cache of {rows} prompts cannot be continued with a batch of {batch}")
-        return Held(self.columns.repeat_interleave(batch // rows, dim=0), self.length, self.padded)
+        times = repeats(len(self.columns), batch)
+        return self if times == 1 else Held(self.columns.repeat_interleave(times, dim=0), self.length, self.padded)
 
 
 @dataclass(frozen=True, eq=False)
