@@ -18,7 +18,7 @@ def _seeded():
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Skip a test where SmolVLM does not run because of a bug of transformers 5.20.1 and 5.20.2, and nowhere else."""
-    from foveate.errors import InputError
+    from foveate.core.errors import InputError
     from foveate.families.smolvlm import BLOCKWISE
 
     try:

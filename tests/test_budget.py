@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate import Budget, FoveateError
-from foveate.budget import check, resolve
-from foveate.errors import BudgetError
+from foveate.core.budget import check, resolve
+from foveate.core.errors import BudgetError
 
 sizes = st.lists(st.integers(1, 700), min_size=1, max_size=8)
 

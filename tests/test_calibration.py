@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import foveate
-from foveate.calibration import PENALTY, calibrate, mean_share
-from foveate.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.core.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.fit.vflowopt import PENALTY, calibrate, mean_share
 from foveate.methods import VFlowOptAll
 from tiny import collate, deep_model, sample
 
@@ -50,7 +50,7 @@ def test_search():
     assert found.score == pytest.approx(expected, abs=1e-5)
     default = sum(cosine(net, x, VFlowOptAll(keep=0.25)) for x in inputs) / 2
     assert found.default == pytest.approx(default, abs=1e-5)
-    assert foveate.engines.attach.attached(net) is None
+    assert foveate.engines.transformers.attach.attached(net) is None
 
 
 @needs_optuna
@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_search():
 
 @needs_optuna
 def test_parameters_that_miss_the_budget_are_punished(monkeypatch):
-    import foveate.calibration as module
+    import foveate.fit.vflowopt as module
 
     plain, calls = module.last_ratio, []
     monkeypatch.setattr(module, "last_ratio", lambda *a: calls.append(a) or (None if len(calls) == 2 else plain(*a)))

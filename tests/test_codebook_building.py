@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.clustering import dpc_knn
-from foveate.codebook import Builder, Codebook, Recipe, divergence, neighbourhood, projector_hash, spread_ranks
-from foveate.errors import FoveateError, InputError
+from foveate.core.clustering import dpc_knn
+from foveate.core.codebook import Codebook, projector_hash
+from foveate.core.errors import FoveateError, InputError
 from foveate.families import family_of
+from foveate.fit.codebook import Builder, Recipe, divergence, neighbourhood, spread_ranks
 from tiny import PAD, VISUALS, collate, model, sample, samples
 
 
@@ -92,7 +93,7 @@ def test_clusters_equal_the_reference(size, neighbours, seed, data):
 def test_clusters_in_chunks(monkeypatch):
     points = torch.randn(50, 4)
     whole = dpc_knn(points, 7)
-    monkeypatch.setattr("foveate.clustering._ROWS", 8)
+    monkeypatch.setattr("foveate.core.clustering._ROWS", 8)
     for a, b in zip(whole, dpc_knn(points, 7), strict=True):
         assert torch.equal(a, b)
 
@@ -149,7 +150,7 @@ def test_a_token_is_tested_as_described(repeat, monkeypatch):
     leave_out = made._leave_out
     monkeypatch.setattr(made, "_leave_out", lambda ask, places: seen.setdefault("effect", leave_out(ask, places)))
     monkeypatch.setattr(
-        "foveate.codebook._confidence", lambda logits, _: seen.setdefault("logits", logits)[:, 0].tolist()
+        "foveate.core.codebook._confidence", lambda logits, _: seen.setdefault("logits", logits)[:, 0].tolist()
     )
     made.add(inputs)
     with torch.no_grad():
@@ -173,7 +174,7 @@ def test_a_token_is_tested_as_described(repeat, monkeypatch):
 
 
 def test_confidence_is_taken_over_the_likeliest_words():
-    from foveate.codebook import _confidence
+    from foveate.fit.codebook import _confidence
 
     logits = torch.tensor([[2.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     e = math.e

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.engines.compaction import Compaction, compact_planes, full_positions, plan
-from foveate.errors import InputError
-from foveate.selection import Selection, SpanSelection
-from foveate.tokens import Crop, Span
+from foveate.core.errors import InputError
+from foveate.core.selection import Selection, SpanSelection
+from foveate.core.tokens import Crop, Span
+from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan
 
 PAD_ID = 9
 

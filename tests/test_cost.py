@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import foveate
 import tiny
 from foveate import VisPruner
+from foveate.core.probes import Attention
 from foveate.cost import (
     anatomy_of,
     decode_flops,
@@ -28,7 +29,6 @@ from foveate.cost.report import figures, report
 from foveate.cost.shapes import SHAPES, load_shape
 from foveate.families import family_of
 from foveate.methods import FastV
-from foveate.probes import Attention
 
 SEVEN = LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
 THIRTEEN = LlamaConfig(num_hidden_layers=40, hidden_size=5120, intermediate_size=13824, num_attention_heads=40)

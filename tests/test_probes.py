@@ -7,13 +7,13 @@ import torch
 from transformers import AttentionInterface, CLIPVisionModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import foveate.probes
-import foveate.taps
-from foveate.errors import UnsupportedModelError
+import foveate.core.probes
+import foveate.families.taps
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.probes import Attention, Features, cls_row, received
 from foveate.families.merged import mean_of_blocks
+from foveate.families.taps import Taps, layer_outputs, tap
 from foveate.families.tower import encoder_layers, run_tower
-from foveate.probes import Attention, Features, cls_row, received
-from foveate.taps import Taps, layer_outputs, tap
 from tiny_families.base import clip_config, spread
 
 PIXELS = 32
@@ -145,7 +145,7 @@ def test_received_in_chunks_equals_the_whole_map(monkeypatch):
     query, key = torch.randn(2, 3, 21, 4), torch.randn(2, 3, 21, 4)
     whole = (query @ key.mT * 0.5).softmax(-1).mean(1).mean(1)
     for chunk in (1, 5, 21, 256):
-        monkeypatch.setattr(foveate.probes, "_QUERY_CHUNK", chunk)
+        monkeypatch.setattr(foveate.core.probes, "_QUERY_CHUNK", chunk)
         torch.testing.assert_close(received(query, key, 0.5), whole)
         torch.testing.assert_close(received(query, key, 0.5, skip=1), whole[:, 1:])
 
@@ -173,8 +173,8 @@ def test_an_exception_leaves_no_trace(attention):
         run_tower(encoder, pictures(), [-2], True, PROBES)
     hook.remove()
     assert encoder.config._attn_implementation == attention
-    assert not foveate.taps._tapped
-    assert foveate.taps._active.get() is None
+    assert not foveate.families.taps._tapped
+    assert foveate.families.taps._active.get() is None
     assert not any(module._forward_hooks for module in encoder.modules())
     with torch.no_grad():
         after = encoder(pictures()).last_hidden_state
@@ -238,7 +238,7 @@ def test_threads_do_not_disturb_each_other():
     assert not faults
     assert not barrier.broken
     assert encoder.config._attn_implementation == "sdpa"
-    assert not foveate.taps._tapped
+    assert not foveate.families.taps._tapped
 
 
 def test_towers_that_share_a_configuration():
@@ -258,7 +258,7 @@ def padded(n, shown):
 
 @pytest.mark.parametrize("chunk", [2, 256])
 def test_padding_neither_gives_nor_gets_attention(monkeypatch, chunk):
-    monkeypatch.setattr(foveate.probes, "_QUERY_CHUNK", chunk)
+    monkeypatch.setattr(foveate.core.probes, "_QUERY_CHUNK", chunk)
     query, key, mask = padded(7, (5, 7))
     values, row = received(query, key, 0.5, 0, mask[:, None, None]), cls_row(query, key, 0.5, mask[:, None, None])
     for i, n in enumerate((5, 7)):

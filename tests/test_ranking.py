@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from foveate.ranking import (
+from foveate.core.ranking import (
     added_coverage,
     cosine_matrix,
     descending,

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate import Selection
-from foveate.errors import InputError
-from foveate.selection import Merge, SpanSelection
+from foveate.core.errors import InputError
+from foveate.core.selection import Merge, SpanSelection
 
 
 @st.composite

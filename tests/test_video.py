@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from foveate.errors import InputError
-from foveate.video import open_video
+from foveate.core.errors import InputError
+from foveate.measure.video import open_video
 
 
 def shade(i: int) -> Image.Image:

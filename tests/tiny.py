@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.codebook import Codebook, projector_hash
-from foveate.encoder import EncoderReducer, Inside
+from foveate.core.codebook import Codebook, projector_hash
+from foveate.core.encoder import EncoderReducer, Inside
+from foveate.core.exit_gates import Gates
+from foveate.core.probes import ClsToken, Embeddings, Features, Keys, LayerProbe, Members, Query
+from foveate.core.reducer import Reducer, get_method
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.families import family_of
-from foveate.gates import Gates
-from foveate.probes import ClsToken, Embeddings, Features, Keys, LayerProbe, Members, Query
-from foveate.reducer import Reducer, get_method
-from foveate.tokens import Crop, Span, VisualTokens
 from tiny_families import TINIES, Tiny, Visual
 from tiny_families.base import IMAGE, PAD, VIDEO  # noqa: F401  the tests' names of the placeholders
 

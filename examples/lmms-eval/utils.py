@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from foveate.loading import open_image
+from foveate.measure.loading import open_image
 
 
 def questions(scenes: Dataset) -> Dataset:

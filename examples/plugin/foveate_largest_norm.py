@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveate import Reducer, Selection, VisualTokens
-from foveate.probes import Features
-from foveate.ranking import top
-from foveate.tokens import CropBatch
+from foveate.core.probes import Features
+from foveate.core.ranking import top
+from foveate.core.tokens import CropBatch
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """foveate: keep only the visual tokens that matter, in stock vision-language models."""
 
-from foveate.budget import Budget
-from foveate.engines.attach import attach
-from foveate.engines.guide import guide
-from foveate.engines.hf import reduce
-from foveate.errors import FoveateError
+from foveate.core.budget import Budget
+from foveate.core.errors import FoveateError
+from foveate.core.reducer import Chain, Reducer, list_methods, load_reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import VisualTokens
+from foveate.engines.transformers.attach import attach
+from foveate.engines.transformers.reduce import reduce
 from foveate.families import list_families
-from foveate.gate_training import train_gates
+from foveate.fit.gates import train_gates
+from foveate.guided.guide import guide
 from foveate.methods import VisPruner
-from foveate.reducer import Chain, Reducer, list_methods, load_reducer, register
-from foveate.selection import Selection
-from foveate.tokens import VisualTokens
 
 __version__ = "0.1.0"
 

@@ -13,12 +13,12 @@ from foveate.bench import arms, shapes
 from foveate.bench.memory import MemoryMeter
 from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, measure
 from foveate.bench.report import markdown, write_report
-from foveate.engines.attach import attached
-from foveate.engines.caches import cache_of
+from foveate.core.errors import InputError, UnknownNameError, UnsupportedModelError
 from foveate.engines.settings import Settings
-from foveate.errors import InputError, UnknownNameError, UnsupportedModelError
+from foveate.engines.transformers.attach import attached
+from foveate.engines.transformers.caches import cache_of
+from foveate.measure.timing import STAGES, Clock, FirstToken, summary, threads
 from foveate.methods import VisPruner
-from foveate.timing import STAGES, Clock, FirstToken, summary, threads
 from tiny_families.base import clip_config
 
 TEXT = {
@@ -134,7 +134,7 @@ def test_the_oracle_neither_probes_nor_decides(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the oracle got its tokens for free")
 
-    monkeypatch.setattr("foveate.run.encode_reduced", fail)
+    monkeypatch.setattr("foveate.measure.run.encode_reduced", fail)
     monkeypatch.setattr("foveate.bench.arms.apply", fail)
     monkeypatch.setattr("foveate.bench.arms.encode_reduced", fail)
     monkeypatch.setattr(type(own.reducer), "select", fail)

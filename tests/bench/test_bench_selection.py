@@ -10,9 +10,9 @@ from foveate.bench.inputs import random_tokens
 from foveate.bench.naive import plain_selection
 from foveate.bench.selection import against_plain, selection
 from foveate.cli import app
+from foveate.core.probes import Attention, ClsToken, Features, Keys, Query
+from foveate.core.reducer import load_reducer
 from foveate.methods import VisPruner
-from foveate.probes import Attention, ClsToken, Features, Keys, Query
-from foveate.reducer import load_reducer
 
 
 def test_plain_loop_follows_its_steps():
@@ -68,7 +68,7 @@ def test_methods_get_what_they_need_or_are_left_out(monkeypatch):
     monkeypatch.setattr("foveate.bench.selection.GRIDS", ((8, 8),))
     monkeypatch.setattr("foveate.bench.selection.against_plain", lambda **_: {})
     monkeypatch.setattr(
-        "foveate.reducer.list_methods", lambda: ["chain", "codebook", "dyvte", "evs", "fastv", "uniform"]
+        "foveate.core.reducer.list_methods", lambda: ["chain", "codebook", "dyvte", "evs", "fastv", "uniform"]
     )
     result = CliRunner().invoke(app, ["bench", "selection", "--keep", "9", "--repeats", "1", "--json"])
     assert result.exit_code == 0, result.output

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from foveate.codebook import Codebook, projector_hash
-from foveate.loading import load_model
+from foveate.core.codebook import Codebook, projector_hash
+from foveate.measure.loading import load_model
 from foveate.nano import WEIGHTS, scene
 
 needs_weights = pytest.mark.skipif(not (WEIGHTS / "config.json").is_file(), reason="no weights of nano")

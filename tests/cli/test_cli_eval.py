@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from foveate.cli_eval import OPTIONS
+from foveate.cli.eval import OPTIONS
 from foveate.eval import leaderboard
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from foveate import nano
-from foveate.loading import model_inputs, open_image, prompt_for
+from foveate.measure.loading import model_inputs, open_image, prompt_for
 from foveate.nano.export import build_processor
 
 needs_weights = pytest.mark.skipif(not (nano.WEIGHTS / "config.json").is_file(), reason="nano is not trained yet")

@@ -13,12 +13,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate as library
-from foveate.budget import parse_keep
+from foveate.core.budget import parse_keep
+from foveate.core.reducer import load_reducer
 from foveate.cost import kv_bytes
-from foveate.engines.caches import cache_of
-from foveate.loading import encoder_view, load_model, open_image, prompt_for
-from foveate.reducer import load_reducer
-from foveate.run import measure, prepare
+from foveate.engines.transformers.caches import cache_of
+from foveate.measure.loading import encoder_view, load_model, open_image, prompt_for
+from foveate.measure.run import measure, prepare
 
 FAST = ("--repeats", 1, "--max-new-tokens", 4)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import foveate
 from foveate import nano
-from foveate.errors import BudgetError
+from foveate.core.errors import BudgetError
 from tiny import FAMILIES, IN_LLM, METHODS, STAGED, codebook_file, collate, make, method_id, model, samples
 
 FILE = Path(__file__).with_name("digests.json")
@@ -55,7 +55,11 @@ def nano_entries() -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
             if name == "dyvte":
                 config["gates"] = _gates_file()
             keeps = [budget, budget / 256] if name not in ("todre_exit", "visual_exit", "dyvte") else []
-            yield f"{method_id(_without_paths(entry))} {budget}", name, [*({**config, "keep": k} for k in keeps), config]
+            yield (
+                f"{method_id(_without_paths(entry))} {budget}",
+                name,
+                [*({**config, "keep": k} for k in keeps), config],
+            )
 
 
 def _without_paths(entry: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
@@ -68,7 +72,10 @@ def of_nano() -> Iterator[tuple[str, dict[str, Any]]]:
     shown = list(nano.scenes(5, SCENES, "validation"))
     texts = [f"<image> {s.questions[0].text}" for s in shown]
     inputs = processor(images=[s.image for s in shown], text=texts, return_tensors="pt", padding=True)
-    yield "features", {"of": digest(foveate.reduce(net, inputs, "random", keep=255)["mm_encoder_outputs"]["image"].pooler_output[0])}
+    yield (
+        "features",
+        {"of": digest(foveate.reduce(net, inputs, "random", keep=255)["mm_encoder_outputs"]["image"].pooler_output[0])},
+    )
     for label, name, configs in nano_entries():
         handle, out = _first_allowed(net, inputs, name, configs)
         answers = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -123,7 +130,7 @@ def _flat(value: Any) -> Iterable[Any]:
 
 
 def _codebook_file() -> str:
-    from foveate.codebook import Codebook, projector_hash
+    from foveate.core.codebook import Codebook, projector_hash
     from foveate.families import family_of
 
     path = Path(codebook_file(None)).with_name("nano.safetensors")
@@ -136,7 +143,7 @@ def _codebook_file() -> str:
 
 
 def _gates_file() -> str:
-    from foveate.gates import Gates
+    from foveate.core.exit_gates import Gates
 
     path = Path(codebook_file(None)).with_name("nano-gates.safetensors")
     if not path.exists():

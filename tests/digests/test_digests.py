@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from digests.record import FILE, found
 
 pytestmark = pytest.mark.slow

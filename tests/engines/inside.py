@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import foveate
-from foveate.in_llm import InLlmReducer
-from foveate.reducer import get_method
-from foveate.selection import Selection, SpanSelection
+from foveate.core.in_llm import InLlmReducer
+from foveate.core.reducer import get_method
+from foveate.core.selection import Selection, SpanSelection
 from tiny import (
     IN_LLM,
     IN_LLM_FAMILIES,

@@ -9,7 +9,7 @@ import torch
 from oracle import extended, visible_columns
 from torch import Tensor
 
-from foveate.selection import SpanSelection
+from foveate.core.selection import SpanSelection
 from tiny import tiny_of
 
 Cuts = dict[int, list[list[SpanSelection]]]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveate.core.probes import ClsToken
+from foveate.core.selection import SpanSelection
 from foveate.families import family_of
 from foveate.families.merged import MergedFamily
 from foveate.methods import Random, Uniform, VisPruner
-from foveate.probes import ClsToken
-from foveate.selection import SpanSelection
 from tiny import (
     FAMILIES,
     IMAGE,

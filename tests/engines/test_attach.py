@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Chain, FoveateError
-from foveate.engines.caches import NAME as CACHE
-from foveate.errors import AttachError, BudgetError, InputError, UnknownNameError
+from foveate.core.errors import AttachError, BudgetError, InputError, UnknownNameError
+from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.methods import FastV, PyramidDrop, Random, SparseVLM, Uniform, VisPruner
 from tiny import METHODS, TINIES, collate, deep_model, make, method_id, model, sample, samples
 

@@ -12,13 +12,13 @@ from oracle import answer_logits
 
 import foveate
 from foveate import Budget, Chain, VisPruner, load_reducer
-from foveate.budget import Coverage, check
-from foveate.coverage import SALIENCY, with_coverage
-from foveate.engines.hf import look
-from foveate.errors import BudgetError
+from foveate.core.budget import Coverage, check
+from foveate.core.coverage import SALIENCY, with_coverage
+from foveate.core.errors import BudgetError
+from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.engines.transformers.reduce import look
 from foveate.families import family_of
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform
-from foveate.tokens import Crop, Span, VisualTokens
 from tiny import VISUALS, collate, model, sample, samples, visual_tokens
 
 NOISE = 1e-9  # relative: what rounding may change

@@ -10,8 +10,8 @@ from layered import layered
 
 import foveate
 from foveate import FoveateError, gate_training
-from foveate.gate_training import Examples, fit, may_leave, observe
-from foveate.gates import Gates
+from foveate.core.exit_gates import Gates
+from foveate.fit.gates import Examples, fit, may_leave, observe
 from foveate.methods import VisualExit
 from tiny import collate, deep_model, sample
 

@@ -11,11 +11,11 @@ from transformers import GenerationConfig
 
 import foveate
 from foveate import Chain, FoveateError
-from foveate.engines.prompts import prompts_only, with_answer
-from foveate.errors import AttachError, InputError
+from foveate.core.errors import AttachError, InputError
+from foveate.core.selection import SpanSelection
 from foveate.families import family_of
+from foveate.guided.prompts import prompts_only, with_answer
 from foveate.methods import SGL, VisPruner
-from foveate.selection import SpanSelection
 from tiny import IN_LLM_FAMILIES, TINIES, VISUALS, collate, deep_model, in_depth, model, sample, samples
 
 T = 7

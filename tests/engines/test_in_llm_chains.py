@@ -18,12 +18,12 @@ from transformers import DynamicCache, StaticCache
 
 import foveate
 from foveate import Budget, Chain, FoveateError
-from foveate.engines.caches import NAME as CACHE
-from foveate.engines.caches import cache_of
-from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.in_llm import received
+from foveate.core.errors import BudgetError, UnsupportedModelError
+from foveate.core.in_llm import received
+from foveate.core.reducer import get_method
+from foveate.engines.transformers.caches import NAME as CACHE
+from foveate.engines.transformers.caches import cache_of
 from foveate.methods import FastV, PyramidDrop, ToDREExit, TopV, VisPruner
-from foveate.reducer import get_method
 from tiny import (
     STAGED,
     VISUALS,

@@ -6,12 +6,12 @@ from oracle import answer_logits, hidden, visible_columns
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import foveate
-from foveate.engines.caches import NAME as CACHE
-from foveate.engines.caches import cache_of
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.selection import SpanSelection
+from foveate.engines.transformers.caches import NAME as CACHE
+from foveate.engines.transformers.caches import cache_of
 from foveate.families import family_of
 from foveate.methods import Random, Uniform, VisPruner
-from foveate.selection import SpanSelection
 from tiny import IMAGE, TINIES, VIDEO, Visual, collate, model, sample, samples
 from tiny_families.mrope import STAMP, films
 

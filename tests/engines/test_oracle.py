@@ -20,10 +20,10 @@ from oracle import (
 )
 
 import foveate
-from foveate.engines.hf import Reduced, decide, look
+from foveate.core.reducer import identity
 from foveate.engines.settings import Settings
+from foveate.engines.transformers.reduce import Reduced, decide, look
 from foveate.methods import Downsample, FasterVLM, Random, Uniform, VisPruner
-from foveate.reducer import identity
 from tiny import (
     FAMILIES,
     IMAGE,

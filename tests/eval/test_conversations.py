@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from foveate import nano
-from foveate.errors import InputError
+from foveate.core.errors import InputError
 from foveate.eval.conversations import batch_inputs, conversation, interleaved, pad_on_the_left, read_video
-from foveate.loading import prompt_for
+from foveate.measure.loading import prompt_for
 
 
 @pytest.fixture(scope="module")

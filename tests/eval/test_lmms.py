@@ -8,7 +8,7 @@ import json
 import pytest
 
 from foveate import VisPruner
-from foveate.errors import BudgetError, FoveateError, InputError, UnknownNameError
+from foveate.core.errors import BudgetError, FoveateError, InputError, UnknownNameError
 from foveate.eval import lmms
 
 

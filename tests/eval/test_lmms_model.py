@@ -20,7 +20,7 @@ from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 import foveate
 from foveate import Chain, VisPruner, nano
-from foveate.errors import FoveateError, InputError, UnknownNameError
+from foveate.core.errors import FoveateError, InputError, UnknownNameError
 from foveate.eval import lmms
 from foveate.eval.lmms_model import ChatFoveate, SimpleFoveate
 from foveate.methods.fastv import FastV

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from foveate.errors import InputError, UnknownNameError
+from foveate.core.errors import InputError, UnknownNameError
+from foveate.core.reducer import list_methods
 from foveate.eval import published
 from foveate.eval.published import KNOWN, beside, numbers, of_method, read
-from foveate.reducer import list_methods
 
 FILES = sorted(published.FOLDER.glob("*.json"))
 

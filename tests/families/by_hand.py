@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.encoder import EncoderReducer
+from foveate.core.encoder import EncoderReducer
+from foveate.core.probes import Attention
 from foveate.families import family_of
-from foveate.probes import Attention
 
 
 @torch.no_grad()

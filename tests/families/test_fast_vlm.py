@@ -6,9 +6,9 @@ from transformers import FastVlmConfig, FastVlmForConditionalGeneration, Percept
 from transformers import PerceptionLMForConditionalGeneration as PerceptionLM
 
 import foveate
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.probes import Attention
 from foveate.families import family_of
-from foveate.probes import Attention
 from tiny import IMAGE, VIDEO, VISUALS, collate, model, sample, samples
 from tiny_families.base import llama_config, spread, text_shape
 

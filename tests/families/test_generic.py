@@ -5,9 +5,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import foveate
-from foveate.engines.hf import reduce_with
+from foveate.core.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.engines.settings import Settings
-from foveate.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.engines.transformers.reduce import reduce_with
 from foveate.families import FAMILIES, family_of
 from foveate.families.generic import Generic, missing
 from foveate.methods import Downsample, FasterVLM, Random, Uniform, VisPruner

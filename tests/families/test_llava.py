@@ -6,7 +6,7 @@ from by_hand import check_boxes, check_inside, received, saliency
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import foveate
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
 from foveate.families import family_of
 from foveate.methods import Downsample, Random
 from tiny import IMAGE, collate, samples

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import foveate
+from foveate.core.probes import Attention
 from foveate.families import family_of
 from foveate.families.llava_next_video import _mean
-from foveate.probes import Attention
 from tiny import VIDEO, VISUALS, collate, model, sample, samples
 from tiny_families.llava_next_video import FRAMES
 

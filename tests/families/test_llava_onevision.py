@@ -5,9 +5,9 @@ import torch
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 import foveate
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.probes import Attention, Keys
 from foveate.families import family_of
-from foveate.probes import Attention, Keys
 from tiny import IMAGE, VISUALS, Visual, collate, model, sample, samples
 from tiny_families.llava_next import PINPOINTS
 from tiny_families.llava_next_video import FRAMES

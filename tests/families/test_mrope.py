@@ -14,12 +14,12 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 
 import foveate
 from foveate import Budget
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.probes import Attention, Embeddings, Features, Keys
 from foveate.families import family_of
 from foveate.families.qwen2_5_vl import window_order
+from foveate.measure.run import Job, measure
 from foveate.methods import VTCCLS, Downsample, FasterVLM, HiPrune, Pool, Random, Uniform, VisPruner
-from foveate.probes import Attention, Embeddings, Features, Keys
-from foveate.run import Job, measure
 from tiny import Visual, collate, model, sample, samples
 from tiny_families.base import spread
 from tiny_families.mrope import MERGE, PATCH, films

@@ -3,7 +3,7 @@ import torch
 from by_hand import check_boxes, merged, received, saliency
 
 import foveate
-from foveate.errors import InputError
+from foveate.core.errors import InputError
 from foveate.families import family_of
 from foveate.methods import Random
 from tiny import IMAGE, Visual, collate, model, sample, samples

@@ -3,7 +3,7 @@ import torch
 from by_hand import check_boxes, merged, received, saliency
 
 import foveate
-from foveate.errors import BudgetError, InputError, UnsupportedModelError
+from foveate.core.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.families import FAMILIES, family_of
 from foveate.methods import Downsample, Random
 from tiny import collate, model, samples

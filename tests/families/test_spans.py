@@ -5,12 +5,12 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from foveate import list_families
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.tokens import Span
 from foveate.families import FAMILIES, family_of
 from foveate.families.base import joined_outputs, placeholder_columns
 from foveate.families.tower import crop_rows
 from foveate.methods import VisPruner
-from foveate.tokens import Span
 from tiny import IMAGE, VIDEO, Visual, collate, model, sample, samples
 from tiny_families.llava_next import PINPOINTS
 

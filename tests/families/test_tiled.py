@@ -6,11 +6,11 @@ from PIL import Image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 import foveate
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.probes import Attention, Keys
 from foveate.families import family_of
 from foveate.families.smolvlm import BLOCKWISE
 from foveate.families.tiled import WHOLE, nearest_arrangement
-from foveate.probes import Attention, Keys
 from tiny import VISUALS, collate, model, sample, samples
 from tiny_families.base import Visual
 from tiny_processors import IMAGE_TOKENS, PROCESSORS

@@ -2,8 +2,8 @@
 
 import torch
 
+from foveate.core.probes import Attention, Features
 from foveate.families import family_of
-from foveate.probes import Attention, Features
 from tiny import collate, model, samples
 
 

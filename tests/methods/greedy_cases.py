@@ -5,7 +5,7 @@ import operator
 
 import torch
 
-from foveate.tokens import CropBatch
+from foveate.core.tokens import CropBatch
 
 
 def wave(n, c, s, p):

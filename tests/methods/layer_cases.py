@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.in_llm import LayerTokens
-from foveate.probes import LlmProbe
-from foveate.tokens import Crop, Span
+from foveate.core.in_llm import LayerTokens
+from foveate.core.probes import LlmProbe
+from foveate.core.tokens import Crop, Span
 
 
 def layer_tokens(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from greedy_cases import S16, S64, cases, cosines, crop_batch, exact_features, order
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Features
 from foveate.methods import AgilePruner
 from foveate.methods.agilepruner import effective_rank
-from foveate.probes import Attention, Features
 
 
 def rank_of(features):

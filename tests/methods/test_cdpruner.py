@@ -7,10 +7,10 @@ import pytest
 import torch
 from greedy_cases import S64, agreement, cases, choose, cosines, crop_batch, order, text
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Embeddings
 from foveate.methods import CDPruner
 from foveate.methods.cdpruner import most_diverse, weights
-from foveate.probes import Embeddings
 
 HAND = [[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1], [0.6, 0, 0.8], [0, 0.6, 0.8]]
 HAND_RELEVANCE = [1, 0.9, 0.7, 0.5, 0.8, 0.2]

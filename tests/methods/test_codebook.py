@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 import foveate
 from foveate import Chain, VisPruner
-from foveate.codebook import Codebook, projector_hash
-from foveate.errors import FoveateError, InputError
+from foveate.core.codebook import Codebook, projector_hash
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.probes import Embeddings
+from foveate.core.tokens import CropBatch
 from foveate.families import family_of
 from foveate.methods import CodebookPruner
-from foveate.probes import Embeddings
-from foveate.tokens import CropBatch
 from tiny import codebook_file, collate, model, samples, visual_tokens
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from greedy_cases import S16, S64, agreement, cases, cosines, exact_features, order
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Embeddings
 from foveate.methods import DART
-from foveate.probes import Embeddings
 
 
 def reference(embeddings, count, pivots=4):

@@ -17,9 +17,9 @@ from greedy_cases import (
 )
 
 from foveate import Budget
+from foveate.core.probes import Embeddings
+from foveate.core.ranking import cosine_matrix
 from foveate.methods import DivPrune
-from foveate.probes import Embeddings
-from foveate.ranking import cosine_matrix
 from tiny import visual_tokens
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 import foveate
 from foveate import FoveateError
-from foveate.engines.caches import cache_of
-from foveate.errors import BudgetError
-from foveate.gates import Gate, Gates, feature
-from foveate.in_llm import LayerAttention, schedule
+from foveate.core.errors import BudgetError
+from foveate.core.exit_gates import Gate, Gates, feature
+from foveate.core.in_llm import LayerAttention, schedule
+from foveate.engines.transformers.caches import cache_of
 from foveate.methods import DyVTE, VisualExit
 from tiny import collate, deep_model, sample, samples
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import foveate
 from foveate import Budget, Chain, VisPruner
-from foveate.errors import BudgetError, InputError
+from foveate.core.errors import BudgetError, InputError
+from foveate.core.probes import Embeddings
 from foveate.methods import EVS, FasterVLM, Random
-from foveate.probes import Embeddings
 from tiny import VISUALS, collate, model, sample, samples, visual_tokens
 
 FRAMES, SIDE = 2, 8
@@ -195,7 +195,7 @@ def test_batch_equals_each_video_alone():
 
 
 def test_rows_of_the_encoders_cls_are_counted():
-    tokens = foveate.tokens.replace(video_tokens(EVS(keep=0.5), [(4, 2, 3)]), cls=True)
+    tokens = foveate.core.tokens.replace(video_tokens(EVS(keep=0.5), [(4, 2, 3)]), cls=True)
     assert EVS(keep=0.5).select(tokens)[0].extra == 4
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from layer_cases import layer_tokens
 
 import foveate
-from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.in_llm import LayerAttention
+from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
+from foveate.core.in_llm import LayerAttention
+from foveate.core.rows import Rows
+from foveate.core.tokens import Crop
 from foveate.methods import FastV
-from foveate.rows import Rows
-from foveate.tokens import Crop
 from tiny import collate, deep_model, sample
 
 LOGITS = {
@@ -101,7 +101,7 @@ def test_masks_windows_and_chunks(monkeypatch):
     padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1] * 7])
     shown = torch.cat([b for _, b in Rows(query, key, 1.0, padding).attention(rows[:, 1:])], dim=2)
     assert (shown[0, :, :, 0] == 0).all()
-    monkeypatch.setattr("foveate.rows._CHUNK", 2)
+    monkeypatch.setattr("foveate.core.rows._CHUNK", 2)
     chunked = torch.cat([b for _, b in Rows(query, key, 1.0, window=3).attention(rows)], dim=2)
     torch.testing.assert_close(chunked, plain)
 

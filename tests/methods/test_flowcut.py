@@ -10,11 +10,11 @@ from tower_cases import reference
 
 import foveate
 from foveate import Budget
-from foveate.encoder import Inside
-from foveate.errors import FoveateError
+from foveate.core.encoder import Inside
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Heads
 from foveate.methods import FlowCut
 from foveate.methods.flowcut import Flow
-from foveate.probes import Heads
 from tiny import collate, embedded_rows, model, samples
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from greedy_cases import S16, SALIENCY16, cases, choose, cosines, crop_batch, exact_features, text
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Embeddings, Query
 from foveate.methods import FSR
-from foveate.probes import Attention, Embeddings, Query
 from tiny import visual_tokens
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from greedy_cases import S16, S64, cases, cosines, order
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Embeddings
 from foveate.methods import GPrune
-from foveate.probes import Embeddings
 
 # The published angle of 310 degrees is 60 from the one of 10: rounding may put that cosine on either side of the
 # threshold of 0.5, and the published numbers take it as below.

@@ -4,9 +4,9 @@ import pytest
 import torch
 from greedy_cases import crop_batch
 
+from foveate.core.probes import Attention, Query
+from foveate.core.ranking import cosine_matrix
 from foveate.methods import DART, SCOPE, TOPS, CDPruner, DivPrune, GPrune, MMTok
-from foveate.probes import Attention, Query
-from foveate.ranking import cosine_matrix
 
 METHODS = [DivPrune, CDPruner, SCOPE, MMTok, TOPS, DART, GPrune]
 

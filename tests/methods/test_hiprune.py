@@ -7,9 +7,9 @@ import torch
 from greedy_cases import SALIENCY64, cases
 
 from foveate import Budget
-from foveate.errors import FoveateError, InputError
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.tokens import CropBatch
 from foveate.methods import HiPrune
-from foveate.tokens import CropBatch
 from tiny import visual_tokens
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from greedy_cases import S16, S64, SALIENCY16, SALIENCY64, cases, cosines, crop_batch, order
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention
 from foveate.methods import HoloV
-from foveate.probes import Attention
 
 
 def chunks(n, regions):

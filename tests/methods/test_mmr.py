@@ -6,9 +6,9 @@ import pytest
 import torch
 from greedy_cases import S64, SALIENCY64, agreement, cases, choose, cosines, crop_batch, exact_features, order
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Embeddings
 from foveate.methods import MMR
-from foveate.probes import Attention, Embeddings
 
 
 def reference(features, saliency, count, balance=0.5):

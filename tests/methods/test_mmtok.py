@@ -7,10 +7,10 @@ import pytest
 import torch
 from greedy_cases import S64, agreement, cases, choose, cosines, crop_batch, order, text, wave
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Embeddings, Features
 from foveate.methods import MMTok
 from foveate.methods.mmtok import cover
-from foveate.probes import Embeddings, Features
 
 F64, WORDS = wave(64, 12, 0.9, 1.1), text(3)
 

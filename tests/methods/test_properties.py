@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from foveate import Budget, Chain, VisPruner
-from foveate.errors import InputError
-from foveate.grids import cells
+from foveate.core.errors import InputError
+from foveate.core.grids import cells
+from foveate.core.probes import ClsSimilarity, LayerProbe, Members
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform
-from foveate.probes import ClsSimilarity, LayerProbe, Members
 from tiny import FEATURES, METHODS, make, method_id, visual_tokens
 
 GRIDS = [(8, 8), (5, 7), (8, 1), (1, 6)]

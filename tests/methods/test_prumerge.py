@@ -7,10 +7,10 @@ import torch
 from greedy_cases import exact_features, wave
 from merge_cases import applied, cosine, crop_batch, one, wave_keys
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Keys
 from foveate.methods import PruMerge, PruMergePlus
 from foveate.methods.prumerge import _salient
-from foveate.probes import Attention, Keys
 from tiny import visual_tokens
 
 ATTENTION, KEYS = PruMerge(keep=1).probes()

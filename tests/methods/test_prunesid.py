@@ -5,8 +5,8 @@ import math
 import torch
 from greedy_cases import SALIENCY64, cases, cosines, crop_batch, order, wave
 
+from foveate.core.probes import Attention, Features
 from foveate.methods import PruneSID
-from foveate.probes import Attention, Features
 
 
 def components(features, number):

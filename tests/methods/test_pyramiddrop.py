@@ -5,9 +5,9 @@ import torch
 from layer_cases import layer_tokens
 
 import foveate
-from foveate.engines.caches import cache_of
-from foveate.errors import BudgetError, FoveateError
-from foveate.in_llm import LayerAttention
+from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import LayerAttention
+from foveate.engines.transformers.caches import cache_of
 from foveate.methods import PyramidDrop
 from tiny import collate, deep_model, sample
 

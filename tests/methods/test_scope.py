@@ -17,9 +17,9 @@ from greedy_cases import (
     order,
 )
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Features
 from foveate.methods import SCOPE
-from foveate.probes import Attention, Features
 
 
 def reference(features, saliency, count, alpha=1.0):

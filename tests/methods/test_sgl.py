@@ -7,13 +7,13 @@ import torch
 from layer_cases import layer_tokens
 
 from foveate import FoveateError
-from foveate.engines.attention_sum import AttentionSum
-from foveate.engines.given import Given
-from foveate.engines.guide import Answer, Outcome
-from foveate.errors import BudgetError
-from foveate.in_llm import Prior, schedule
+from foveate.core.errors import BudgetError
+from foveate.core.in_llm import Prior, schedule
+from foveate.core.rows import Rows
+from foveate.engines.transformers.given import Given
+from foveate.guided.attention_sum import AttentionSum
+from foveate.guided.guide import Answer, Outcome
 from foveate.methods import SGL
-from foveate.rows import Rows
 
 PREFILL = [
     [[0.10, 0.20, 0.05, 0.05], [0.05, 0.30, 0.05, 0.10]],

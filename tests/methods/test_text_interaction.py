@@ -8,11 +8,11 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate import Budget, FoveateError
-from foveate.in_llm import LayerAttention
+from foveate.core.in_llm import LayerAttention
+from foveate.core.probes import ClsSimilarity
+from foveate.core.ranking import cosine_matrix
 from foveate.methods import FastV, TextInteraction, TextInteractionImage, TextInteractionLLM
 from foveate.methods.text_interaction import knee
-from foveate.probes import ClsSimilarity
-from foveate.ranking import cosine_matrix
 from tiny import collate, deep_model, model, samples, visual_tokens
 
 SIMILARITY = torch.tensor([0.21, 0.62, 0.10, 0.55, 0.08, 0.18, 0.07, 0.12, 0.09, 0.15])
@@ -102,9 +102,9 @@ def test_cosine():
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "video_llava", "qwen2_5_vl", "internvl"])
 def test_similarity_is_that_of_the_features_with_cls(family):
-    from foveate.engines.hf import look
+    from foveate.core.probes import ClsToken, Features
+    from foveate.engines.transformers.reduce import look
     from foveate.families import family_of
-    from foveate.probes import ClsToken, Features
 
     net, inputs = model(family), collate(samples(family))
     fam = family_of(net)

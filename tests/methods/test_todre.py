@@ -6,9 +6,9 @@ import pytest
 import torch
 from greedy_cases import agreement, cases, choose, cosines, crop_batch, exact_features, order
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Embeddings
 from foveate.methods import ToDRE
-from foveate.probes import Attention, Embeddings
 
 TOY = [(1, 0), (0.9, 0.1), (0, 1), (-1, 0.2), (0.7, 0.7), (-0.6, -0.8)]
 

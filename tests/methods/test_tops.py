@@ -17,9 +17,9 @@ from greedy_cases import (
     order,
 )
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Embeddings
 from foveate.methods import TOPS
-from foveate.probes import Attention, Embeddings
 
 
 def reference(embeddings, saliency, count, alpha=0.5, lam=0.5, share=True):

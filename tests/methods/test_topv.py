@@ -6,11 +6,11 @@ import pytest
 import torch
 from layer_cases import layer_tokens
 
-from foveate.errors import BudgetError, FoveateError
-from foveate.in_llm import LayerStates
+from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import LayerStates
+from foveate.core.tokens import Crop, Span
 from foveate.methods import TopV
 from foveate.methods.topv import sent, visual_cost, with_recovery
-from foveate.tokens import Crop, Span
 
 SOURCE = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0]])
 TARGET = torch.tensor([[1.0, 0], [1, 1], [1, 1], [0, 1]])

@@ -7,10 +7,10 @@ import torch
 from merge_cases import applied, crop_batch, one
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from foveate.errors import FoveateError, InputError
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.probes import Heads
 from foveate.methods import VFlowOpt
 from foveate.methods.vflowopt import Judged, _blocks
-from foveate.probes import Heads
 from tiny import visual_tokens
 
 GRID = [0.9, 0.1, 0.2, 0.3, 0.2, 0.3, 0.8, 0.1, 0.05, 0.06, 0.4, 0.02, 0.07, 0.01, 0.03, 0.5]

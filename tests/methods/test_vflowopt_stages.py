@@ -5,9 +5,9 @@ import torch
 from layer_cases import layer_tokens
 
 import foveate
-from foveate.calibration import last_ratio, mean_share
-from foveate.errors import BudgetError, FoveateError, UnknownNameError, UnsupportedModelError
-from foveate.in_llm import Prior, schedule
+from foveate.core.errors import BudgetError, FoveateError, UnknownNameError, UnsupportedModelError
+from foveate.core.in_llm import Prior, schedule
+from foveate.fit.vflowopt import last_ratio, mean_share
 from foveate.methods import VFlowOpt, VFlowOptAll, VFlowOptLlm
 from foveate.methods.vflowopt import Judged
 from foveate.methods.vflowopt_stages import RELEASED

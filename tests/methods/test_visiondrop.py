@@ -10,12 +10,12 @@ from merge_cases import cosine
 
 import foveate
 from foveate import Budget
-from foveate.engines.caches import cache_of
-from foveate.errors import BudgetError, FoveateError
-from foveate.in_llm import LayerKeys
+from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import LayerKeys
+from foveate.core.tokens import Crop
+from foveate.engines.transformers.caches import cache_of
 from foveate.methods import VisionDrop, VisionDropAll, VisionDropLlm, VisionZip
 from foveate.methods.visiondrop import SEEN
-from foveate.tokens import Crop
 from tiny import collate, deep_model, sample, visual_tokens
 
 
@@ -146,7 +146,7 @@ def test_counts_of_the_specification(keep, counts):
     assert [first, *inside.counts(32, [("image", first)])] == counts
     assert inside.boundaries(32) == (8, 16, 24)
     assert sum(counts) / 4 == pytest.approx(keep, abs=0.5)
-    assert foveate.in_llm.schedule(VisionDropAll(keep=keep), 32, 576) == tuple(c for c in counts for _ in range(8))
+    assert foveate.core.in_llm.schedule(VisionDropAll(keep=keep), 32, 576) == tuple(c for c in counts for _ in range(8))
 
 
 def visual_span_budget(reducer, n):
@@ -231,7 +231,7 @@ def test_positions_of_every_stage_count_what_its_layers_hold(monkeypatch):
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=["as-many-key-heads", "fewer-key-heads"])
 def test_the_ranking_is_that_of_the_layer_with_full_maps(heads):
-    from foveate.rows import Rows
+    from foveate.core.rows import Rows
 
     query, key = torch.randn(1, heads[0], 9, 4), torch.randn(1, heads[1], 9, 4)
     rows = torch.arange(2, 8)[None]

@@ -6,10 +6,10 @@ from greedy_cases import exact_features, wave, wave_saliency
 from merge_cases import applied, cosine, crop_batch, mean_keys, one
 
 from foveate import Budget
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Keys
 from foveate.methods import VisionDrop, VisionZip
 from foveate.methods.visionzip import contextual_count, dominant_and_contextual
-from foveate.probes import Attention, Keys
 from tiny import visual_tokens
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from greedy_cases import cases, crop_batch
 
-from foveate.errors import FoveateError, UnsupportedModelError
+from foveate.core.errors import FoveateError, UnsupportedModelError
+from foveate.core.probes import Attention
 from foveate.methods import VTCCLS, FasterVLM
-from foveate.probes import Attention
 from tiny import visual_tokens
 
 

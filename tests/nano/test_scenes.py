@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from foveate.errors import UnknownNameError
+from foveate.core.errors import UnknownNameError
 from foveate.nano import Scene, SceneObject, scene, scenes
 from foveate.nano.architecture import WORD_IDS
 from foveate.nano.drawing import SIDE

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
 from foveate.nano import scene
 from foveate.nano.architecture import initial_weights
 from foveate.nano.export import build_model, build_processor

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.errors import InputError
+from foveate.core.errors import InputError
 from foveate.tune.prompts import ordered, read_prompts, same_text
 
 GOOD = {"image": "a.png", "question": "what?"}

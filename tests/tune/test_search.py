@@ -15,7 +15,7 @@ import torch
 
 import foveate
 from foveate import nano
-from foveate.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
+from foveate.core.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
 from foveate.families import FAMILIES
 from foveate.methods import Random
 from foveate.tune.candidates import BUDGETS, CONTROLS, METHODS, candidates

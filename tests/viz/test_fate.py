@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from foveate.selection import Merge, SpanSelection
+from foveate.core.selection import Merge, SpanSelection
 from foveate.viz.fate import fate, first_kept
 
 

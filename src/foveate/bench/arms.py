@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from foveate.bench.naive import plain_selection
-from foveate.engines.attach import attach
-from foveate.engines.hf import apply
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.in_llm import Images, InLlmReducer, LayerTokens
+from foveate.core.reducer import Chain, Reducer
+from foveate.core.selection import Selection, SpanSelection
 from foveate.engines.settings import Settings
-from foveate.errors import UnsupportedModelError
+from foveate.engines.transformers.attach import attach
+from foveate.engines.transformers.reduce import apply
 from foveate.families.llava import feature_layers
-from foveate.in_llm import Images, InLlmReducer, LayerTokens
+from foveate.measure.run import Job, encode_reduced
+from foveate.measure.timing import FirstToken, Meter
 from foveate.methods import VisPruner
-from foveate.reducer import Chain, Reducer
-from foveate.run import Job, encode_reduced
-from foveate.selection import Selection, SpanSelection
-from foveate.timing import FirstToken, Meter
 
 M = TypeVar("M", bound=Meter)
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.codebook import Codebook
-from foveate.probes import ClsSimilarity, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
-from foveate.tokens import Crop, Span, VisualTokens
+from foveate.core.codebook import Codebook
+from foveate.core.probes import ClsSimilarity, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
+from foveate.core.tokens import Crop, Span, VisualTokens
 
 # CLIP-L/336 before a 7B language model.
 HEADS, HEAD_SIZE, DEPTH, READ = 16, 64, 24, 22

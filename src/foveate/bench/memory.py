@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from foveate.timing import STAGES, Meter
+from foveate.measure.timing import STAGES, Meter
 
 _MARK = "foveate/"
 

@@ -14,13 +14,13 @@ import torch
 from foveate.bench import arms as ways
 from foveate.bench.arms import Arm
 from foveate.bench.memory import MemoryMeter
+from foveate.core.errors import UnsupportedModelError
 from foveate.cost import prefill_flops
-from foveate.engines.caches import cache_of
 from foveate.engines.settings import Settings
-from foveate.errors import UnsupportedModelError
-from foveate.provenance import machine, versions
-from foveate.run import Job
-from foveate.timing import STAGES, Clock, check_clock, summary
+from foveate.engines.transformers.caches import cache_of
+from foveate.measure.provenance import machine, versions
+from foveate.measure.run import Job
+from foveate.measure.timing import STAGES, Clock, check_clock, summary
 
 FIRST_TOKEN = ("vision", "select", "prefill")
 ClockName: TypeAlias = Literal["wall", "cpu"]

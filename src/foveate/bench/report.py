@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveate.pages import fill
-from foveate.timing import STAGES
-from foveate.units import show_bytes
+from foveate.measure.pages import fill
+from foveate.measure.timing import STAGES
+from foveate.measure.units import show_bytes
 
 TARGETS: tuple[tuple[str, tuple[str, ...], str, float], ...] = (
     ("first token, attached at ratio 1 / unattached", ("attached_at_ratio_1",), "at most", 1.01),

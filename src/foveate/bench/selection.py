@@ -12,13 +12,13 @@ from torch import Tensor
 
 from foveate.bench.inputs import random_tokens
 from foveate.bench.naive import plain_selection
+from foveate.core.probes import Attention, Features
+from foveate.core.reducer import Reducer
+from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.measure.provenance import machine, versions
+from foveate.measure.timing import summary
+from foveate.measure.timing import threads as torch_threads
 from foveate.methods import VisPruner
-from foveate.probes import Attention, Features
-from foveate.provenance import machine, versions
-from foveate.reducer import Reducer
-from foveate.timing import summary
-from foveate.timing import threads as torch_threads
-from foveate.tokens import CropBatch, VisualTokens
 
 GRIDS = ((24, 24), (32, 32), (48, 60))
 BATCHES = (1, 8)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
 from foveate.families import Family, family_of
 from foveate.families.lfm2_vl import Lfm2Vl
 from foveate.families.llava import Llava, feature_layers

@@ -10,21 +10,21 @@ from math import isqrt
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.core.encoder import EncoderReducer
+from foveate.core.grids import crop_budgets
+from foveate.core.in_llm import received
+from foveate.core.probes import Embeddings
+from foveate.core.reducer import Chain, Reducer, split
 from foveate.cost.anatomy import Anatomy
 from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
 from foveate.cost.formulas import PerLayer
 from foveate.cost.imagined import imagined_tokens
 from foveate.cost.inside import inside_flops
 from foveate.cost.work import Work, measured
-from foveate.encoder import EncoderReducer
-from foveate.engines.hf import probes_of
+from foveate.engines.transformers.reduce import probes_of
 from foveate.families.base import Grid
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
-from foveate.grids import crop_budgets
-from foveate.in_llm import received
-from foveate.probes import Embeddings
-from foveate.reducer import Chain, Reducer, split
 
 
 def arm_cost(

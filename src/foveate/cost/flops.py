@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
 
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.probes import LayerProbe, Probe
 from foveate.cost.anatomy import Anatomy, Layer, Tower, anatomy_of, attention_widths, layer_types
 from foveate.cost.formulas import PerLayer, per_layer
-from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import LayerProbe, Probe
 
 Patches: TypeAlias = int | Sequence[tuple[int, int]]
 """Patches of a picture, in all layers of the encoder alike or layer by layer."""

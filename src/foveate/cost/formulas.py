@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from foveate.errors import InputError
+from foveate.core.errors import InputError
 
 PerLayer: TypeAlias = int | Sequence[int]
 """A number of visual tokens in all layers of the LLM alike, or one per layer."""

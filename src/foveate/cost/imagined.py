@@ -10,9 +10,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.probes import (
+    Attention,
+    ClsSimilarity,
+    ClsToken,
+    Embeddings,
+    Features,
+    Heads,
+    LayerProbe,
+    Probe,
+    Query,
+)
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.cost.anatomy import Anatomy, Tower
 from foveate.cost.work import Work, work_of
-from foveate.errors import InputError, UnsupportedModelError
 from foveate.families.base import Grid
 from foveate.families.fast_vlm import FastVlm
 from foveate.families.gemma3 import Gemma3
@@ -28,8 +40,6 @@ from foveate.families.raster import RasterFamily
 from foveate.families.smolvlm import SmolVLM
 from foveate.families.tiled import crop_layout, tile_boxes
 from foveate.families.video_llava import VideoLlava
-from foveate.probes import Attention, ClsSimilarity, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
-from foveate.tokens import Crop, Span, VisualTokens
 
 Size = tuple[int, int]
 

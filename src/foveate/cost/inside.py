@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.core.in_llm import Images, InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, planned
+from foveate.core.probes import LlmProbe, Probe
+from foveate.core.tokens import Crop, Span
 from foveate.cost.anatomy import Anatomy
 from foveate.families.tower import attention_of, encoder_layers
-from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, planned
-from foveate.probes import LlmProbe, Probe
-from foveate.tokens import Crop, Span
 
 
 def inside_flops(

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.in_llm import solved
+from foveate.core.reducer import Reducer
 from foveate.cost.anatomy import Anatomy
 from foveate.cost.arms import arm_cost, decided
 from foveate.cost.flops import decode_flops, kv_bytes
 from foveate.cost.formulas import FORMULAS, PerLayer, equivalent_tokens, per_layer
 from foveate.cost.work import Work
-from foveate.errors import InputError, UnsupportedModelError
-from foveate.in_llm import solved
-from foveate.reducer import Reducer
 
 FORMULA_NAMES = ("true", *FORMULAS)
 

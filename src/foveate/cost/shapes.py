@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor
 
-from foveate.errors import UnknownNameError
-from foveate.loading import first_line
+from foveate.core.errors import UnknownNameError
+from foveate.measure.loading import first_line
 
 _VICUNA_7B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.tokens import Span
 from foveate.cost.anatomy import Anatomy
-from foveate.errors import UnsupportedModelError
 from foveate.families.base import Grid
 from foveate.families.generic import Generic
 from foveate.families.mrope import MRopeFamily
 from foveate.families.raster import RasterFamily
-from foveate.tokens import Span
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.in_llm import InLlmReducer
+from foveate.core.reducer import Chain, Positions, Reducer, by_default, list_methods, load_reducer, split
 from foveate.families import Family
-from foveate.in_llm import InLlmReducer
-from foveate.reducer import Chain, Positions, Reducer, by_default, list_methods, load_reducer, split
 
 Separators: TypeAlias = Literal["drop", "keep", "nonempty"]
 

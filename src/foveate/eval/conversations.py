@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from transformers.video_utils import load_video
 
-from foveate.errors import InputError
-from foveate.loading import IMAGE, open_image
+from foveate.core.errors import InputError
+from foveate.measure.loading import IMAGE, open_image
 
 Part: TypeAlias = Mapping[str, Any]
 Message: TypeAlias = Mapping[str, Any]

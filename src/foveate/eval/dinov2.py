@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from foveate.errors import FoveateError, UnsupportedModelError
+from foveate.core.errors import FoveateError, UnsupportedModelError
 
 SIDE: Final = 224
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foveate import nano
-from foveate.errors import InputError
+from foveate.core.errors import InputError
 from foveate.eval.scenes import (
     BLIND,
     BUDGETS,
@@ -29,11 +29,11 @@ from foveate.eval.scenes import (
     weights_digest,
 )
 from foveate.eval.statistics import FLIPS, RESAMPLES, holm, relative_average, sign_flip
+from foveate.measure.pages import markdown_table
+from foveate.measure.provenance import versions
+from foveate.measure.run import BASELINES, Arm, Job, measure, prepare
 from foveate.nano.evaluate import Tally, clustered
 from foveate.nano.questions import ASKED_KINDS, QUESTION_KINDS
-from foveate.pages import markdown_table
-from foveate.provenance import versions
-from foveate.run import BASELINES, Arm, Job, measure, prepare
 
 Result = dict[str, Any]
 COSTED: Final = 1

@@ -16,15 +16,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from foveate.budget import parse_keep
-from foveate.cli_tools import write_json
-from foveate.errors import FoveateError, InputError, UnknownNameError
-from foveate.provenance import machine, versions
-from foveate.reducer import Reducer, load_reducer
+from foveate.cli.tools import write_json
+from foveate.core.budget import parse_keep
+from foveate.core.errors import FoveateError, InputError, UnknownNameError
+from foveate.core.reducer import Reducer, load_reducer
+from foveate.measure.provenance import machine, versions
 
 if TYPE_CHECKING:
+    from foveate.core.reducer import Positions
     from foveate.engines.settings import Separators
-    from foveate.reducer import Positions
 
 MODEL_CLASSES = ("foveate.eval.lmms_model.ChatFoveate", "foveate.eval.lmms_model.SimpleFoveate")
 
@@ -102,7 +102,7 @@ def run(
     simple
         Ask in lmms-eval's older form of requests, which tasks that score given answers need.
     dtype, attn, device_map
-        See `foveate.loading.load_model`.
+        See `foveate.measure.loading.load_model`.
     positions, separators
         See `foveate.engines.settings.Settings`.
     frames

@@ -22,16 +22,16 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from foveate.engines.attach import attach
-from foveate.engines.caches import NAME as CACHE
-from foveate.engines.caches import cache_of
-from foveate.errors import FoveateError, InputError
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.reducer import Reducer
+from foveate.core.selection import SpanSelection
+from foveate.engines.transformers.attach import attach
+from foveate.engines.transformers.caches import NAME as CACHE
+from foveate.engines.transformers.caches import cache_of
 from foveate.eval.conversations import Conversation, batch_inputs, conversation, pad_on_the_left
 from foveate.eval.lmms import make_reducer, provenance
 from foveate.families import family_of
-from foveate.loading import load_model
-from foveate.reducer import Reducer
-from foveate.selection import SpanSelection
+from foveate.measure.loading import load_model
 
 MAX_NEW_TOKENS = 1024
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -77,7 +77,7 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
     device
         As of lmms-eval's command line; `device_map` goes before it.
     dtype, attn, device_map
-        See `foveate.loading.load_model`. Of several processes, each takes a device of its own by default.
+        See `foveate.measure.loading.load_model`. Of several processes, each takes a device of its own by default.
     positions, separators
         See `foveate.engines.settings.Settings`.
     frames

@@ -9,8 +9,8 @@ from typing import Any, Final
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from foveate.errors import InputError
-from foveate.run import BASELINES
+from foveate.core.errors import InputError
+from foveate.measure.run import BASELINES
 
 INK, GRAY, PALE, ACCENT = "#222222", "#777777", "#c9ced6", "#5e35b1"
 ALWAYS: Final = "vispruner"

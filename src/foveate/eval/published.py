@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from foveate.errors import InputError, UnknownNameError
+from foveate.core.errors import InputError, UnknownNameError
 
 FOLDER: Final = Path(__file__).with_name("published")
 KNOWN: Final = ("paper", "repository", "secondary", "unverified")

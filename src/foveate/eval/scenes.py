@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from foveate import nano
-from foveate.engines.attach import attach
-from foveate.errors import FoveateError, InputError
-from foveate.in_llm import schedule
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.in_llm import schedule
+from foveate.core.reducer import Chain, Reducer, get_method, list_methods, load_reducer
+from foveate.engines.transformers.attach import attach
+from foveate.measure.provenance import versions
+from foveate.measure.run import BASELINES, Job, measure
 from foveate.nano.evaluate import Asked, ask_all, count_kinds
 from foveate.nano.runner import Condition
-from foveate.provenance import versions
-from foveate.reducer import Chain, Reducer, get_method, list_methods, load_reducer
-from foveate.run import BASELINES, Job, measure
 
 SPLIT: Final = "test"
 BUDGETS: Final = (64, 32, 16)

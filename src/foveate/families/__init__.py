@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
 from foveate.families.aya_vision import AyaVision
 from foveate.families.base import Family
 from foveate.families.cohere2_vision import Cohere2Vision

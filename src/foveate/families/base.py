@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.encoder import EncoderReducer
-from foveate.errors import InputError, UnsupportedModelError
-from foveate.probes import Attention, Embeddings, LayerProbe, Probe
-from foveate.reducer import Reducer
-from foveate.selection import Merging, Selection
-from foveate.tokens import Span, VisualTokens
+from foveate.core.encoder import EncoderReducer
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.probes import Attention, Embeddings, LayerProbe, Probe
+from foveate.core.reducer import Reducer
+from foveate.core.selection import Merging, Selection
+from foveate.core.tokens import Span, VisualTokens
 
 Grid = tuple[int, int]
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.tokens import Crop, Span
 from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import Layout, MergedFamily
-from foveate.tokens import Crop, Span
 
 
 class FastVlm(MergedFamily):

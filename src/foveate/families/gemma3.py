@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.core.tokens import Span
 from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import mean_of_blocks
 from foveate.families.raster import RasterFamily
 from foveate.families.tower import resized
-from foveate.tokens import Span
 
 
 class Gemma3(RasterFamily):

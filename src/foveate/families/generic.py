@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.probes import Embeddings, Features, Probe
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.families.base import Family, Grid, one_row_per_token, placeholder_columns
-from foveate.probes import Embeddings, Features, Probe
-from foveate.tokens import Crop, Span, VisualTokens
 
 _PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.tokens import Span
 from foveate.families.mrope import TYPES, MRopeFamily
-from foveate.tokens import Span
 
 
 class Glm4v(MRopeFamily):

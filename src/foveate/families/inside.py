@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.encoder import EncoderReducer, Inside
-from foveate.errors import UnsupportedModelError
+from foveate.core.encoder import EncoderReducer, Inside
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.grids import crop_budgets
+from foveate.core.probes import Members, Probe
+from foveate.core.tokens import Crop, Span
 from foveate.families.base import Grid
+from foveate.families.taps import layer_input, tap
 from foveate.families.tower import attention_of, crop_rows, encoder_layers, feature_indices
-from foveate.grids import crop_budgets
-from foveate.probes import Members, Probe
-from foveate.taps import layer_input, tap
-from foveate.tokens import Crop, Span
 
 _PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
 

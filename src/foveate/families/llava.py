@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.encoder import EncoderReducer
-from foveate.errors import UnsupportedModelError
+from foveate.core.encoder import EncoderReducer
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.probes import Probe
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.families.base import Family, Grid, placeholder_columns
 from foveate.families.inside import run_tower_inside
 from foveate.families.tower import resized_crops, run_tower, token_planes, with_cls
-from foveate.probes import Probe
-from foveate.tokens import Crop, Span, VisualTokens
 
 
 class Llava(Family):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.probes import Probe
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.families.base import Grid, placeholder_columns
 from foveate.families.llava import Llava, strategy
 from foveate.families.tower import crop_rows, token_planes, with_cls
-from foveate.probes import Probe
-from foveate.tokens import Crop, Span, VisualTokens
 
 
 class LlavaNext(Llava):

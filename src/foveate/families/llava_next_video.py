@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.core.probes import Probe
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.families.base import Grid, in_reading_order, interleaved, placeholder_columns
 from foveate.families.llava import feature_layers
 from foveate.families.llava_next import LlavaNext
 from foveate.families.merged import mean_of_blocks
 from foveate.families.tower import resized_crops, run_tower, token_planes, with_cls
-from foveate.probes import Probe
-from foveate.tokens import Crop, Span, VisualTokens
 
 
 class LlavaNextVideo(LlavaNext):

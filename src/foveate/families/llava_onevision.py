@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.tokens import Crop, Span
 from foveate.families.base import Grid, joined_outputs
 from foveate.families.llava import feature_layers
 from foveate.families.llava_next import mosaic, tiles_of, unpadded, without_fillers
 from foveate.families.merged import Layout, MergedFamily
 from foveate.families.tiled import vision_layer
 from foveate.families.tower import resized_crops
-from foveate.tokens import Crop, Span
 
 
 @dataclass(frozen=True, eq=False)

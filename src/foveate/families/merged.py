@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.probes import Embeddings, Features, LayerProbe, Probe
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.families.base import Family, Grid, placeholder_columns
+from foveate.families.taps import tap
 from foveate.families.tower import attention_of, encoder_layers
-from foveate.probes import Embeddings, Features, LayerProbe, Probe
-from foveate.taps import tap
-from foveate.tokens import Crop, Span, VisualTokens
 
 
 @dataclass(frozen=True, eq=False)

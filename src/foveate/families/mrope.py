@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.core.tokens import Crop, Span
 from foveate.families.base import Grid
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
-from foveate.tokens import Crop, Span
 
 TYPES = {"image": 1, "video": 2}
 """What ``mm_token_type_ids`` says of the placeholders of each kind; text is 0."""

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.tokens import Crop, Span
 from foveate.families.base import one_row_per_token
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
-from foveate.tokens import Crop, Span
 
 
 @dataclass(frozen=True, eq=False)

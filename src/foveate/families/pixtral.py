@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.errors import BudgetError, InputError, UnsupportedModelError
+from foveate.core.errors import BudgetError, InputError, UnsupportedModelError
+from foveate.core.tokens import Span
 from foveate.families.base import Grid
 from foveate.families.llava import feature_layers, strategy
 from foveate.families.raster import RasterFamily
 from foveate.families.tower import resized
-from foveate.tokens import Span
 
 
 class Mistral3(RasterFamily):

@@ -7,10 +7,10 @@ from typing import Any
 
 import transformers
 
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.selection import Selection
 from foveate.families.idefics3 import Idefics3
 from foveate.families.tiled import patch_size
-from foveate.selection import Selection
 
 BLOCKWISE = ("5.20.1", "5.20.2")
 """Versions of transformers whose SmolVLM merges image tokens by mistake in blocks of `vision_config.patch_size`."""

@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.tokens import Crop, Span
 from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
-from foveate.tokens import Crop, Span
 
 Box = tuple[float, float, float, float]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.probes import ClsToken, Features, LayerProbe, Probe
+from foveate.core.tokens import Crop, VisualTokens
 from foveate.families.base import Grid
-from foveate.probes import ClsToken, Features, LayerProbe, Probe
-from foveate.taps import layer_outputs, tap
-from foveate.tokens import Crop, VisualTokens
+from foveate.families.taps import layer_outputs, tap
 
 
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.encoder import EncoderReducer
+from foveate.core.encoder import EncoderReducer
+from foveate.core.probes import ClsToken, Probe
+from foveate.core.tokens import Crop, Span, VisualTokens
 from foveate.families.base import Family, Grid, joined_outputs, placeholder_columns
 from foveate.families.inside import run_tower_inside
 from foveate.families.llava import feature_layers, patch_grid, strategy
 from foveate.families.tower import resized_crops, run_tower, token_planes
-from foveate.probes import ClsToken, Probe
-from foveate.tokens import Crop, Span, VisualTokens
 
 
 class VideoLlava(Family):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.core.tokens import Span
 from foveate.families.base import joined_outputs
 from foveate.families.llava import Llava
-from foveate.tokens import Span
 
 
 class VipLlava(Llava):

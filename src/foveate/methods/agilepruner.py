@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.probes import Attention, Features
-from foveate.ranking import cosine_matrix, descending, row_of
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Features
+from foveate.core.ranking import cosine_matrix, descending, row_of
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 
 @register("agilepruner")

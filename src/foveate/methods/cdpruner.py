@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.errors import FoveateError
-from foveate.probes import Embeddings, Query
-from foveate.ranking import RESOLUTION, cosine_matrix, row_of, take_best
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Embeddings, Query
+from foveate.core.ranking import RESOLUTION, cosine_matrix, row_of, take_best
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 _DEPENDENT = 1e-5  # of a token's squared norm: float32 does not tell less from nothing after many projections
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from foveate.codebook import Codebook, projector_hash
-from foveate.errors import FoveateError, InputError
-from foveate.probes import Embeddings
-from foveate.ranking import top
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.codebook import Codebook, projector_hash
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.probes import Embeddings
+from foveate.core.ranking import top
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 if TYPE_CHECKING:
     from foveate.families import Family

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.probes import Embeddings
-from foveate.ranking import RESOLUTION, cosine_matrix, row_of, take_best
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.probes import Embeddings
+from foveate.core.ranking import RESOLUTION, cosine_matrix, row_of, take_best
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 
 @register("divprune")

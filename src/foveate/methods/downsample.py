@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.errors import BudgetError
-from foveate.grids import crop_budgets, middle, smaller_grid
-from foveate.reducer import Reducer, Stage, register
-from foveate.selection import Selection, SpanSelection
-from foveate.tokens import Span, VisualTokens
+from foveate.core.errors import BudgetError
+from foveate.core.grids import crop_budgets, middle, smaller_grid
+from foveate.core.reducer import Reducer, Stage, register
+from foveate.core.selection import Selection, SpanSelection
+from foveate.core.tokens import Span, VisualTokens
 
 
 @register("downsample")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from foveate.budget import is_number
-from foveate.errors import BudgetError, FoveateError
-from foveate.gates import Gates, feature
-from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens
-from foveate.probes import LlmProbe
-from foveate.reducer import register
-from foveate.selection import Selection, SpanSelection
+from foveate.core.budget import is_number
+from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.exit_gates import Gates, feature
+from foveate.core.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens
+from foveate.core.probes import LlmProbe
+from foveate.core.reducer import register
+from foveate.core.selection import Selection, SpanSelection
 
 if TYPE_CHECKING:
     from foveate.families import Family

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Budget, resolve
-from foveate.errors import BudgetError, InputError
-from foveate.probes import Embeddings
-from foveate.ranking import descending
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import Span, VisualTokens
+from foveate.core.budget import Budget, resolve
+from foveate.core.errors import BudgetError, InputError
+from foveate.core.probes import Embeddings
+from foveate.core.ranking import descending
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import Span, VisualTokens
 
 _FIRST_FRAME = 255.0
 _STEPS = 1e6  # per unit of dissimilarity

@@ -6,13 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from foveate.budget import Keep
-from foveate.errors import BudgetError, FoveateError
-from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens, boundary_in, check_equivalent, one_cut
-from foveate.probes import LlmProbe
-from foveate.ranking import top
-from foveate.reducer import register
-from foveate.selection import Selection
+from foveate.core.budget import Keep
+from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import (
+    Images,
+    InLlmReducer,
+    LayerAttention,
+    LayerTokens,
+    boundary_in,
+    check_equivalent,
+    one_cut,
+)
+from foveate.core.probes import LlmProbe
+from foveate.core.ranking import top
+from foveate.core.reducer import register
+from foveate.core.selection import Selection
 
 
 @register("fastv")

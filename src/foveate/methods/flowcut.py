@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.encoder import EncoderReducer, Inside
-from foveate.errors import FoveateError
-from foveate.probes import Heads, LayerProbe, cls_row
-from foveate.ranking import top
-from foveate.reducer import register
+from foveate.core.encoder import EncoderReducer, Inside
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Heads, LayerProbe, cls_row
+from foveate.core.ranking import top
+from foveate.core.reducer import register
 
 
 @dataclass(frozen=True)

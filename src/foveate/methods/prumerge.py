@@ -8,12 +8,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.probes import Attention, Keys, Probe
-from foveate.ranking import cosine_matrix, descending, make_room, top
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, Groups, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Keys, Probe
+from foveate.core.ranking import cosine_matrix, descending, make_room, top
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, Groups, VisualTokens
 
 PRESETS = ((64 / 576, 13 / 64), (128 / 576, 40 / 128), (256 / 576, 95 / 256))
 """Published settings of PruMerge+: the share of the tokens that is kept, and that of the salient among the kept."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from foveate.errors import BudgetError
-from foveate.in_llm import (
+from foveate.core.errors import BudgetError
+from foveate.core.in_llm import (
     Images,
     InLlmReducer,
     LayerAttention,
@@ -18,10 +18,10 @@ from foveate.in_llm import (
     tokens_of,
     wanted_tokens,
 )
-from foveate.ranking import top
-from foveate.reducer import register
-from foveate.schedules import after_shares, check_layers
-from foveate.selection import Selection
+from foveate.core.ranking import top
+from foveate.core.reducer import register
+from foveate.core.schedules import after_shares, check_layers
+from foveate.core.selection import Selection
 
 QUARTERS = (1 / 4, 2 / 4, 3 / 4)
 

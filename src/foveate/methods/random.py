@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 
 @register("random")

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.budget import Keep
-from foveate.errors import BudgetError, FoveateError
-from foveate.in_llm import (
+from foveate.core.budget import Keep
+from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import (
     Images,
     InLlmReducer,
     LayerTokens,
@@ -18,10 +18,10 @@ from foveate.in_llm import (
     one_cut,
     tokens_of,
 )
-from foveate.ranking import top
-from foveate.reducer import register
-from foveate.schedules import check_layers
-from foveate.selection import Selection
+from foveate.core.ranking import top
+from foveate.core.reducer import register
+from foveate.core.schedules import check_layers
+from foveate.core.selection import Selection
 
 
 @register("sgl")

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.clustering import dpc_knn
-from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.in_llm import (
+from foveate.core.budget import Keep
+from foveate.core.clustering import dpc_knn
+from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
+from foveate.core.in_llm import (
     Images,
     InLlmReducer,
     LayerAttention,
@@ -26,10 +26,10 @@ from foveate.in_llm import (
     tokens_of,
     wanted_tokens,
 )
-from foveate.ranking import RESOLUTION, descending, make_room, top
-from foveate.reducer import register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, Groups
+from foveate.core.ranking import RESOLUTION, descending, make_room, top
+from foveate.core.reducer import register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, Groups
 
 FLOOR = 0.1
 """The least gravity, as a share of that at distance zero."""

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, resolve
-from foveate.errors import BudgetError, FoveateError
-from foveate.in_llm import (
+from foveate.core.budget import Keep, resolve
+from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import (
     Images,
     InLlmReducer,
     LayerAttention,
@@ -23,11 +23,11 @@ from foveate.in_llm import (
     one_cut,
     tokens_of,
 )
-from foveate.probes import Attention, ClsSimilarity, Probe
-from foveate.ranking import RESOLUTION, descending, top
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.probes import Attention, ClsSimilarity, Probe
+from foveate.core.ranking import RESOLUTION, descending, top
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 Similarity = Literal["cosine", "attention"]
 

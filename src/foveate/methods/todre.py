@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import is_number
-from foveate.errors import FoveateError
-from foveate.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens, StagedReducer, boundary_in
-from foveate.probes import Attention, Embeddings
-from foveate.ranking import cosine_matrix, row_of, take_best
-from foveate.reducer import Reducer, register
-from foveate.schedules import check_layers
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.budget import is_number
+from foveate.core.errors import FoveateError
+from foveate.core.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens, StagedReducer, boundary_in
+from foveate.core.probes import Attention, Embeddings
+from foveate.core.ranking import cosine_matrix, row_of, take_best
+from foveate.core.reducer import Reducer, register
+from foveate.core.schedules import check_layers
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 
 @register("todre")

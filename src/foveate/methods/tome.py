@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.encoder import EncoderReducer, Inside, merged
-from foveate.probes import Keys
-from foveate.ranking import cosine_matrix, descending
-from foveate.reducer import register
+from foveate.core.encoder import EncoderReducer, Inside, merged
+from foveate.core.probes import Keys
+from foveate.core.ranking import cosine_matrix, descending
+from foveate.core.reducer import register
 
 
 @register("tome")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.probes import Attention, Embeddings
-from foveate.ranking import RESOLUTION, added_coverage, cosine_matrix, row_of, take_best
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Embeddings
+from foveate.core.ranking import RESOLUTION, added_coverage, cosine_matrix, row_of, take_best
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 
 @register("tops")

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import Budget, Keep
-from foveate.errors import BudgetError, FoveateError, InputError
-from foveate.in_llm import (
+from foveate.core.budget import Budget, Keep
+from foveate.core.errors import BudgetError, FoveateError, InputError
+from foveate.core.in_llm import (
     Images,
     InLlmReducer,
     LayerStates,
@@ -21,10 +21,10 @@ from foveate.in_llm import (
     one_cut,
     tokens_of,
 )
-from foveate.probes import LlmProbe
-from foveate.ranking import cosine_matrix, descending
-from foveate.reducer import register
-from foveate.selection import Selection
+from foveate.core.probes import LlmProbe
+from foveate.core.ranking import cosine_matrix, descending
+from foveate.core.reducer import register
+from foveate.core.selection import Selection
 
 SPACE, CENTRE, SIGMA, ENTROPY, ITERATIONS = 1.0, 0.01, 10.0, 0.1, 3
 """Weights of the distance between tokens and to the centre beside that of features, the width of the former in

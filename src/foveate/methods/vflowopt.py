@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.probes import Heads, LayerProbe, Probe, received
-from foveate.ranking import descending
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, Groups, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Heads, LayerProbe, Probe, received
+from foveate.core.ranking import descending
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, Groups, VisualTokens
 
 JUDGES = 0.03
 

@@ -8,16 +8,25 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from foveate.budget import Keep, is_number
-from foveate.errors import FoveateError, UnknownNameError, UnsupportedModelError
-from foveate.in_llm import Images, InLlmReducer, LayerTokens, Prior, StagedReducer, boundary_in, budget_of, tokens_of
+from foveate.core.budget import Keep, is_number
+from foveate.core.errors import FoveateError, UnknownNameError, UnsupportedModelError
+from foveate.core.in_llm import (
+    Images,
+    InLlmReducer,
+    LayerTokens,
+    Prior,
+    StagedReducer,
+    boundary_in,
+    budget_of,
+    tokens_of,
+)
+from foveate.core.probes import Probe
+from foveate.core.ranking import top
+from foveate.core.reducer import Reducer, register
+from foveate.core.schedules import after_shares, check_layers, falling, staged_budgets
+from foveate.core.selection import Selection
+from foveate.core.tokens import VisualTokens
 from foveate.methods.vflowopt import Judged, VFlowOpt
-from foveate.probes import Probe
-from foveate.ranking import top
-from foveate.reducer import Reducer, register
-from foveate.schedules import after_shares, check_layers, falling, staged_budgets
-from foveate.selection import Selection
-from foveate.tokens import VisualTokens
 
 FIRST: Final = {"image": 1.25, "video": 1.25}
 RELEASED: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -125,7 +134,7 @@ class VFlowOptAll(StagedReducer):
     Notes
     -----
     The published method comes with ratios, `t` and `a` that a search finds for a model and a budget: `released` gives
-    those of its authors, ``foveate calibrate`` (`foveate.calibration`) finds them for other models.
+    those of its authors, ``foveate calibrate`` (`foveate.fit.vflowopt`) finds them for other models.
 
     Deviations from the paper: those of `VFlowOpt` and `VFlowOptLlm`. How a plain `keep` is divided is UNVERIFIED: 1.25
     is the middle of the range that the authors search.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from foveate.budget import Keep
-from foveate.errors import UnsupportedModelError
-from foveate.in_llm import (
+from foveate.core.budget import Keep
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.in_llm import (
     Images,
     InLlmReducer,
     LayerAttention,
@@ -19,12 +19,12 @@ from foveate.in_llm import (
     budget_of,
     tokens_of,
 )
+from foveate.core.reducer import Reducer, register
+from foveate.core.schedules import after_shares, check_layers, falling, staged_budgets
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, Groups
 from foveate.methods.pyramiddrop import QUARTERS
 from foveate.methods.visionzip import VisionZip, check_contextual_ratio, contextual_count, dominant_and_contextual
-from foveate.reducer import Reducer, register
-from foveate.schedules import after_shares, check_layers, falling, staged_budgets
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, Groups
 
 if TYPE_CHECKING:
     from foveate.families import Family

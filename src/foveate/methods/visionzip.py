@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.probes import Attention, ClsToken, Keys, Probe
-from foveate.ranking import cosine_matrix, descending, make_room
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, Groups, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, ClsToken, Keys, Probe
+from foveate.core.ranking import cosine_matrix, descending, make_room
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, Groups, VisualTokens
 
 SEEN, KEYS = Attention(), Keys()
 

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.probes import Attention, Features, Probe
-from foveate.ranking import cosine_matrix, descending
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Features, Probe
+from foveate.core.ranking import cosine_matrix, descending
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 
 @register("vispruner")

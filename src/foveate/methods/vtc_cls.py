@@ -7,12 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from foveate.errors import FoveateError
-from foveate.probes import Attention, Probe
-from foveate.ranking import top
-from foveate.reducer import Reducer, register
-from foveate.selection import Selection
-from foveate.tokens import CropBatch, VisualTokens
+from foveate.core.errors import FoveateError
+from foveate.core.probes import Attention, Probe
+from foveate.core.ranking import top
+from foveate.core.reducer import Reducer, register
+from foveate.core.selection import Selection
+from foveate.core.tokens import CropBatch, VisualTokens
 
 
 @register("vtc_cls")

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from foveate.core.reducer import Reducer
+from foveate.measure.pages import fill, markdown_table
 from foveate.methods import Random, VisPruner
 from foveate.nano.gates import DRAWS
 from foveate.nano.questions import ASKED_KINDS
-from foveate.pages import fill, markdown_table
-from foveate.reducer import Reducer
 
 Result = dict[str, Any]
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from foveate.core.reducer import Reducer
+from foveate.measure.pages import fill
+from foveate.measure.provenance import versions
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
 from foveate.nano import WEIGHTS
 from foveate.nano.evaluate import Tally, difference, pooled
 from foveate.nano.gates import DRAWS, tallies
 from foveate.nano.runner import Condition
-from foveate.pages import fill
-from foveate.provenance import versions
-from foveate.reducer import Reducer
 
 BUDGETS: Final = (128, 64, 32, 16)
 REFERENCE: Final = "vispruner"

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from foveate.measure.provenance import versions
 from foveate.methods.random import Random
 from foveate.methods.vispruner import VisPruner
 from foveate.nano import WEIGHTS, scenes
@@ -28,7 +29,6 @@ from foveate.nano.questions import ASKED_KINDS, WITHHELD
 from foveate.nano.recipe import Recipe
 from foveate.nano.runner import Condition
 from foveate.nano.scenes import scene
-from foveate.provenance import versions
 
 DRAWS: Final = 3
 CHUNK: Final = 50

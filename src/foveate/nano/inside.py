@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from foveate.engines.attach import attach
-from foveate.engines.guide import BestScored, guide
-from foveate.engines.prompts import with_answer
-from foveate.errors import InputError
+from foveate.core.errors import InputError
+from foveate.core.reducer import Reducer
+from foveate.engines.transformers.attach import attach
 from foveate.families import family_of
-from foveate.gate_training import train_gates
+from foveate.fit.gates import train_gates
+from foveate.guided.guide import BestScored, guide
+from foveate.guided.prompts import with_answer
+from foveate.measure.pages import markdown_table
+from foveate.measure.provenance import versions
 from foveate.methods import SGL, DyVTE, Random, VisPruner, VisualExit
 from foveate.nano import load
 from foveate.nano.evaluate import Tally, difference
 from foveate.nano.questions import QUESTION_KINDS, Question
 from foveate.nano.runner import PROMPT
 from foveate.nano.scenes import Scene, scenes
-from foveate.pages import markdown_table
-from foveate.provenance import versions
-from foveate.reducer import Reducer
 
 EVERY = 3
 """One question of so many of a scene is asked, as all of them together take long."""

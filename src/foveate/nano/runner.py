@@ -10,14 +10,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from foveate.engines.attach import attach
-from foveate.engines.caches import NAME as CACHE
-from foveate.engines.caches import cache_of
-from foveate.engines.hf import apply, decide, look, select
+from foveate.core.reducer import Positions, Reducer, Stage, identity
 from foveate.engines.settings import Settings
+from foveate.engines.transformers.attach import attach
+from foveate.engines.transformers.caches import NAME as CACHE
+from foveate.engines.transformers.caches import cache_of
+from foveate.engines.transformers.reduce import apply, decide, look, select
 from foveate.families import family_of
 from foveate.nano.questions import Question
-from foveate.reducer import Positions, Reducer, Stage, identity
 
 PROMPT: Final = "<image>"
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import foveate
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
 from foveate.methods.vispruner import VisPruner
 from foveate.nano import SAMPLE, scenes
 from foveate.nano.scenes import Scene

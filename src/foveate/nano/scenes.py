@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from foveate.errors import UnknownNameError
+from foveate.core.errors import UnknownNameError
 from foveate.nano import drawing
 from foveate.nano.drawing import SIDE
 from foveate.nano.questions import WITHHELD, Question, ask

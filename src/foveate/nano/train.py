@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from foveate.errors import FoveateError
+from foveate.core.errors import FoveateError
 from foveate.nano.export import export
 from foveate.nano.recipe import Recipe
 from foveate.nano.worker import Worker

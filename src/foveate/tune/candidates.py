@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from foveate.budget import Keep, parse_keep
-from foveate.errors import FoveateError, InputError, UnknownNameError
+from foveate.core.budget import Keep, parse_keep
+from foveate.core.errors import FoveateError, InputError, UnknownNameError
+from foveate.core.reducer import Reducer, get_method, load_reducer, parameters_without_default
 from foveate.families import Family
-from foveate.reducer import Reducer, get_method, load_reducer, parameters_without_default
 
 CONTROLS: Final = ("random", "uniform", "pool")
 """Always among the candidates: a method that does not beat them is not worth its name."""

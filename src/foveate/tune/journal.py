@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from foveate.errors import InputError
+from foveate.core.errors import InputError
 from foveate.tune.prompts import Prompt
 
 

@@ -14,11 +14,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.reducer import Reducer
 from foveate.engines.settings import Settings
-from foveate.errors import FoveateError, InputError
-from foveate.loading import open_image
-from foveate.reducer import Reducer
-from foveate.run import Job, Result, cost_of, once, prepare
+from foveate.measure.loading import open_image
+from foveate.measure.run import Job, Result, cost_of, once, prepare
 from foveate.tune.prompts import Prompt, same_text
 
 BLOCK: Final = 8
@@ -32,13 +32,13 @@ class Bench:
     Attributes
     ----------
     template
-        See `foveate.loading.prompt_for`.
+        See `foveate.measure.loading.prompt_for`.
     max_new_tokens
         Limit on answers.
     seed
         Decides in which order candidates take turns.
     now
-        See `foveate.timing.Clock`.
+        See `foveate.measure.timing.Clock`.
     """
 
     model: Any

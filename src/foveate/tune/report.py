@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from foveate.provenance import machine, versions
-from foveate.reducer import Reducer
+from foveate.core.reducer import Reducer
+from foveate.measure.provenance import machine, versions
+from foveate.measure.units import show_time
 from foveate.tune.bounds import drop
 from foveate.tune.candidates import CONTROLS
 from foveate.tune.prompts import Prompt
 from foveate.tune.search import Found, Wish, pareto
-from foveate.units import show_time
 
 HEADER = ("candidate", "prompts", "loss", "at most", "accuracy", "KL", "tokens", "FLOPs", "time")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Final, Literal, TypeAlias
 
-from foveate.errors import InputError, UnsupportedModelError
-from foveate.reducer import Reducer
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.reducer import Reducer
 from foveate.tune.bounds import Estimate, disagreement, drop, middle
 from foveate.tune.candidates import CONTROLS
 from foveate.tune.journal import Journal

@@ -7,11 +7,11 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from foveate.errors import FoveateError, InputError
+from foveate.core.errors import FoveateError, InputError
+from foveate.core.reducer import Reducer, by_default, list_methods
 from foveate.families import family_of
-from foveate.loading import open_image
-from foveate.reducer import Reducer, by_default, list_methods
-from foveate.run import prepare
+from foveate.measure.loading import open_image
+from foveate.measure.run import prepare
 from foveate.viz.comparison import compare, reducers
 from foveate.viz.page import page
 
@@ -48,13 +48,13 @@ def build(
     Parameters
     ----------
     model, processor, name
-        The model, from `foveate.loading.load_model`, and what to call it.
+        The model, from `foveate.measure.loading.load_model`, and what to call it.
     make
         Builds a reducer from a method's name or file and a budget; both are text.
     image, question, methods, budgets
         What the form holds at first.
     template, max_new_tokens
-        See `foveate.run.prepare`.
+        See `foveate.measure.run.prepare`.
     repeats
         Measured runs per arm.
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from foveate.timing import STAGES
+from foveate.measure.timing import STAGES
 
 _COLOURS = {"vision": "#12b5cb", "select": "#e8710a", "prefill": "#5b4bb5", "decode": "#c6c3dd"}
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foveate.errors import InputError
-from foveate.in_llm import LayerAttention
-from foveate.loading import encoder_view
-from foveate.reducer import Reducer
-from foveate.run import Arm, Job, measure
+from foveate.core.errors import InputError
+from foveate.core.in_llm import LayerAttention
+from foveate.core.reducer import Reducer
+from foveate.measure.loading import encoder_view
+from foveate.measure.run import Arm, Job, measure
 from foveate.viz.fate import fate, first_kept
 from foveate.viz.panels import Panel, edges, panels
 
@@ -130,7 +130,7 @@ def compare(
     Parameters
     ----------
     job, image, question
-        From `foveate.run.prepare`, and what it was made of.
+        From `foveate.measure.run.prepare`, and what it was made of.
     model
         Name of the model, for headings.
     methods

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foveate.selection import SpanSelection
+from foveate.core.selection import SpanSelection
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from foveate.selection import Selection
-from foveate.tokens import Crop, Span
+from foveate.core.selection import Selection
+from foveate.core.tokens import Crop, Span
 from foveate.viz.fate import Fate, fate, hue
 from foveate.viz.panels import Panel, edges, grid_of, panels
 

@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from foveate.errors import InputError
-from foveate.units import show_bytes, show_flops, show_time
+from foveate.core.errors import InputError
+from foveate.measure.units import show_bytes, show_flops, show_time
 from foveate.viz.comparison import Comparison
 from foveate.viz.fate import hue
 from foveate.viz.panels import Panel, edges, grid_of

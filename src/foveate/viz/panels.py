@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from foveate.errors import InputError
-from foveate.tokens import Crop, Span
+from foveate.core.errors import InputError
+from foveate.core.tokens import Crop, Span
 
 Box: TypeAlias = tuple[float, float, float, float]
 

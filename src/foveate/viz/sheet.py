@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from foveate.errors import InputError
-from foveate.run import Arm
-from foveate.units import show_bytes, show_flops, show_time
+from foveate.core.errors import InputError
+from foveate.measure.run import Arm
+from foveate.measure.units import show_bytes, show_flops, show_time
 from foveate.viz.comparison import Comparison, reads
 from foveate.viz.fate import fate
 from foveate.viz.overlay import INK, NIGHT, SOFT_INK, draw_saliency, draw_tokens, frame, paint, plain, tallest

@@ -1,0 +1,261 @@
+"""Commands that measure time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from foveate.cli.tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, refuse, write_json
+from foveate.core.errors import InputError
+from foveate.measure.units import show_bytes
+
+LAYERS = 4
+"""Layers of the LLM of a shape unless told otherwise."""
+
+
+class Clocks(str, Enum):
+    wall, cpu = "wall", "cpu"
+
+
+bench_app = typer.Typer(help="Measure time and memory.", no_args_is_help=True)
+
+
+@bench_app.command()
+@guarded
+def selection(
+    methods: Annotated[list[str] | None, typer.Argument(help="Names of methods.  \\[default: all]")] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Tokens to keep.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs per method.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
+    from foveate.bench import selection as bench
+    from foveate.bench.inputs import random_codebook
+    from foveate.core.reducer import get_method, list_methods, load_reducer, parameters_without_default
+
+    known = list_methods()
+    left_out = {name: "stage in_llm" for name in known if get_method(name).stage == "in_llm"}
+    lacking = {name: more for name in known if (more := parameters_without_default(name)) and name != "codebook"}
+    left_out |= {name: f"needs {', '.join(more)}" for name, more in lacking.items()}
+    for name in methods or ():
+        if name in left_out:
+            raise InputError(f"{name} has no selection to time by itself: {left_out[name]}")
+    names = dict.fromkeys([bench.REFERENCE, *(methods or (name for name in known if name not in left_out))])
+    with (
+        contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status,
+        tempfile.TemporaryDirectory() as folder,
+    ):  # fmt: skip
+        random_codebook().save(book := f"{folder}/random.safetensors")
+        needed = {"codebook": {"codebook": book}}
+        reducers = [load_reducer(name, keep=keep, **needed.get(name, {})) for name in names]
+        result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)
+        for row in result["rows"]:
+            row["reducer"] = row["reducer"].replace(repr(book), "'random.safetensors'")  # where it lay says nothing
+    if not methods:
+        result["left_out"] |= left_out
+    if out is not None:
+        write_json(out, result)
+    if as_json:
+        print_json(result)
+    else:
+        _show(result)
+
+
+@bench_app.command()
+@guarded
+def report(
+    results: Annotated[list[Path], typer.Argument(help="What `bench model --out` wrote.")],
+    page: Annotated[Path, typer.Option(help="Markdown page with a pair of marker lines for each, named as its file.")],
+    as_json: Json = False,
+) -> None:
+    """Put the results of `bench model` into a page."""
+    from foveate.bench.report import write_report
+
+    fill_page(page, lambda: write_report(results, page), "not results of `foveate bench model`", as_json)
+
+
+def _show(result: dict[str, Any]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    sizes = list(dict.fromkeys((row["tokens"], row["batch"]) for row in result["rows"]))
+    table.add_column("median, ms")
+    for tokens, batch in sizes:
+        table.add_column(f"{tokens} x {batch}", justify="right")
+    for name in dict.fromkeys(row["method"] for row in result["rows"]):
+        own = {(r["tokens"], r["batch"]): r for r in result["rows"] if r["method"] == name}
+        table.add_row(name, *(f"{own[size]['median_ms']:.1f}" for size in sizes))
+    console = Console(highlight=False)
+    console.print(table)
+    plain = result["vispruner_against_plain_loop"]
+    console.print(
+        f"vispruner against the plain loop of its paper: {plain['ratio_of_medians']} times as fast, "
+        f"the same tokens on {plain['identical']} of {plain['inputs']} inputs"
+    )
+
+
+@bench_app.command()
+@guarded
+def model(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option(help="nano, a hub id, a folder, or a shape with random weights: llava-1.5-7b, ...")
+    ] = "nano",
+    method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
+    keep: Annotated[
+        str | None, typer.Option(help="Budget, as in `foveate run`.  \\[default: the method's own, or 0.25]")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Layers of a shape's LLM; the whole one of 7B has 32.  \\[default: 4]")
+    ] = None,
+    tied: Annotated[bool, typer.Option(help="Let the layers of a shape's LLM share the weights of one.")] = True,
+    text_tokens: Annotated[int, typer.Option(min=2, help="Text tokens of a shape's prompt.")] = 64,
+    image: Annotated[
+        Path | None, typer.Option(help="Image file for a model with weights.  \\[default: a scene]")
+    ] = None,
+    question: Annotated[str, typer.Option(help="What to ask a model with weights.")] = "What is in the picture?",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16; of shapes, auto is bfloat16.")
+    ] = "auto",
+    attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns, in each of which every arm runs once.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  \\[default: torch's own]")] = None,
+    clock: Annotated[Clocks, typer.Option(help="cpu: processor time of one thread, for busy machines.")] = Clocks.wall,
+    out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a plot, as PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a model unpruned, with a method, and with as many tokens for free; measure memory; say when it pays."""
+    from foveate.bench import model as bench
+    from foveate.bench.shapes import SHAPES
+    from foveate.engines.settings import Settings
+    from foveate.measure.timing import threads as torch_threads
+
+    with contextlib.redirect_stdout(sys.stderr), torch_threads(threads or (1 if clock is Clocks.cpu else None)):
+        reducer = reducer_from(method, keep, set_ or [])
+        if model in SHAPES:
+            refuse(context, ("image", "question"), f"{model!r} has random weights and no processor")
+            job = _shape_job(model, layers or LAYERS, tied, dtype, attn, text_tokens, max_new_tokens)
+        else:
+            refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(SHAPES)})")
+            job = _real_job(model, dtype, attn, image, question, max_new_tokens)
+        arms = bench.arms_of(job, Settings.make(reducer, None, "drop", {}, job.family))
+        with ERRORS.status("starting") as status:
+            measured = bench.measure(arms, repeats, clock.value, status.update)
+        result = {"command": _command(context), "model": model, **measured}
+        if model in SHAPES:
+            result["config"]["tied"] = tied
+        if out is not None:
+            write_json(out, result)
+        if plot is not None:
+            _plot(plot, result)
+    if as_json:
+        print_json(result)
+    else:
+        _show_model(result)
+
+
+def _shape_job(
+    shape: str, layers: int, tied: bool, dtype: str, attn: str | None, text_tokens: int, max_new_tokens: int
+) -> Any:
+    from foveate.bench.shapes import random_job, random_model
+
+    ERRORS.print(f"making a random {shape} with {layers} layers", highlight=False)
+    made = random_model(shape, layers, tied, "bfloat16" if dtype == "auto" else dtype, attn)
+    return random_job(made, text_tokens, max_new_tokens)
+
+
+def _real_job(name: str, dtype: str, attn: str | None, image: Path | None, question: str, max_new_tokens: int) -> Any:
+    from foveate.measure.loading import open_image
+    from foveate.measure.run import prepare
+    from foveate.nano import SAMPLE
+
+    picture = open_image(image or SAMPLE)
+    return prepare(*load(name, dtype, None, attn), picture, question, max_new_tokens=max_new_tokens)
+
+
+def _command(context: typer.Context) -> str:
+    """Write the command with the options that were given."""
+    words = ["foveate", "bench", "model"]
+    for parameter in context.command.params:
+        value, source = context.params[str(parameter.name)], context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            item = item.value if isinstance(item, Enum) else item
+            if isinstance(item, bool):
+                words.append(parameter.opts[0] if item else (parameter.secondary_opts or [""])[0])
+            else:
+                words += [parameter.opts[0], str(item)]
+    return shlex.join(words)
+
+
+def _plot(path: Path, result: dict[str, Any]) -> None:
+    from foveate.viz import bars
+
+    config = result["config"]
+    title = (
+        f"{result['model']}, {config['layers']} layers, {config['dtype']}: {config['visual_tokens']} visual and "
+        f"{config['text_tokens']} text tokens, {config['answer_tokens']} of the answer"
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bars.save(path, result, title)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _show_model(result: dict[str, Any]) -> None:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", title="median, ms", title_justify="left")
+    stages = ("vision", "select", "prefill", "decode", "first_token")
+    for column in ("arm", "tokens", *(s.replace("_", " ") for s in stages), "p90", "peak memory", "KV cache"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for row in result["arms"]:
+        times = [row["time"][stage]["median_ms"] for stage in stages] + [row["time"]["first_token"]["p90_ms"]]
+        sizes = show_bytes(row["peak_bytes"]["total"]), show_bytes(row["kv_bytes"])
+        shown = [f"{ms:.0f}" if ms >= 1e3 else f"{ms:.1f}" for ms in times]
+        table.add_row(row["arm"], f"{row['tokens']:g}", *shown, *sizes)
+    console = Console(highlight=False)
+    console.print(table)
+    for line in _told(result["comparisons"]):
+        console.print(line, soft_wrap=True)
+
+
+def _told(found: dict[str, Any]) -> Iterator[str]:
+    words = {
+        "attached_at_ratio_1": "first token, attached at ratio 1 against unattached",
+        "probes": "vision with probes against the same layers without",
+        "vision": "vision against the unpruned model's",
+        "first_token_of_oracle": "first token against the oracle's",
+        "first_token": "first token against the unpruned model's",
+        "total": "whole run against the unpruned model's",
+    }
+    yield from (f"{text:<53}{found[key] - 1:+.1%}" for key, text in words.items() if key in found)
+    if "predicted" in found.get("prefill", {}):
+        prefill = found["prefill"]
+        yield f"prefill saved {prefill['saved']:.1%}; FLOPs predict {prefill['predicted']:.1%}"
+    if "naive" in found:
+        naive, (theirs, ours) = found["naive"], found["naive"]["peak_bytes"].values()
+        yield (
+            f"vision and selection {naive['vision_and_select']:.2f} times as fast as the naive way, with a peak of "
+            f"{show_bytes(ours)} instead of {show_bytes(theirs)}"
+        )
+    if "break_even" in found:
+        dropped, answer = (found["break_even"][key] for key in ("dropped_tokens", "answer_tokens"))
+        yield f"it pays from {'no number of' if dropped is None else f'{dropped:g}'} dropped tokens on" + (
+            "" if answer is None else f", and from {answer:g} tokens of the answer on"
+        )

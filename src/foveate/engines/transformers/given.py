@@ -1,0 +1,210 @@
+"""What the language model is given: the visual tokens of each prompt, in the columns of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core.in_llm import InLlmReducer
+from foveate.core.selection import Selection, SpanSelection
+from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.engines.transformers.compaction import Compaction, check_visible
+
+_TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The visual tokens of one prompt that the LLM is given in one pass, n of them.
+
+    Attributes
+    ----------
+    sample
+        Row of the batch.
+    spans
+        The images and videos, in the columns of the full prompt.
+    kept
+        Per span the positions in it ``[K]`` that a method before the LLM has left.
+    columns
+        ``[n]`` int64: where they are in the pass.
+    behind
+        How many tokens of text follow the last of them.
+    priors
+        Scores ``[n]`` that a method inside the LLM made of the tokens before.
+    """
+
+    sample: int
+    spans: tuple[Span, ...]
+    kept: tuple[Tensor, ...]
+    columns: Tensor
+    behind: int
+    priors: Mapping[InLlmReducer, Tensor] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[tuple[str, int]]:
+        """The kind and the number of tokens of each image."""
+        return [(span.kind, len(kept)) for span, kept in zip(self.spans, self.kept, strict=True)]
+
+    @property
+    def fixed(self) -> int:
+        """How many of the last visual tokens must stay: the one that ends the prompt, as logits are read from it."""
+        return int(self.behind == 0)
+
+    @property
+    def free(self) -> int:
+        """How many visual tokens methods choose from."""
+        return len(self.columns) - self.fixed
+
+    def crops(self, unit: str) -> tuple[Crop, ...]:
+        """Return the sets of tokens that a method selects from, see `InLlmReducer.unit`, as positions among the n."""
+        if unit == "prompt":
+            return (Crop(torch.arange(self.free), None),)
+        crops, start = [], 0
+        for span, kept in zip(self.spans, self.kept, strict=True):
+            if unit == "image":
+                crops.append(Crop(torch.arange(start, start + len(kept)), None))
+            elif len(kept) == len(span):
+                crops += [replace(crop, index=crop.index + start) for crop in span.crops]
+            else:
+                crops += [left_of(crop, kept.cpu(), start) for crop in span.crops]
+            start += len(kept)
+        return tuple(left_of(crop, torch.arange(self.free)) for crop in crops) if self.fixed else tuple(crops)
+
+    def selection(self, origin: Tensor) -> list[SpanSelection]:
+        """Return, per span, which of its tokens are left when those at `origin` among the n are."""
+        found, start = [], 0
+        for span, kept in zip(self.spans, self.kept, strict=True):
+            inside = origin[(origin >= start) & (origin < start + len(kept))] - start
+            places = kept.to(inside.device).index_select(0, inside)
+            found.append(SpanSelection(len(span), places, sample=self.sample, kind=span.kind))
+            start += len(kept)
+        return found
+
+    def repeated(self, times: int) -> list[Given]:
+        """Return the prompt as often as it stands in a batch in which each prompt stands several times in a row."""
+        return [replace(self, sample=self.sample * times + i) for i in range(times)]
+
+
+def left_of(crop: Crop, tokens: Tensor, start: int = 0) -> Crop:
+    """Return a crop with those of its tokens that are among some others, as positions among these from `start` on.
+
+    Parameters
+    ----------
+    tokens
+        ``[k]`` int64 on the CPU: positions in what the crop's positions refer to, ascending.
+    """
+    found = torch.isin(tokens, crop.index).nonzero().flatten()
+    return crop.thinned(torch.searchsorted(crop.index, tokens[found]), found + start)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a method before the LLM has left of a batch of `batch` prompts, `width` columns each."""
+
+    prompts: Sequence[Given]
+    batch: int
+    width: int
+
+    def in_pass(self, batch: int, width: int) -> list[Given]:
+        """Return the prompts as they are in a pass over the last columns, in which each may stand several times."""
+        moved = [replace(p, columns=p.columns + width - self.width) for p in self.prompts]
+        return [copy for prompt in moved for copy in prompt.repeated(batch // self.batch)]
+
+
+def given(
+    spans: Sequence[Span],
+    mask: Tensor | None,
+    width: int,
+    device: torch.device,
+    selection: Selection | None = None,
+    compaction: Compaction | None = None,
+    priors: Mapping[InLlmReducer, Sequence[Tensor]] | None = None,
+) -> list[Given]:
+    """Describe what the LLM is given of some spans.
+
+    Parameters
+    ----------
+    mask
+        ``[B, past + width]``: attention mask of the full prompts, of which the pass adds the last `width` columns.
+    selection, compaction
+        What a method before the LLM left of the spans, and where it went.
+    priors
+        Per method and span a score of each token that is left.
+
+    Raises
+    ------
+    InputError
+        If the mask hides some of the tokens.
+    """
+    kept = [torch.arange(len(span)) for span in spans] if selection is None else [chosen.kept for chosen in selection]
+    places = None
+    if compaction is not None:
+        columns = compaction.columns.to(device)
+        index = torch.where(columns < 0, compaction.length, columns)
+        places = torch.zeros(len(columns), compaction.length + 1, dtype=torch.long, device=device)
+        places = places.scatter(1, index, torch.arange(columns.shape[1], device=device).expand_as(columns))
+    content = None if mask is None else mask[:, -width:].cpu().bool()
+    if content is not None:
+        for span in spans:
+            check_visible(content, span)
+    rows = []
+    for sample in dict.fromkeys(span.sample for span in spans):
+        own = [i for i, span in enumerate(spans) if span.sample == sample]
+        where = torch.cat([spans[i].columns.to(device).index_select(0, kept[i].to(device)) for i in own])
+        behind = int(spans[own[-1]].columns[-1]) + 1
+        behind = width - behind if content is None else int(content[sample, behind:].sum())
+        scores = {reducer: torch.cat([values[i] for i in own]).to(device) for reducer, values in (priors or {}).items()}
+        where = where if places is None else places[sample].index_select(0, where)
+        rows.append(Given(sample, tuple(spans[i] for i in own), tuple(kept[i] for i in own), where, behind, scores))
+    return rows
+
+
+def priors_of(reducers: Sequence[Any], tokens: VisualTokens, selection: Selection) -> dict[InLlmReducer, list[Tensor]]:
+    """Return what methods inside the LLM make of the tokens before it, ``[K]`` per span of those that are left.
+
+    Separators, of which no method judges, get infinity.
+    """
+    left, priors = tokens.after(selection), {}
+    for reducer in reducers:
+        values, scores = iter(reducer.prior(left)), []
+        for span, chosen in zip(left.spans, selection, strict=True):
+            full = torch.full((len(span),), torch.inf, device=chosen.kept.device)
+            for crop in span.crops:
+                full[crop.index.to(full.device)] = next(values).float()
+            scores.append(full.index_select(0, chosen.kept))
+        priors[reducer] = scores
+    return priors
+
+
+def placeholders(model: Any, ids: Tensor, encoded: Mapping[str, Any]) -> list[Span]:
+    """Return the images and videos whose placeholders ids ``[B, L]`` hold, in reading order.
+
+    Parameters
+    ----------
+    encoded
+        The ``mm_encoder_outputs`` that belong to them. Where these do not tell one image from the next, all
+        placeholders of a prompt are one.
+    """
+    host, spans = ids.cpu(), []
+    for kind, names in _TOKENS.items():
+        token = next((t for name in names if (t := getattr(model.config, name, None)) is not None), None)
+        if token is None:
+            continue
+        rows = [(row == token).nonzero().flatten() for row in host]
+        outputs = getattr(encoded.get(kind), "pooler_output", None)
+        lengths = [len(x) for x in outputs] if isinstance(outputs, list | tuple) else []
+        if sum(lengths) != sum(map(len, rows)):
+            lengths = [len(columns) for columns in rows if len(columns)]
+        left = iter(lengths)
+        for sample, columns in enumerate(rows):
+            ordinal = 0
+            while len(columns):
+                own, columns = columns.tensor_split([next(left)])
+                crop = Crop(torch.arange(len(own)), None)
+                spans.append(Span(kind, sample, ordinal, own, (1, 1, len(own)), (crop,)))
+                ordinal += 1
+    return sorted(spans, key=lambda span: (span.sample, int(span.columns[0])))

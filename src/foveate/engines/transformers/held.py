@@ -1,0 +1,90 @@
+"""What the layers of an LLM hold behind boundaries at which tokens were dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.core.errors import InputError
+from foveate.engines.transformers.compaction import repeats
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Which columns a layer holds: those of the first layer behind each of its own.
+
+    Attributes
+    ----------
+    columns
+        ``[B, W]`` int64, -1 at padding.
+    length
+        Columns of the first layer when these were listed; it has got further ones since, which all layers hold.
+    padded
+        Whether any of the columns is -1.
+    """
+
+    columns: Tensor
+    length: int
+    padded: bool
+
+    def until(self, length: int) -> Tensor:
+        """Return the columns when the first layer has so many."""
+        if length == self.length:
+            return self.columns
+        if length < self.length:  # the cache was cropped
+            left = self.columns[:, : length - self.length]
+            if bool((left >= length).any()) or bool((self.columns[:, left.shape[1] :] < length).any()):
+                raise InputError("this cache was cropped to where an image is: start with a new cache")
+            return left
+        further = torch.arange(self.length, length, device=self.columns.device)
+        return torch.cat([self.columns, further.expand(len(self.columns), -1)], dim=1)
+
+    def expanded(self, batch: int) -> Held:
+        """Return the same for a batch in which each prompt stands several times in a row."""
+        times = repeats(len(self.columns), batch)
+        return self if times == 1 else Held(self.columns.repeat_interleave(times, dim=0), self.length, self.padded)
+
+
+@dataclass(frozen=True, eq=False)
+class Current:
+    """The tokens of a pass that are left in a layer.
+
+    Attributes
+    ----------
+    index
+        ``[B, R]`` int64: columns of the pass, -1 at padding.
+    lengths
+        Per prompt the number of those that are no padding.
+    visual
+        Per prompt with visual tokens the places of the free ones among the R.
+    origin
+        Per prompt with visual tokens which of those that the LLM was given they are.
+    """
+
+    index: Tensor
+    lengths: list[int]
+    visual: list[Tensor]
+    origin: list[Tensor]
+
+    @property
+    def padded(self) -> bool:
+        """Whether any of the R is padding."""
+        return any(n < self.index.shape[1] for n in self.lengths)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Take these tokens out of ``[..., B or 1, q, C]``."""
+        index = self.index.clamp(min=0).to(x.device)
+        batch = torch.zeros_like(index) if x.shape[-3] == 1 else torch.arange(len(index), device=x.device)[:, None]
+        return x[..., batch, index, :]
+
+    def spread(self, x: Tensor, width: int) -> Tensor:
+        """Put the tokens ``[B, R, C]`` back where they were among `width`, each followed by copies up to the next."""
+        there = self.index >= 0
+        index = torch.where(there, self.index, width)
+        left = torch.zeros(len(index), width + 1, dtype=torch.long, device=index.device).scatter(1, index, 1)
+        first = there.int().argmax(dim=1, keepdim=True)
+        row = (left[:, :width].cumsum(dim=1) - 1).clamp(min=0) + first
+        row = row.to(x.device)
+        return x[torch.arange(len(row), device=x.device)[:, None], row]

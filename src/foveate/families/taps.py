@@ -1,0 +1,356 @@
+"""Taps: reading probes from an encoder that runs as it always does.
+
+Attention rows come from a twin of the model's current attention implementation: it calls the original and, on the
+modules that a tap marks, computes the few rows that a method reads. No layer is forced to eager attention and no
+attention map is built.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.probes import Heads, LayerProbe
+
+_PREFIX = "foveate_"
+
+
+class Taps:
+    """Probes on attention modules, and what they read in the last pass."""
+
+    def __init__(self, probes: dict[nn.Module, list[LayerProbe]], lead: int, lengths: Sequence[int] | None = None):
+        self.probes, self.lead, self.lengths = probes, lead, lengths
+        self._parts: dict[tuple[nn.Module, LayerProbe], list[Tensor]] = {}
+
+    def read(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        bounds: Tensor | None,
+        mask: Any = None,
+    ) -> None:
+        """Read one call of a module; `bounds` are where packed sequences begin and end, if several share the call."""
+        for probe in self.probes.get(module, ()):
+            visible = None if self.lengths is not None else _visible(mask)  # cut apart, pictures need no mask
+            with torch.no_grad():
+                for q, k, v in self._sequences(query.detach(), key.detach(), value.detach(), bounds):
+                    values = probe.read(Heads(q, k, v, scaling, self.lead, visible))
+                    self._parts.setdefault((module, probe), []).append(values)
+
+    def values(self, module: nn.Module, probe: LayerProbe) -> list[Tensor]:
+        """Return what was read, ``[B, N, ...]`` per sequence or stack of sequences, in the order of the calls."""
+        return self._parts[module, probe]
+
+    def missing(self) -> list[LayerProbe]:
+        """Return the probes that a module was given but never asked."""
+        return [p for module, probes in self.probes.items() for p in probes if (module, p) not in self._parts]
+
+    def _sequences(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """Tell the pictures of one call apart: packed one behind the other, or padded to the longest."""
+        heads = (query, key, value)
+        lengths = self.lengths
+        if lengths is None and bounds is not None and len(bounds) > 2:
+            lengths = bounds.diff().tolist()
+        if lengths is None or all(n == query.shape[2] for n in lengths):
+            yield heads
+        elif len(lengths) == len(query):
+            for row, n in enumerate(lengths):
+                yield tuple(x[row : row + 1, :, :n] for x in heads)
+        else:
+            yield from zip(*(torch.split(x, list(lengths), dim=2) for x in heads), strict=True)
+
+
+def _visible(mask: Any) -> Tensor | None:
+    """Return which keys each query attends to, ``[B, 1, S or 1, S]`` bool, by the mask of any implementation.
+
+    That is ``[B, S]`` and true at content, or ``[B, 1, S, S]`` and either true or zero where a key is seen.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 2:
+        return mask.bool()[:, None, None]
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+_active: ContextVar[Taps | None] = ContextVar("foveate_taps", default=None)
+_lock = threading.Lock()
+_tapped: dict[int, int] = {}  # how many passes use the twin on a configuration, by its identity
+
+
+@contextmanager
+def tap(
+    encoder: nn.Module, probes: dict[nn.Module, list[LayerProbe]], lead: int, lengths: Sequence[int] | None = None
+) -> Iterator[Taps]:
+    """Run an encoder with probes on some of its attention modules.
+
+    Parameters
+    ----------
+    encoder
+        A `transformers` model whose attention goes through the `AttentionInterface`, or one of timm's, which call the
+        fused kernel of torch themselves.
+    probes
+        For each attention module what to read there.
+    lead
+        Tokens before the patches, such as ``[CLS]``.
+    lengths
+        Patches of each picture of a call, where the encoder packs pictures into one sequence under a mask, or pads
+        them to the longest.
+    """
+    taps = Taps(probes, lead, lengths)
+    if not probes:
+        yield taps
+        return
+    with _fused(taps) if hasattr(encoder, "timm_model") else _twin(encoder, taps):
+        yield taps
+    if missing := taps.missing():
+        raise UnsupportedModelError(
+            f"{type(encoder).__name__} did not call its attention through the AttentionInterface of transformers or a "
+            f"fused kernel of torch, so {missing} cannot be read: use a method that needs only token features, such as "
+            "'uniform' or 'random'"
+        )
+
+
+@contextmanager
+def _twin(encoder: nn.Module, taps: Taps) -> Iterator[None]:
+    _use_twin(encoder)
+    token = _active.set(taps)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+        _drop_twin(encoder)
+
+
+class _FusedCalls(TorchFunctionMode):
+    """Reads the calls of the fused attention kernel that marked modules make on this thread."""
+
+    def __init__(self, taps: Taps):
+        super().__init__()
+        self.taps = taps
+        self.module: nn.Module | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and self.module is not None:
+            query, key, value = args
+            scaling = kwargs.get("scale")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self.taps.read(self.module, query, key, value, scaling, None, kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _fused(taps: Taps) -> Iterator[None]:
+    calls, thread = _FusedCalls(taps), threading.get_ident()
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == thread:
+            calls.module = module
+
+    def leave(*_: Any) -> None:
+        if threading.get_ident() == thread:
+            calls.module = None
+
+    hooks = [hook for m in taps.probes for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with calls:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _use_twin(encoder: nn.Module) -> None:
+    config: Any = encoder.config
+    with _lock:
+        if not _tapped.get(id(config)):
+            name = config._attn_implementation or "eager"
+            encoder.set_attn_implementation(_register_twin(name))  # type: ignore[operator]
+        _tapped[id(config)] = _tapped.get(id(config), 0) + 1
+
+
+def _drop_twin(encoder: nn.Module) -> None:
+    config: Any = encoder.config
+    with _lock:
+        _tapped[id(config)] -= 1
+        if not _tapped[id(config)]:
+            del _tapped[id(config)]
+            config._attn_implementation_internal = _original_name(config._attn_implementation)
+
+
+_originals: dict[str, str] = {}
+
+
+def _register_twin(name: str) -> str:
+    twin = _PREFIX + name.replace("/", "_").replace("|", "_")
+    if twin in _originals:
+        return twin
+    _originals[twin] = name
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        seen = _seen_as(name, module)
+        if isinstance(config := getattr(module, "config", None), _Watched):
+            config.read(module, query, key, attention_mask, kwargs)
+        out = _attention_function(name, module)(seen, query, key, value, attention_mask, **kwargs)
+        taps = _active.get()
+        if taps is not None:
+            scaling = kwargs.get("scaling")
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            bounds = kwargs.get("cu_seq_lens_q")
+            # Packed sequences are cut apart by their bounds; a mask then only tells them from each other.
+            taps.read(module, query, key, value, scaling, bounds, attention_mask if bounds is None else None)
+        return out
+
+    AttentionInterface.register(twin, attention)
+    if name in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(twin, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return twin
+
+
+class _View:
+    """An object with some attributes replaced."""
+
+    def __init__(self, seen: Any, **changes: Any):
+        self.__dict__.update(changes, _seen=seen)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._seen, name)
+
+
+class _Watched(_View):
+    """The configuration of a single attention module, which makes it alone call the twin, and a reader first."""
+
+    def __init__(self, config: Any, read: Callable[..., None]):
+        super().__init__(config, read=read)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _register_twin(self._seen._attn_implementation or "eager")
+
+    @property
+    def seen(self) -> Any:
+        """The configuration of the model."""
+        return self._seen
+
+
+class Watch:
+    """Attention modules whose every call is shown to a reader before it runs, until removed.
+
+    Parameters
+    ----------
+    modules
+        Modules that call their attention through the `AttentionInterface` of `transformers`.
+    read
+        Gets the module, its queries and keys, the mask and the further keywords of the call.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], read: Callable[..., None]):
+        for module in modules:
+            if getattr(module, "config", None) is None:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__} does not call its attention through the AttentionInterface of "
+                    "transformers, so methods that act inside the LLM cannot read it: use one that acts before the LLM"
+                )
+        self._modules = list(modules)
+        for module in self._modules:
+            module.config = _Watched(module.config, read)  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Give the modules their own configuration back."""
+        for module in self._modules:
+            module.config = module.config.seen  # type: ignore[union-attr]
+
+
+def _seen_as(name: str, module: nn.Module) -> Any:
+    """Return a module as the original implementation expects it: flash attention looks its own name up there."""
+    config = getattr(module, "config", None)
+    config = config.seen if isinstance(config, _Watched) else config
+    return module if config is None else _View(module, config=_View(config, _attn_implementation=name))
+
+
+def _original_name(twin: str) -> str:
+    return _originals[twin]
+
+
+def _attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise UnsupportedModelError(f"{type(module).__name__} has no attention function called {name!r}")
+
+
+class _ReachedLastLayer(Exception):  # noqa: N818
+    """Ends a pass through the encoder once the last layer that anybody reads has run."""
+
+
+def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Run an encoder and return the outputs of some of its layers, skipping the layers after the last of them.
+
+    Layers are skipped unless the encoder is managed by accelerate, whose own clean-up must run to the end.
+    """
+    outputs: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, _: Any, output: Any) -> bool:
+        outputs[layer] = output[0] if isinstance(output, tuple) else output
+        return len(outputs) == len(set(layers))
+
+    stop = _stopping(encoder, keep)
+    _run_hooked(encoder, [layer.register_forward_hook(stop) for layer in dict.fromkeys(layers)], *args, **kwargs)
+    return [outputs[layer] for layer in layers]
+
+
+def layer_input(encoder: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Run an encoder up to a layer and return the hidden states that go into it; see `layer_outputs`."""
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        return True
+
+    hook = layer.register_forward_pre_hook(_stopping(encoder, keep), with_kwargs=True)
+    _run_hooked(encoder, [hook], *args, **kwargs)
+    return inputs[0]
+
+
+def _stopping(encoder: nn.Module, keep: Callable[..., bool]) -> Callable[..., None]:
+    """Return a hook that calls `keep` in this thread only, and ends the pass once that returns true."""
+    thread = threading.get_ident()
+    managed = any(hasattr(module, "_hf_hook") for module in encoder.modules())
+
+    def hook(*call: Any) -> None:
+        if threading.get_ident() == thread and keep(*call) and not managed:
+            raise _ReachedLastLayer
+
+    return hook
+
+
+def _run_hooked(encoder: nn.Module, hooks: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+    try:
+        encoder(*args, **kwargs)
+    except _ReachedLastLayer:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""Two models that share the work: a small one guides a large one (SGL)."""

@@ -1,0 +1,1 @@
+"""Asking a model about images with and without reduction, and measuring both."""
