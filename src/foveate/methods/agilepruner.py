@@ -7,12 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Features
-from foveate.core.ranking import cosine_matrix, descending, row_of
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
 
 
 @register("agilepruner")
@@ -50,7 +45,7 @@ class AgilePruner(Reducer):
     limit: float = 0.3
     typical: float = 0.5
 
-    needs = (Features(), Attention())
+    needs = (probes.Features(), probes.Attention())
     paper = "arXiv:2603.01236"
     complexity = "O(N C min(N, C) + N^2 C + T N)"
 
@@ -67,14 +62,14 @@ class AgilePruner(Reducer):
         return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        features, size = crops.probe(Features()), crops.size
-        order = descending(crops.probe(Attention()))
+        features, size = crops.probe(probes.Features()), crops.size
+        order = ranking.descending(crops.probe(probes.Attention()))
         listed = features.take_along_dim(order[:, :, None], dim=1)
         place = torch.arange(size, device=order.device)
         complexity = effective_rank(features) / (self.typical * min(features.shape[1:]))
         asked = (self.step * place * complexity[:, None]).clamp(max=self.limit)
 
-        distance = 1 - cosine_matrix(listed)
+        distance = 1 - ranking.cosine_matrix(listed)
         nearest = torch.full(order.shape, torch.inf, device=order.device)
         ahead = torch.ones(order.shape, dtype=torch.bool, device=order.device)
         kept = torch.zeros_like(ahead)
@@ -83,7 +78,7 @@ class AgilePruner(Reducer):
             fits = torch.where(ahead & (nearest >= asked), place, size).amin(dim=1, keepdim=True)
             kept = kept | (place == fits)
             ahead = place > fits
-            nearest = torch.minimum(nearest, row_of(distance, fits.clamp(max=size - 1)))
+            nearest = torch.minimum(nearest, ranking.row_of(distance, fits.clamp(max=size - 1)))
         return order.gather(1, torch.where(kept, place, size + place).argsort(dim=1)[:, :count])
 
 

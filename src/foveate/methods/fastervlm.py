@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.core.probes import Attention
-from foveate.core.ranking import top
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, Reducer, Selection, VisualTokens, probes, ranking, register
 
 
 @register("fastervlm")
@@ -28,7 +24,7 @@ class FasterVLM(Reducer):
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives.
     """
 
-    needs = (Attention(),)
+    needs = (probes.Attention(),)
     paper = "arXiv:2412.01818v1"
     complexity = "O(N log N)"
 
@@ -36,4 +32,4 @@ class FasterVLM(Reducer):
         return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        return top(crops.probe(Attention()), count)
+        return ranking.top(crops.probe(probes.Attention()), count)

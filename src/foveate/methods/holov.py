@@ -7,12 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention
-from foveate.core.ranking import descending, ranks
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
 
 
 @register("holov")
@@ -45,7 +40,7 @@ class HoloV(Reducer):
 
     regions: int | None = 16
 
-    needs = (Attention(),)
+    needs = (probes.Attention(),)
     paper = "arXiv:2510.02912"
     complexity = "O(N log N)"
 
@@ -58,7 +53,7 @@ class HoloV(Reducer):
         return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        saliency, size = crops.probe(Attention()).float(), crops.size
+        saliency, size = crops.probe(probes.Attention()).float(), crops.size
         regions = min(max(1, 16 * size // (9 * count)) if self.regions is None else self.regions, size)
         length, longer = divmod(size, regions)
         region = torch.arange(regions, device=crops.device)
@@ -76,8 +71,8 @@ class HoloV(Reducer):
         quota = (mean * count / total).floor().long()
 
         # Listed region by region, most salient first: the i-th entry lies in the region of token i.
-        order = descending(saliency)
+        order = ranking.descending(saliency)
         order = order.gather(1, home[order].argsort(dim=1, stable=True))
         surplus = index - start[home] - quota[:, home]
-        rounds = surplus * regions + ranks(mean)[:, home]
+        rounds = surplus * regions + ranking.ranks(mean)[:, home]
         return order.gather(1, torch.where(surplus < 0, -1, rounds).argsort(dim=1, stable=True)[:, :count])

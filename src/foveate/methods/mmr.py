@@ -7,12 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Embeddings
-from foveate.core.ranking import cosine_matrix, min_max, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
 
 
 @register("mmr")
@@ -43,7 +38,7 @@ class MMR(Reducer):
 
     balance: float = 0.5
 
-    needs = (Embeddings(), Attention())
+    needs = (probes.Embeddings(), probes.Attention())
     complexity = "O(N^2 D + T N)"
 
     def __post_init__(self) -> None:
@@ -55,12 +50,12 @@ class MMR(Reducer):
         return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = cosine_matrix(crops.probe(Embeddings()))
-        saliency = min_max(crops.probe(Attention()))
+        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
+        saliency = ranking.min_max(crops.probe(probes.Attention()))
         taken = torch.zeros_like(saliency, dtype=torch.bool)
-        picks = [take_best(saliency, taken)]
-        closest = row_of(similarity, picks[0])
+        picks = [ranking.take_best(saliency, taken)]
+        closest = ranking.row_of(similarity, picks[0])
         while len(picks) < count:
-            picks.append(take_best(self.balance * saliency - (1 - self.balance) * closest, taken))
-            closest = torch.maximum(closest, row_of(similarity, picks[-1]))
+            picks.append(ranking.take_best(self.balance * saliency - (1 - self.balance) * closest, taken))
+            closest = torch.maximum(closest, ranking.row_of(similarity, picks[-1]))
         return torch.cat(picks, dim=1)

@@ -8,10 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.core.grids import cells
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.author import CropBatch, Groups, Reducer, Selection, VisualTokens, grids, register
 
 
 @register("pool")
@@ -40,7 +37,7 @@ class Pool(Reducer):
 @lru_cache(maxsize=256)
 def _windows(grid: tuple[int, int], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the anchors ``[T]`` of the cells, and the target, source and weight of each token of each cell."""
-    parts = cells(grid, count)
+    parts = grids.cells(grid, count)
     tokens = [[r * grid[1] + c for r in cell.rows for c in cell.columns] for cell in parts]
     sizes = torch.tensor([len(window) for window in tokens])
     return (

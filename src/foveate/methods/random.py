@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, Reducer, Selection, VisualTokens, register
 
 
 @register("random")

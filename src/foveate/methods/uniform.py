@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.grids import cells
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, Reducer, Selection, VisualTokens, grids, register
 
 
 @register("uniform")
@@ -31,5 +28,5 @@ class Uniform(Reducer):
         return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        middles = [cell.middle for cell in cells(crops.require_grid(self.name), count)]
+        middles = [cell.middle for cell in grids.cells(crops.require_grid(self.name), count)]
         return torch.tensor(middles, device=crops.device).expand(len(crops.ordinals), -1)
