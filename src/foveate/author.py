@@ -11,7 +11,7 @@ from foveate.core.budget import Budget, Coverage, Keep
 from foveate.core.encoder import EncoderReducer, Inside
 from foveate.core.errors import BudgetError, FoveateError, InputError, UnknownNameError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer, LayerTokens, StagedReducer
-from foveate.core.reducer import Method, ModelFamily, Reducer
+from foveate.core.reducer import CropMerger, CropReducer, Method, ModelFamily, Reducer
 from foveate.core.schedules import Images
 from foveate.core.selection import Merge, Selection, SpanSelection
 from foveate.core.tokens import Crop, CropBatch, Groups, Span, VisualTokens
@@ -23,6 +23,8 @@ __all__ = [
     "Coverage",
     "Crop",
     "CropBatch",
+    "CropMerger",
+    "CropReducer",
     "EncoderReducer",
     "FoveateError",
     "Groups",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.core import budget
 from foveate.core.budget import Budget, ByKind, Coverage, Keep
@@ -21,7 +21,7 @@ from foveate.core.errors import BudgetError
 from foveate.core.fields import check_fields
 from foveate.core.probes import Probe
 from foveate.core.selection import Merging, Selection, SpanSelection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.tokens import CropBatch, Groups, Span, VisualTokens
 
 Stage: TypeAlias = Literal["pixels", "encoder", "before_llm", "in_llm", "projector"]
 Positions: TypeAlias = Literal["original", "compact"]
@@ -190,6 +190,43 @@ class Reducer(Method):
         if self.coverages():
             return False
         return all(sum(s.budget(self.keep)) >= sum(map(len, s.crops)) for s in spans)
+
+
+@dataclass(frozen=True)
+class CropReducer(Reducer):
+    """A reducer that chooses among the tokens of each crop; its author writes `pick`."""
+
+    @abstractmethod
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
+        """Choose tokens in crops of equal size and budget.
+
+        Parameters
+        ----------
+        crops
+            B crops of N tokens.
+        count
+            The budget T of each, less than N.
+
+        Returns
+        -------
+        Tensor
+            ``[B, T]`` int64: distinct tokens of each crop, in any order.
+        """
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop(self.keep, self.pick)
+
+
+@dataclass(frozen=True)
+class CropMerger(Reducer):
+    """A reducer that merges the tokens of each crop; its author writes `pick`, and says in `merges` what is merged."""
+
+    @abstractmethod
+    def pick(self, crops: CropBatch, count: int) -> Groups:
+        """Merge the tokens of crops of equal size and budget, N of them into `count`; see `CropReducer.pick`."""
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop_merge(self.keep, self.pick)
 
 
 def declared(method: Method | type[Method], name: str) -> Any:

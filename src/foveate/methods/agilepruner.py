@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("agilepruner")
 @dataclass(frozen=True)
-class AgilePruner(Reducer):
+class AgilePruner(CropReducer):
     """AgilePruner (arXiv 2603.01236, ICLR 2026): how far tokens have to be apart follows from the picture.
 
     Tokens are visited by ``[CLS]`` attention ``[N]``. The one at place i, from 0, is kept if its cosine distance, of
@@ -57,9 +57,6 @@ class AgilePruner(Reducer):
             raise FoveateError(f"limit is a cosine distance from 0 to 2, not {self.limit}")
         if not 0.0 < self.typical <= 1.0:
             raise FoveateError(f"typical is a share of the largest possible rank, above 0 and up to 1: {self.typical}")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         features, size = crops.probe(probes.Features()), crops.size

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _DEPENDENT = 1e-5  # of a token's squared norm: float32 does not tell less from nothing after many projections
 
 
 @register("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(Reducer):
+class CDPruner(CropReducer):
     """CDPruner (arXiv 2506.10967, NeurIPS 2025): diversity of the projected tokens, given the question.
 
     Picks greedily, to maximise the determinant of the kernel ``r_i * cos(e_i, e_j) * r_j`` of embeddings ``[N, D]``.
@@ -54,9 +54,6 @@ class CDPruner(Reducer):
         super().__post_init__()
         if self.theta is not None and not 0.0 <= self.theta < 1.0:
             raise FoveateError(f"theta is from 0 up to, but not including, 1, or None; not {self.theta}")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         embeddings, query = crops.probe(probes.Embeddings()), crops.query

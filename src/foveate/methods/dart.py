@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("dart")
 @dataclass(frozen=True)
-class DART(Reducer):
+class DART(CropReducer):
     """DART (arXiv 2502.11494, EMNLP 2025) in the form that acts before the LLM: duplicates of a few pivots go.
 
     Pivots are the tokens whose embeddings ``[N, D]`` have the largest L1 norms. In the order of their norms, each adds
@@ -46,9 +46,6 @@ class DART(Reducer):
         super().__post_init__()
         if self.pivots < 1:
             raise FoveateError(f"DART needs at least one pivot, not pivots={self.pivots}: 4 is the published value")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         embeddings = crops.probe(probes.Embeddings()).float()

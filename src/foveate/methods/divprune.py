@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
 
 @register("divprune")
 @dataclass(frozen=True)
-class DivPrune(Reducer):
+class DivPrune(CropReducer):
     """DivPrune (arXiv 2503.02175, CVPR 2025): greedy max-min diversity of the projected tokens.
 
     The distance of two tokens is one minus the cosine of their embeddings ``[N, D]``. The first token is the one whose
@@ -37,9 +37,6 @@ class DivPrune(Reducer):
     needs = (probes.Embeddings(),)
     paper = "arXiv:2503.02175"
     complexity = "O(N^2 D)"
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))

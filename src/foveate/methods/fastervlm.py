@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.author import CropBatch, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
 
 @register("fastervlm")
 @dataclass(frozen=True)
-class FasterVLM(Reducer):
+class FasterVLM(CropReducer):
     """FasterVLM (arXiv 2412.01818 v1), the predecessor of VisPruner: equal to ``VisPruner(important_ratio=1)``.
 
     Parameters
@@ -27,9 +27,6 @@ class FasterVLM(Reducer):
     needs = (probes.Attention(),)
     paper = "arXiv:2412.01818v1"
     complexity = "O(N log N)"
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         return ranking.top(crops.probe(probes.Attention()), count)

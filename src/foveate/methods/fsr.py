@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Groups, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
 
 @register("fsr")
 @dataclass(frozen=True)
-class FSR(Reducer):
+class FSR(CropMerger):
     """FSR, Focus-Scan-Refine (arXiv 2602.05809): evidence for the question, then context, which absorbs its like.
 
     The score of a token is its relevance to the question, cubed, times its ``[CLS]`` attention ``[N]``, both brought to
@@ -51,9 +51,6 @@ class FSR(Reducer):
         super().__post_init__()
         if not 0.0 < self.focus <= 1.0:
             raise FoveateError(f"focus is a share of the scores, above 0 and up to 1, not {self.focus}")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         embeddings, query = crops.probe(probes.Embeddings()), crops.query

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _NO_EDGE = -5000.0  # finite, so that a zero vector, which has no edge at all, gives no NaN
 
 
 @register("gprune")
 @dataclass(frozen=True)
-class GPrune(Reducer):
+class GPrune(CropReducer):
     """G-Prune (arXiv 2501.02268, AAAI 2025): tokens that represent their neighbours on a similarity graph.
 
     Tokens are joined where the cosine of their embeddings ``[N, D]`` reaches a threshold. Information, at first the L2
@@ -61,9 +61,6 @@ class GPrune(Reducer):
             raise FoveateError(f"temperature is a finite number above 0, not {self.temperature}")
         if self.steps < 1:
             raise FoveateError(f"information flows for at least one step, not steps={self.steps}")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         return ranking.top(self._score(crops.probe(probes.Embeddings())), count)

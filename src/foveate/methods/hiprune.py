@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("hiprune")
 @dataclass(frozen=True)
-class HiPrune(Reducer):
+class HiPrune(CropReducer):
     """HiPrune (arXiv 2508.00553): anchors from a middle layer, their four neighbours, and a fill from the last layer.
 
     Both layers give the attention ``[N]`` that each token receives, averaged over heads and all query rows. The
@@ -60,9 +60,6 @@ class HiPrune(Reducer):
     @property
     def needs(self) -> tuple[probes.Probe, ...]:
         return probes.Attention(of="received", layers=(float(self.object_layer),)), probes.Attention(of="received")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         middle, last = (crops.probe(probe) for probe in self.needs)

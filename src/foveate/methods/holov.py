@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("holov")
 @dataclass(frozen=True)
-class HoloV(Reducer):
+class HoloV(CropReducer):
     """HoloV (arXiv 2510.02912, NeurIPS 2025): a quota for each region, and the most salient tokens within it.
 
     Regions are runs of tokens in raster order, ``N // regions`` long, the first ``N % regions`` one longer. A region's
@@ -48,9 +48,6 @@ class HoloV(Reducer):
         super().__post_init__()
         if self.regions is not None and self.regions < 1:
             raise FoveateError(f"a picture has at least one region: regions={self.regions} is not possible, use 16")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         saliency, size = crops.probe(probes.Attention()).float(), crops.size

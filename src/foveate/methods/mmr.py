@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("mmr")
 @dataclass(frozen=True)
-class MMR(Reducer):
+class MMR(CropReducer):
     """Maximal marginal relevance: the selector of IDPruner, with ``[CLS]`` attention in place of its trained scorer.
 
     The first token is the one with the most attention ``[N]``. Each further one maximises ``balance`` times its
@@ -45,9 +45,6 @@ class MMR(Reducer):
         super().__post_init__()
         if not 0.0 <= self.balance <= 1.0:
             raise FoveateError(f"balance is a weight from 0 to 1, not {self.balance}")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))

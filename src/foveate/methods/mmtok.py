@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("mmtok")
 @dataclass(frozen=True)
-class MMTok(Reducer):
+class MMTok(CropReducer):
     """MMTok (arXiv 2508.18264, ICLR 2026): greedy coverage of the prompt's text and of all visual tokens.
 
     Elements to cover are the M text tokens of the prompt and the N visual tokens. Softmax over the visual tokens of
@@ -55,9 +55,6 @@ class MMTok(Reducer):
         for name, least in (("text_temperature", 1e-3), ("vision_temperature", 1e-3), ("vision_weight", 0.0)):
             if not least <= getattr(self, name) < float("inf"):
                 raise FoveateError(f"{name} is a finite number of at least {least}, not {getattr(self, name)}")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         embeddings = crops.probe(probes.Embeddings())

@@ -8,12 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, Groups, Reducer, Selection, VisualTokens, grids, register
+from foveate.author import CropBatch, CropMerger, Groups, grids, register
 
 
 @register("pool")
 @dataclass(frozen=True)
-class Pool(Reducer):
+class Pool(CropMerger):
     """Replace each cell of a uniform grid by the mean of its projected tokens (adaptive average pooling).
 
     Parameters
@@ -25,9 +25,6 @@ class Pool(Reducer):
     merges = "embeddings"
     complexity = "O(N)"
     reads_grid = True
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         windows = _windows(crops.require_grid(self.name), count)

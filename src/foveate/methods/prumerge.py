@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Groups, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
 PRESETS = ((64 / 576, 13 / 64), (128 / 576, 40 / 128), (256 / 576, 95 / 256))
 """Published settings of PruMerge+: the share of the tokens that is kept, and that of the salient among the kept."""
@@ -16,7 +16,7 @@ PRESETS = ((64 / 576, 13 / 64), (128 / 576, 40 / 128), (256 / 576, 95 / 256))
 
 @register("prumerge")
 @dataclass(frozen=True)
-class PruMerge(Reducer):
+class PruMerge(CropMerger):
     """LLaVA-PruMerge (arXiv 2403.15388, ICCV 2025): salient tokens plus the sum of all others, before the projector.
 
     Of T tokens, T - 1 are centres, those with the most ``[CLS]`` attention. To each centre the `neighbours` tokens
@@ -72,9 +72,6 @@ class PruMerge(Reducer):
     @property
     def needs(self) -> tuple[probes.Probe, ...]:
         return probes.Attention(joint=True, layers=(self.layer,)), probes.Keys(joint=True, layers=(self.layer,))
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         attention, keys = (crops.probe(probe) for probe in self.needs)

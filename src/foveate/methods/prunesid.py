@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
 
 @register("prunesid")
 @dataclass(frozen=True)
-class PruneSID(Reducer):
+class PruneSID(CropReducer):
     """PruneSID (arXiv 2603.09480, ICLR 2026): semantic groups, thinned out within, share the budget.
 
     A token belongs to that one of ``T // 4`` principal components of the sigmoid of the features ``[N, C]`` on which
@@ -42,9 +42,6 @@ class PruneSID(Reducer):
     needs = (probes.Features(), probes.Attention())
     paper = "arXiv:2603.09480"
     complexity = "O(N^2 C + N^3)"
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         features, place, size = (

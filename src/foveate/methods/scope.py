@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("scope")
 @dataclass(frozen=True)
-class SCOPE(Reducer):
+class SCOPE(CropReducer):
     """SCOPE (arXiv 2510.24214, NeurIPS 2025): greedy coverage of all tokens, weighted by ``[CLS]`` attention.
 
     A token is covered as well as its most similar picked one has a positive cosine with it, of features ``[N, C]``.
@@ -45,9 +45,6 @@ class SCOPE(Reducer):
         super().__post_init__()
         if not 0.0 <= self.alpha < float("inf"):
             raise FoveateError(f"alpha is a finite exponent of at least 0, not {self.alpha}: 1 is the published value")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = ranking.cosine_matrix(crops.probe(probes.Features()))

@@ -11,16 +11,15 @@ from torch import Tensor
 
 from foveate.author import (
     CropBatch,
+    CropReducer,
     FoveateError,
     Images,
     InLlmReducer,
     Keep,
     LayerTokens,
     Method,
-    Reducer,
     Selection,
     StagedReducer,
-    VisualTokens,
     budget,
     probes,
     ranking,
@@ -31,7 +30,7 @@ from foveate.author import (
 
 @register("todre")
 @dataclass(frozen=True)
-class ToDRE(Reducer):
+class ToDRE(CropReducer):
     """ToDRE (arXiv 2505.18757), stage 1 only: greedy diversity from a salient pivot.
 
     The first token is the one with the most ``[CLS]`` attention ``[N]``; each further one is the least similar to those
@@ -60,9 +59,6 @@ class ToDRE(Reducer):
     needs = (probes.Embeddings(), probes.Attention())
     paper = "arXiv:2505.18757"
     complexity = "O(N^2 D + T N)"
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))

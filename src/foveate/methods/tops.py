@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("tops")
 @dataclass(frozen=True)
-class TOPS(Reducer):
+class TOPS(CropReducer):
     """TOPS (2026), stage I only: saliency plus diversity plus residual coverage, one pick at a time.
 
     The first token is the one with the most ``[CLS]`` attention ``[N]``. Each further one maximises the sum of three
@@ -48,9 +48,6 @@ class TOPS(Reducer):
         for name in ("diversity", "coverage"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise FoveateError(f"{name} is a finite weight of at least 0, not {getattr(self, name)}")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))

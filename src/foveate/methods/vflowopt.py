@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Groups, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
 JUDGES = 0.03
 
@@ -66,7 +66,7 @@ def _weighted_rows(heads: probes.Heads, index: Tensor, weight: Tensor, chunk: in
 
 @register("vflowopt")
 @dataclass(frozen=True)
-class VFlowOpt(Reducer):
+class VFlowOpt(CropMerger):
     """VFlowOpt (arXiv 2508.05211, ICCV 2025), its encoder stage: importance by judges, dropped tokens recycled.
 
     The patches that receive the most attention are judges; what they attend to is important. Of T tokens,
@@ -127,9 +127,6 @@ class VFlowOpt(Reducer):
     @property
     def needs(self) -> tuple[probes.Probe, ...]:
         return (Judged(self.t),)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         importance = crops.probe(Judged(self.t)).float().nan_to_num(nan=0.0)

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Groups, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
 SEEN, KEYS = probes.Attention(), probes.Keys()
 
 
 @register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(Reducer):
+class VisionZip(CropMerger):
     """VisionZip (arXiv 2412.04467, CVPR 2025): dominant and contextual tokens, merged before the projector.
 
     Of T tokens, ``c = max(1, round(T * contextual_ratio))`` are contextual, the others dominant. Dominant are the
@@ -55,9 +55,6 @@ class VisionZip(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_contextual_ratio(self.contextual_ratio)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         return dominant_and_contextual(crops, count, contextual_count(count, self.contextual_ratio), self.merge)

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("vispruner")
 @dataclass(frozen=True)
-class VisPruner(Reducer):
+class VisPruner(CropReducer):
     """VisPruner (arXiv 2412.01818 v2, ICCV 2025): training-free and independent of the question.
 
     Of T tokens, ``floor(T * important_ratio)`` are those with the most ``[CLS]`` attention in the layer that makes
@@ -63,9 +63,6 @@ class VisPruner(Reducer):
     def needs(self) -> tuple[probes.Probe, ...]:
         attention = probes.Attention()
         return (attention,) if self.important_ratio == 1 else (probes.Features(), attention)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         # Truncation in double precision, as the official code has it: 100 * 0.29 gives 28.

@@ -7,12 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from foveate.author import CropBatch, FoveateError, Reducer, Selection, VisualTokens, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("vtc_cls")
 @dataclass(frozen=True)
-class VTCCLS(Reducer):
+class VTCCLS(CropReducer):
     """VTC-CLS (arXiv 2412.05819): the ``[CLS]`` attention of the deep layers, summed, ranks the tokens.
 
     Attention ``[N, layers]`` is the mean over heads of each layer; layers are not normalised against each other.
@@ -49,9 +49,6 @@ class VTCCLS(Reducer):
     @property
     def needs(self) -> tuple[probes.Probe, ...]:
         return (probes.Attention(layers=float(self.start)),)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         (probe,) = self.needs
