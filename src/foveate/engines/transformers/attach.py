@@ -19,7 +19,7 @@ from foveate.core.errors import AttachError, InputError
 from foveate.core.in_llm import InLlmReducer, of_encoder
 from foveate.core.reducer import Method, Positions
 from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.caches import COMPACTION, HELD, cache_of, forget, given_cache, note, noted
 from foveate.engines.transformers.callbacks import show_whole_prompts

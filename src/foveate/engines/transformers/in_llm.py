@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer
+from foveate.core.in_llm import InLlmReducer, cuts
 from foveate.core.probes import LayerStates
 from foveate.core.reducer import Positions
 from foveate.core.rows import Rows
@@ -67,7 +67,7 @@ class Layers:
     def _boundaries(self) -> dict[int, InLlmReducer]:
         found: dict[int, InLlmReducer] = {}
         for reducer in self.reducers:
-            for boundary in reducer.boundaries(self.depth):
+            for boundary in cuts(reducer, self.depth):
                 if boundary <= max(found, default=0):
                     raise InputError(
                         f"{reducer.name} drops tokens in front of layer {boundary}, but a method before it does so in "

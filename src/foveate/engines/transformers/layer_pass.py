@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core.checks import selected_inside
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer, planned
 from foveate.core.rows import Rows
 from foveate.core.selection import SpanSelection
-from foveate.core.tokens import Crop
+from foveate.core.spans import Crop
 from foveate.engines.transformers.caches import given_cache, without_cache
 from foveate.engines.transformers.given import Given, left_of
 from foveate.engines.transformers.held import Current, Held
@@ -202,7 +203,7 @@ class Pass:
 
         tokens = self.sight.tokens(number, hidden, look)
         with torch.no_grad():
-            chosen = self.engine.boundaries[number].select(tokens)
+            chosen = selected_inside(self.engine.boundaries[number], tokens)
         if all(c.is_identity for c in chosen):
             return hidden
         before = self.left
