@@ -11,13 +11,13 @@ from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 import foveate
 from foveate.bench import arms, shapes
 from foveate.bench.memory import MemoryMeter
-from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, measure
-from foveate.bench.report import markdown, write_report
+from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, run_arms
+from foveate.bench.tables import markdown, write_report
 from foveate.core.errors import InputError, UnknownNameError, UnsupportedModelError
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attached
 from foveate.engines.transformers.caches import cache_of
-from foveate.measure.timing import STAGES, Clock, FirstToken, summary, threads
+from foveate.measure.timing import STAGES, Clock, FirstToken, median_p90, threads
 from foveate.methods import VisPruner
 from tiny_families.base import clip_config
 
@@ -46,7 +46,7 @@ def job():
 
 
 def settings(method="vispruner", **config):
-    return Settings.make(method, None, "drop", config, job().family)
+    return Settings.make(foveate.load_reducer(method, **config), family=job().family)
 
 
 @pytest.mark.parametrize("config", [llava, llava_next])
@@ -134,9 +134,9 @@ def test_the_oracle_neither_probes_nor_decides(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the oracle got its tokens for free")
 
-    monkeypatch.setattr("foveate.measure.run.encode_reduced", fail)
+    monkeypatch.setattr("foveate.bench.arms.reduce_with", fail)
     monkeypatch.setattr("foveate.bench.arms.apply", fail)
-    monkeypatch.setattr("foveate.bench.arms.encode_reduced", fail)
+    monkeypatch.setattr("foveate.engines.pipeline.look", fail)
     monkeypatch.setattr(type(own.reducer), "select", fail)
     seen = []
     encode = type(job().family).encode
@@ -172,7 +172,7 @@ def test_attached_arms_are_measured_beside_an_attached_oracle():
     found = [arms.unpruned(job())]
     for name, method in (("method", "vispruner"), ("oracle", "random")):
         found.append(arms.attached(name, job(), settings(method, keep=9), (9,) * 3))
-    result = measure(found, 2)
+    result = run_arms(found, 2)
     assert [row["kv_bytes"] for row in result["arms"]] == [2 * 3 * (n + 3) * 16 * 4 for n in (73, 18, 18)]
     assert set(result["comparisons"]) == {"first_token_of_oracle", "first_token", "total"}
     assert attached(job().model) is None
@@ -183,7 +183,7 @@ def test_methods_inside_the_llm_have_an_oracle_at_their_layers():
     assert [(arm.name, arm.received) for arm in found] == [
         ("unpruned", (64,) * 3), ("ratio 1", (64,) * 3), ("method", (64, 10, 10)), ("oracle", (64, 10, 10))
     ]  # fmt: skip
-    result = measure(found, 2)
+    result = run_arms(found, 2)
     rows = {row["arm"]: row for row in result["arms"]}
     held = (73 + 3) + 2 * (19 + 3)
     assert rows["method"]["kv_bytes"] == rows["oracle"]["kv_bytes"] == 2 * held * 16 * 4
@@ -199,7 +199,7 @@ def test_the_oracle_inside_the_llm_reads_nothing():
     (_, _, _, free) = arms_of(job(), settings("fastv", keep=10, layer=1))
     assert free.reducer.llm_probes() == ()
     assert free.reducer.needs == ()
-    with arms.attach(job().model, free.reducer) as handle:
+    with foveate.attach(job().model, free.reducer) as handle:
         job().model.generate(**job().inputs, max_new_tokens=2)
         (kept,) = handle.selections[0]
     assert len(kept) == 10
@@ -230,13 +230,13 @@ def test_memory_is_the_peak_of_each_stage():
 
 def test_a_run_that_fails_leaves_no_profiler_behind():
     with pytest.raises(InputError, match="scores from elsewhere"):
-        measure(arms_of(job(), settings("sgl", keep=9, layer=1)), 1)
+        run_arms(arms_of(job(), settings("sgl", keep=9, layer=1)), 1)
     assert not torch.autograd._profiler_enabled()
 
 
 def test_the_result_says_what_was_measured():
     said = []
-    result = measure(arms_of(job(), settings(keep=9)), 2, say=said.append)
+    result = run_arms(arms_of(job(), settings(keep=9)), 2, say=said.append)
     assert said[-1] == "turn 2 of 2"
     assert result["config"] == {
         "visual_tokens": 64, "text_tokens": 9, "answer_tokens": 4, "layers": 3, "dtype": "float32",
@@ -313,8 +313,8 @@ def test_break_even_of_methods_that_come_late():
 
 
 def test_summaries():
-    assert summary([0.3, 0.1, 0.2]) == {"median_ms": 200.0, "p90_ms": 300.0}
-    assert summary([i / 1000 for i in range(1, 21)]) == {"median_ms": 10.5, "p90_ms": 19.0}
+    assert median_p90([0.3, 0.1, 0.2]) == {"median_ms": 200.0, "p90_ms": 300.0}
+    assert median_p90([i / 1000 for i in range(1, 21)]) == {"median_ms": 10.5, "p90_ms": 19.0}
 
 
 def test_processor_time_leaves_waiting_out():
@@ -325,9 +325,9 @@ def test_processor_time_leaves_waiting_out():
     assert wall.seconds["vision"] >= 0.2
     assert own.seconds["vision"] < 0.1
     with threads(2), pytest.raises(InputError, match="use 1 thread"):
-        measure([arms.unpruned(job())], clock="cpu")
+        run_arms([arms.unpruned(job())], clock="cpu")
     with threads(1):
-        assert measure([arms.unpruned(job())], 1, "cpu")["config"]["clock"] == "cpu"
+        assert run_arms([arms.unpruned(job())], 1, "cpu")["config"]["clock"] == "cpu"
 
 
 def test_threads_are_restored():

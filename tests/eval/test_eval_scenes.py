@@ -12,7 +12,7 @@ from foveate.core.errors import FoveateError, InputError
 from foveate.core.reducer import Chain, list_methods
 from foveate.eval import leaderboard, scenes
 from foveate.eval.plot import plot
-from foveate.measure.run import prepare
+from foveate.measure.job import prepare
 from foveate.methods import CDPruner, FastV, FlowCut, Pool, Random, ToMe, VisPruner
 from foveate.nano.runner import Runner
 

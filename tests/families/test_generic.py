@@ -16,7 +16,7 @@ from tiny import IMAGE, Visual, collate, model, sample, samples
 
 def generic(net, inputs, reducer, positions="original"):
     family = Generic.of(net)
-    return reduce_with(net, family, inputs, Settings.make(reducer, positions, "drop", {}, family))
+    return reduce_with(net, family, inputs, Settings.make(reducer, positions, family=family))
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3", "pixtral", "lfm2_vl"])

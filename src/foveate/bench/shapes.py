@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from foveate.core.errors import InputError, UnknownNameError
 from foveate.cost.shapes import load_shape
 from foveate.families import family_of
-from foveate.measure.run import Job
+from foveate.measure.job import Job
 
 _BEFORE = 35
 """Text tokens before the picture, as many as the system prompt of LLaVA-1.5 has."""

@@ -81,7 +81,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Put the results of `bench model` into a page."""
-    from foveate.bench.report import write_report
+    from foveate.bench.tables import write_report
 
     fill_page(page, lambda: write_report(results, page), "not results of `foveate bench model`", as_json)
 
@@ -153,9 +153,9 @@ def model(
         else:
             refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(SHAPES)})")
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
-        arms = bench.arms_of(job, Settings.make(reducer, None, "drop", {}, job.family))
+        arms = bench.arms_of(job, Settings.make(reducer, family=job.family))
         with ERRORS.status("starting") as status:
-            measured = bench.measure(arms, repeats, clock.value, status.update)
+            measured = bench.run_arms(arms, repeats, clock.value, status.update)
         result = {"command": _command(context), "model": model, **measured}
         if model in SHAPES:
             result["config"]["tied"] = tied
@@ -180,8 +180,8 @@ def _shape_job(
 
 
 def _real_job(name: str, dtype: str, attn: str | None, image: Path | None, question: str, max_new_tokens: int) -> Any:
+    from foveate.measure.job import prepare
     from foveate.measure.loading import open_image
-    from foveate.measure.run import prepare
     from foveate.nano import SAMPLE
 
     picture = open_image(image or SAMPLE)

@@ -21,7 +21,7 @@ from foveate.cost.formulas import PerLayer
 from foveate.cost.imagined import imagined_tokens
 from foveate.cost.inside import inside_flops
 from foveate.cost.work import Work, measured
-from foveate.engines.transformers.reduce import probes_of
+from foveate.engines.pipeline import probes_of
 from foveate.families.base import Grid
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision

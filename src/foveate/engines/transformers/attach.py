@@ -20,6 +20,7 @@ from foveate.core.in_llm import InLlmReducer
 from foveate.core.reducer import Positions, Reducer, load_reducer
 from foveate.core.selection import Selection, SpanSelection
 from foveate.core.tokens import Span
+from foveate.engines.pipeline import UNMETERED, Meter
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.caches import COMPACTION, HELD, cache_of, forget, given_cache, note, noted
 from foveate.engines.transformers.callbacks import show_whole_prompts
@@ -66,11 +67,16 @@ def attach(
     >>> handle.selections[0][0].kept  # doctest: +SKIP
     """
     model = base_model(model)
-    refuse_vllm(model, load_reducer(method, **config))
+    reducer = load_reducer(method, **config)
+    refuse_vllm(model, reducer)
     family = family_of(model)
-    settings = Settings.make(method, positions, separators, config, family)
+    return attach_with(model, family, Settings.make(reducer, positions, separators, family))
+
+
+def attach_with(model: Any, family: Family, settings: Settings, meter: Meter = UNMETERED) -> Handle:
+    """Attach as `attach` does, with the family and the settings at hand; see `foveate.engines.pipeline.run`."""
     settings.reducer.check(model, family)
-    return Handle(model, family, settings)
+    return Handle(model, family, settings, meter)
 
 
 def attached(model: Any) -> Handle | None:
@@ -86,12 +92,13 @@ class Handle:
     ``forward`` is served by hooks, and its logits have the compact length.
     """
 
-    def __init__(self, model: Any, family: Family, settings: Settings):
+    def __init__(self, model: Any, family: Family, settings: Settings, meter: Meter = UNMETERED):
         if (other := attached(model)) is not None:
             raise AttachError(
                 f"{other.reducer!r} is attached to this model already: detach it first, or attach a Chain of both"
             )
         self.settings: Settings = settings
+        self._meter = meter
         self.selection: Selection | None = None
         self._batch = 0
         self._pass: Pass | None = None
@@ -144,11 +151,6 @@ class Handle:
             for row, count in zip(rows, left, strict=True):
                 row.append(count)
         return rows
-
-    def expect(self, shown: Shown) -> None:
-        """Say what the next call gives the LLM, where its inputs are encoded already."""
-        self._local.shown = shown
-        self._batch = shown.batch
 
     @contextmanager
     def scored(self, scores: Sequence[Tensor]) -> Iterator[None]:
@@ -310,11 +312,7 @@ class Handle:
                 "the deep layers of this cache hold fewer tokens than the first ones: attach the method inside the LLM "
                 "that filled it, or start with a new cache"
             )
-        if (
-            self.settings.before is None
-            and not any(r.needs for r in self.settings.inside)
-            and not noted(cache, COMPACTION)
-        ):
+        if self.settings.before is None and not self.settings.judging and not noted(cache, COMPACTION):
             self._show(inputs, filled)
             if not (filled and self._family.keeps_positions):
                 return Reduced(inputs)
@@ -353,7 +351,7 @@ class Handle:
 
     def _reduce(self, inputs: Mapping[str, Any], settings: Settings) -> Reduced:
         """Let the methods before the LLM act, and note for those inside it what is left."""
-        out = reduce_with(self._model, self._family, inputs, settings)
+        out = reduce_with(self._model, self._family, inputs, settings, self._meter)
         if self._layers is not None and out.compaction is not None:
             out.priors = {**out.priors, **self._scores(out.spans, out.selection)}
             self._local.shown = shown_to_llm(inputs, out)
