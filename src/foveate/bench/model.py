@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -18,13 +18,12 @@ from foveate.core.errors import UnsupportedModelError
 from foveate.cost import prefill_flops
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import cache_of
-from foveate.measure.job import Job
+from foveate.measure.job import Job, Say
 from foveate.measure.provenance import machine, versions
 from foveate.measure.timing import STAGES, Clock, check_clock, median_p90
 
 FIRST_TOKEN = ("vision", "select", "prefill")
 ClockName: TypeAlias = Literal["wall", "cpu"]
-Say = Callable[[str], None]
 Times = Mapping[str, Sequence[Mapping[str, float]]]
 """Seconds by stage, of each turn, of each arm."""
 

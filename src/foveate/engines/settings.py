@@ -101,8 +101,10 @@ class Settings:
         if separators not in ("drop", "keep", "nonempty"):
             raise InputError(f"separators are 'drop', 'keep' or 'nonempty', not {separators!r}")
         before, inside = split(reducer.stages())
+        # A smaller picture is a grid of its own: the rows that separators would close are not there.
         if any(r.stage == "pixels" for r in before) and separators != "drop":
             raise InputError(f"{reducer.name} encodes smaller pictures, which have no separators: use 'drop'")
+        # M-RoPE: an image with holes has no compact numbering along three axes.
         fixed = family is not None and family.keeps_positions
         if family is not None and fixed and positions == "compact":
             raise InputError(f"tokens of {family.name} have positions along several axes: use positions='original'")
@@ -111,6 +113,7 @@ class Settings:
                 f"{' and '.join(r.name for r in inside)} give positions differently: pass positions='original' or "
                 "'compact'"
             )
+        # The last method's paper counts: it leaves the tokens that the LLM is given.
         own = [part[-1].positions if part and not fixed else "original" for part in (before, inside)]
         return cls(reducer, positions or own[0], separators, positions or own[1])
 

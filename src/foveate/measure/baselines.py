@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 
 import torch
 
@@ -12,11 +11,10 @@ from foveate.core.in_llm import schedule
 from foveate.core.reducer import Chain, Reducer, load_reducer
 from foveate.engines.pipeline import look
 from foveate.engines.settings import inside_llm
-from foveate.measure.job import Job
+from foveate.measure.job import Job, Say
 from foveate.methods import Downsample
 
 BASELINES = ("random", "uniform", "pool", "downsample")
-Say = Callable[[str], None]
 
 
 def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Reducer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from foveate.core.grids import middle
 from foveate.core.tokens import Span
 from foveate.families import FAMILIES, Family, family_of
 from foveate.measure.loading import encoder_view, model_inputs, prompt_for
+
+Say = Callable[[str], None]
+"""Gets a line about what is going on."""
 
 
 @dataclass(frozen=True, eq=False)

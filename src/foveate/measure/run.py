@@ -25,10 +25,8 @@ from foveate.engines.pipeline import decide
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.attach import attach_with
 from foveate.engines.transformers.reduce import base_model
-from foveate.measure.job import Job
+from foveate.measure.job import Job, Say
 from foveate.measure.timing import STAGES, Clock, FirstToken, encoder_reports
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,12 +140,15 @@ def apply(
     """Compact all planes of the inputs together and hand the embeddings over."""
     family.check_kept(model, selection)
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
+    # M-RoPE positions follow from the ids and sizes of the full prompt: of the compact one they cannot be computed.
     own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
     full = with_positions(inputs, inputs["input_ids"].shape, positions, own)
     if family.keeps_positions and positions == "original":
+        # A later turn goes on behind the last M-RoPE position, which the number of columns does not tell.
         full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
         compaction = replace(compaction, behind=position_behind(full["position_ids"], inputs.get("attention_mask")))
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
+    # The images are encoded: a model that is given pixels beside mm_encoder_outputs may encode them again.
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
     if out.get("position_ids") is not None and out.get("attention_mask") is None:
@@ -195,6 +198,7 @@ def rotary_axes(positions: Tensor, batch: int) -> Tensor:
 
 def refuse_vllm(model: Any, reducer: Reducer) -> None:
     """Raise `UnsupportedModelError` for an engine of vLLM, which this one cannot run a method in."""
+    # By name, so that vLLM need not be installed.
     if type(model).__module__.partition(".")[0] != "vllm":
         return
     if inside := inside_llm(reducer):
