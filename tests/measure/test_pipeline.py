@@ -61,13 +61,13 @@ class Noting(Meter):
     """A meter that notes down what it is told."""
 
     def __init__(self):
-        self.stages, self.seen = [], []
+        self.stages, self.decisions = [], []
 
     def stop(self, stage):
         self.stages.append(stage)
 
-    def saw(self, tokens):
-        self.seen.append(tokens)
+    def decided(self, decision):
+        self.decisions.append(decision)
 
 
 def _equal(a, b):
@@ -93,7 +93,9 @@ def test_metered_inputs_are_those_of_reduce(family, reducer):
         "select",
     ]  # look, decide, embed, apply; of smaller pictures, which are planned first, in two steps
     assert meter.stages == (once if reducer.stage == "pixels" else 2 * once)
-    assert len(meter.seen) == (reducer.stage != "pixels")
+    (decision,) = meter.decisions
+    assert _kept(decision.selection) == _kept(plain.selection)
+    assert (decision.tokens is None) == (reducer.stage == "pixels")
 
 
 @families

@@ -32,8 +32,8 @@ class Meter:
     def stop(self, stage: str) -> None:
         """End a stage, which began where the one before it ended. A stage may come in several pieces."""
 
-    def saw(self, tokens: VisualTokens) -> None:
-        """Take note of what the methods decide on, as soon as it is there."""
+    def decided(self, decision: Decision) -> None:
+        """Take note of a decision, before it is applied."""
 
 
 UNMETERED = Meter()
@@ -97,13 +97,13 @@ def run(
     else:
         readers = [r for r in (before, *settings.judging) if r is not None]
         tokens = look(model, family, inputs, spans, readers) if seen is None else seen
-        meter.saw(tokens)
         meter.stop("vision")
         selection = decide(tokens, settings)
         meter.stop("select")
         embeds = family.embed(model, tokens, selection, None if before is None else before.merges)
         decision = Decision(tuple(spans), selection, embeds, tokens)
     meter.stop("vision")
+    meter.decided(decision)
     applied = apply(decision)
     meter.stop("select")
     return applied

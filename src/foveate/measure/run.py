@@ -21,7 +21,7 @@ from foveate.core.tokens import VisualTokens
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
 from foveate.cost.arms import arm_cost
 from foveate.cost.inside import inside_flops
-from foveate.engines.pipeline import decide
+from foveate.engines.pipeline import Decision, decide
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.attach import attach_with
 from foveate.engines.transformers.reduce import base_model
@@ -160,12 +160,12 @@ class Result:
 
 
 class _Witness(Clock):
-    """A clock that also remembers what the methods saw."""
+    """A clock that also remembers what was decided before the LLM."""
 
-    tokens: VisualTokens | None = None
+    decision: Decision | None = None
 
-    def saw(self, tokens: VisualTokens) -> None:
-        self.tokens = tokens
+    def decided(self, decision: Decision) -> None:
+        self.decision = decision
 
 
 @torch.no_grad()
@@ -192,31 +192,30 @@ def run_once(
         out = job.model.generate(
             **job.inputs, max_new_tokens=job.max_new_tokens, do_sample=False, num_beams=1, streamer=FirstToken(clock)
         )
-        selection = given = identity(job.spans)
+        selection = identity(job.spans)
         layers: Sequence[int] = (job.visual_tokens,) * job.depth
         if handle is not None:
             selection, (layers,) = Selection(tuple(handle.selections[0])), handle.received
-            given = given if handle.selection is None else handle.selection
-    new = out[0, job.inputs["input_ids"].shape[1] :]
+    decision, new = clock.decision, out[0, job.inputs["input_ids"].shape[1] :]
     return Result(
         answer=job.processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
         answer_tokens=len(new),
         selection=selection,
-        tokens=clock.tokens,
-        given=[(chosen.kind, len(chosen)) for chosen in given],
+        tokens=None if decision is None else decision.tokens,
+        given=[(left.kind, len(left)) for left in (job.spans if decision is None else decision.selection)],
         layers=tuple(layers),
         seconds=clock.seconds,
-        decision_flops=decision_flops(clock.tokens, settings) if count else 0,
+        decision_flops=decision_flops(decision, settings) if count else 0,
         stock=stock,
     )
 
 
-def decision_flops(tokens: VisualTokens | None, settings: Settings | None) -> int:
-    """Count what a method before the LLM multiplies to decide on what it saw."""
-    if tokens is None or settings is None:
+def decision_flops(decision: Decision | None, settings: Settings | None) -> int:
+    """Count what a method before the LLM multiplies to decide."""
+    if decision is None or decision.tokens is None or settings is None:
         return 0
     with FlopCounterMode(display=False) as counter:
-        decide(tokens, settings)
+        decide(decision.tokens, settings)
     return int(counter.get_total_flops())
 
 
