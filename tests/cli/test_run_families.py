@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 import tiny
-from foveate.core.reducer import load_reducer
 from foveate.families import FAMILIES, family_of
 from foveate.measure.baselines import baselines
 from foveate.measure.job import Job
 from foveate.measure.run import run_methods
 from foveate.measure.summary import summarize
+from foveate.registry import load_reducer
 
 
 def _job(name: str, *parts: tiny.Part) -> Job:

@@ -9,6 +9,7 @@ import foveate
 import tiny
 from foveate import Chain, load_reducer
 from foveate.bench.model import arms_of
+from foveate.core.in_llm import of_encoder
 from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.reduce import reduce_with
@@ -112,7 +113,7 @@ def test_what_run_measures_is_what_attach_gives(family, reducer, monkeypatch):
     if reducer.stage != "in_llm" and not any(part.stage == "in_llm" for part in reducer.stages()):
         assert answer == _answer(job, foveate.reduce(job.model, job.inputs, reducer))
     decided = stages.count("select")
-    alone = all(part.stage == "in_llm" for part in reducer.stages()) and not any(p.needs for p in reducer.stages())
+    alone = all(part.stage == "in_llm" for part in reducer.stages()) and not any(map(of_encoder, reducer.stages()))
     assert decided == (0 if alone else 1 if reducer.stage == "pixels" else 2)
     assert stages[-2:] == ["prefill", "decode"]
     assert stages.count("decode") == 1

@@ -15,9 +15,10 @@ from torch import Tensor
 from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import InputError
+from foveate.core.in_llm import of_encoder
 from foveate.core.probes import ClsSimilarity, ClsToken, Features, Probe, Query
 from foveate.core.ranking import cosine_matrix
-from foveate.core.reducer import Reducer, identity
+from foveate.core.reducer import Method, identity
 from foveate.core.selection import Merge, Selection, SpanSelection
 from foveate.core.tokens import Span, VisualTokens
 from foveate.engines.settings import Separators, Settings
@@ -110,7 +111,7 @@ def run(
 
 
 def look(
-    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
+    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Method]
 ) -> VisualTokens:
     """Encode the images of some inputs once, with everything that one of the reducers needs to decide.
 
@@ -144,9 +145,9 @@ def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     return replace(tokens, planes={**tokens.planes, ClsSimilarity(): similarity})
 
 
-def probes_of(reducers: Sequence[Reducer]) -> tuple[Probe, ...]:
+def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
     """Return the probes that some reducers and their budgets read."""
-    probes = dict.fromkeys(probe for reducer in reducers for probe in reducer.probes())
+    probes = dict.fromkeys(probe for reducer in reducers for probe in of_encoder(reducer))
     if any(reducer.coverages() for reducer in reducers):
         probes[SALIENCY] = None
     return tuple(probes)

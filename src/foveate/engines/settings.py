@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import Chain, Positions, Reducer, by_default, list_methods, split
+from foveate.core.in_llm import InLlmReducer, of_encoder, split
+from foveate.core.reducer import Method, Positions, Reducer
 from foveate.core.tokens import Span
 from foveate.families import Family
+from foveate.methods.chain import Chain
+from foveate.registry import by_default, list_methods
 
 Separators: TypeAlias = Literal["drop", "keep", "nonempty"]
 
 
-def before_llm(reducer: Reducer) -> Reducer | None:
+def before_llm(reducer: Method) -> Reducer | Chain | None:
     """Return what of a method acts before the LLM, as one method; `None` if nothing does."""
     before, _ = split(reducer.stages())
     return (before[0] if len(before) == 1 else Chain(*before)) if before else None
 
 
-def inside_llm(reducer: Reducer) -> tuple[InLlmReducer, ...]:
+def inside_llm(reducer: Method) -> tuple[InLlmReducer, ...]:
     """Return the parts of a method that act inside the LLM."""
-    return tuple(r for r in reducer.stages() if isinstance(r, InLlmReducer))
+    return split(reducer.stages())[1]
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Settings:
         boundary at which some are dropped.
     """
 
-    reducer: Reducer
+    reducer: Method
     positions: Positions
     separators: Separators
     inside_positions: Positions
 
     @property
-    def before(self) -> Reducer | None:
+    def before(self) -> Reducer | Chain | None:
         """What acts before the LLM."""
         return before_llm(self.reducer)
 
@@ -64,7 +66,7 @@ class Settings:
     @property
     def judging(self) -> tuple[InLlmReducer, ...]:
         """Those parts inside the LLM that also read the vision encoder, for `InLlmReducer.prior`."""
-        return tuple(r for r in self.inside if r.needs)
+        return tuple(r for r in self.inside if of_encoder(r))
 
     def leaves_alone(self, spans: Sequence[Span]) -> bool:
         """Return whether nothing is to be done before the LLM, of which the model itself can encode these spans."""
@@ -73,7 +75,7 @@ class Settings:
     @classmethod
     def make(
         cls,
-        reducer: Reducer,
+        reducer: Method,
         positions: Positions | None = None,
         separators: Separators = "drop",
         family: Family | None = None,
@@ -118,7 +120,7 @@ class Settings:
         return cls(reducer, positions or own[0], separators, positions or own[1])
 
 
-def _check_family(reducer: Reducer, family: Family) -> None:
+def _check_family(reducer: Method, family: Family) -> None:
     if (lacking := family.lacks(reducer)) is None:
         return
     others = [name for name in list_methods() if name != "chain" and not family.lacks(by_default(name))]

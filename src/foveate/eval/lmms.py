@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from foveate.core.errors import FoveateError, InputError, UnknownNameError
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.eval.lmms_arguments import make_reducer
 from foveate.measure.files import write_text
 
@@ -38,7 +38,7 @@ def manifest() -> Any:
 def run(
     model: str,
     tasks: Sequence[str],
-    method: str | Path | Reducer | None = None,
+    method: str | Path | Method | None = None,
     keep: Any = None,
     *,
     config: Mapping[str, Any] | None = None,

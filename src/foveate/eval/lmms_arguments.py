@@ -8,17 +8,18 @@ from typing import Any
 
 from foveate.core.budget import parse_keep
 from foveate.core.errors import InputError
-from foveate.core.reducer import Reducer, load_reducer
+from foveate.core.reducer import Method
 from foveate.measure.provenance import machine, versions
+from foveate.registry import load_reducer
 
 
-def make_reducer(method: str | Path | Reducer | None, keep: Any = None, **config: Any) -> Reducer | None:
+def make_reducer(method: str | Path | Method | None, keep: Any = None, **config: Any) -> Method | None:
     """Return the reducer that words of a command line describe, or `None` for the unpruned model.
 
     Parameters
     ----------
     method
-        A reducer, the name of one, or a JSON file that `Reducer.save` wrote.
+        A reducer, the name of one, or a JSON file that `Method.save` wrote.
     keep
         The budget, also as text such as ``"64"``, ``"0.25"`` or ``"coverage:0.9"``.
     """

@@ -8,16 +8,18 @@ import torch
 
 from foveate.core.errors import BudgetError
 from foveate.core.in_llm import schedule
-from foveate.core.reducer import Chain, Reducer, load_reducer
+from foveate.core.reducer import Method, Reducer
 from foveate.engines.pipeline import look
 from foveate.engines.settings import inside_llm
 from foveate.measure.job import Job, Say
 from foveate.methods import Downsample
+from foveate.methods.chain import Chain
+from foveate.registry import load_reducer
 
 BASELINES = ("random", "uniform", "pool", "downsample")
 
 
-def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Reducer]:
+def baselines(job: Job, reducer: Method, say: Say = lambda _: None) -> list[Method]:
     """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
 
     Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
@@ -29,6 +31,7 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
         received = schedule(reducer, job.depth, job.visual_tokens)
         keep = min(statistics.fmean(received) / job.visual_tokens, 1.0)
     elif reducer.coverages() or reducer.adaptive or isinstance(reducer, Chain):
+        assert isinstance(reducer, Reducer | Chain)
         with torch.no_grad():
             tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
             keep = [len(chosen) for chosen in reducer.select(tokens)]

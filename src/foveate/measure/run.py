@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Attention
-from foveate.core.reducer import Positions, Reducer, identity
+from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.tokens import VisualTokens
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
@@ -55,7 +55,7 @@ class Outcome:
         Bytes of the prompt's KV cache.
     """
 
-    reducer: Reducer | None
+    reducer: Method | None
     answer: str
     answer_tokens: int
     selection: Selection
@@ -91,7 +91,7 @@ class Outcome:
 
 def run_methods(
     job: Job,
-    reducers: Sequence[Reducer | None],
+    reducers: Sequence[Method | None],
     positions: Positions | None = None,
     separators: Separators = "drop",
     repeats: int = 3,
@@ -219,7 +219,7 @@ def decision_flops(decision: Decision | None, settings: Settings | None) -> int:
     return int(counter.get_total_flops())
 
 
-def _outcome(job: Job, reducer: Reducer | None, result: Result, times: Sequence[dict[str, float]]) -> Outcome:
+def _outcome(job: Job, reducer: Method | None, result: Result, times: Sequence[dict[str, float]]) -> Outcome:
     seconds = {stage: statistics.median(t[stage] for t in times) for stage in STAGES}
     seconds["total"] = statistics.median(sum(t.values()) for t in times)
     size = torch.finfo(job.model.dtype).bits // 8
@@ -231,7 +231,7 @@ def _outcome(job: Job, reducer: Reducer | None, result: Result, times: Sequence[
     )  # fmt: skip
 
 
-def cost_of(job: Job, reducer: Reducer | None, result: Result) -> Cost | None:
+def cost_of(job: Job, reducer: Method | None, result: Result) -> Cost | None:
     """Return the FLOPs of the prefill of a run, or `None` if they are not known."""
     model = base_model(job.model)
     method = None if result.stock else reducer
@@ -246,14 +246,14 @@ def cost_of(job: Job, reducer: Reducer | None, result: Result) -> Cost | None:
         return None
 
 
-def _saliency(reducer: Reducer | None, tokens: VisualTokens | None) -> list[Tensor] | None:
+def _saliency(reducer: Method | None, tokens: VisualTokens | None) -> list[Tensor] | None:
     if reducer is None or tokens is None:
         return None
-    probe = next((p for p in reducer.probes() if isinstance(p, Attention)), None)
+    probe = next((p for p in reducer.needs if isinstance(p, Attention)), None)
     if probe is None:
         return None
     return [x.float().cpu() if x.dim() == 1 else x.float().mean(dim=-1).cpu() for x in tokens.probe(probe)]
 
 
-def _name(reducer: Reducer | None) -> str:
+def _name(reducer: Method | None) -> str:
     return "the unpruned model" if reducer is None else reducer.name

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Final, Literal, TypeAlias
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.tune.asking import Asker
 from foveate.tune.bounds import Estimate, disagreement, drop, middle
 from foveate.tune.candidates import CONTROLS
@@ -162,7 +162,7 @@ class Found:
 def search(
     asker: Asker,
     prompts: Sequence[Prompt],
-    candidates: Mapping[str, Reducer],
+    candidates: Mapping[str, Method],
     wish: Wish,
     journal: Journal,
     *,

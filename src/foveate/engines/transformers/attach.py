@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveate.core.errors import AttachError, InputError
 from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import Positions, Reducer, load_reducer
+from foveate.core.reducer import Method, Positions
 from foveate.core.selection import Selection, SpanSelection
 from foveate.core.tokens import Span
 from foveate.engines.pipeline import UNMETERED, Meter
@@ -39,13 +39,14 @@ from foveate.engines.transformers.reduce import (
     with_positions,
 )
 from foveate.families import Family, family_of
+from foveate.registry import load_reducer
 
 _HANDLE: Final = "_foveate"
 
 
 def attach(
     model: Any,
-    method: str | Path | Reducer,
+    method: str | Path | Method,
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
@@ -116,7 +117,7 @@ class Handle:
         ]
 
     @property
-    def reducer(self) -> Reducer:
+    def reducer(self) -> Method:
         """The attached method."""
         return self.settings.reducer
 

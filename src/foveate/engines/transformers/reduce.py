@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import Positions, Reducer, get_method, identity, list_methods, load_reducer
+from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.tokens import Span, VisualTokens
 from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
@@ -20,6 +20,7 @@ from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
 from foveate.engines.transformers.given import Shown, given, priors_of
 from foveate.families import Family, family_of
+from foveate.registry import get_method, list_methods, load_reducer
 
 
 class Reduced(dict[str, Any]):
@@ -46,7 +47,7 @@ class Reduced(dict[str, Any]):
 def reduce(
     model: Any,
     inputs: Mapping[str, Any],
-    method: str | Path | Reducer,
+    method: str | Path | Method,
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
@@ -64,7 +65,7 @@ def reduce(
     inputs
         What its processor returned: ``input_ids`` ``[B, L]``, ``pixel_values``, optionally masks and labels.
     method
-        A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Reducer.save` wrote.
+        A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Method.save` wrote.
     positions, separators
         See `Settings`. Positions default to those of the method's paper.
 
@@ -196,7 +197,7 @@ def rotary_axes(positions: Tensor, batch: int) -> Tensor:
     return axes.expand(3, batch, -1)
 
 
-def refuse_vllm(model: Any, reducer: Reducer) -> None:
+def refuse_vllm(model: Any, reducer: Method) -> None:
     """Raise `UnsupportedModelError` for an engine of vLLM, which this one cannot run a method in."""
     # By name, so that vLLM need not be installed.
     if type(model).__module__.partition(".")[0] != "vllm":
