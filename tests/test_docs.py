@@ -11,7 +11,7 @@ import pytest
 from foveate.bench.report import markdown as speed_table
 from foveate.cli import compatibility
 from foveate.core.reducer import get_method, load_reducer
-from foveate.cost.report import markdown as cost_table
+from foveate.cost.figures import markdown as cost_table
 from foveate.eval import backbone, leaderboard
 from foveate.eval.leaderboard import table_rows
 from foveate.eval.scenes import BLOCK, UNPRUNED, Entry, collect, draws

@@ -141,7 +141,7 @@ def model(
 ) -> None:
     """Time a model unpruned, with a method, and with as many tokens for free; measure memory; say when it pays."""
     from foveate.bench import model as bench
-    from foveate.bench.shapes import SHAPES
+    from foveate.bench.random_models import SHAPES
     from foveate.engines.settings import Settings
     from foveate.measure.timing import threads as torch_threads
 
@@ -172,7 +172,7 @@ def model(
 def _shape_job(
     shape: str, layers: int, tied: bool, dtype: str, attn: str | None, text_tokens: int, max_new_tokens: int
 ) -> Any:
-    from foveate.bench.shapes import random_job, random_model
+    from foveate.bench.random_models import random_job, random_model
 
     ERRORS.print(f"making a random {shape} with {layers} layers", highlight=False)
     made = random_model(shape, layers, tied, "bfloat16" if dtype == "auto" else dtype, attn)

@@ -7,7 +7,7 @@ from typing import Any
 from foveate.core.in_llm import LayerAttention, LayerKeys, LayerStates, Prior
 from foveate.core.probes import Attention, ClsSimilarity, ClsToken, Embeddings, Features, Keys, Query
 from foveate.core.reducer import Reducer, by_default, list_methods
-from foveate.families import FAMILIES, Family
+from foveate.families import Family, all_families
 from foveate.measure.pages import markdown_table
 
 YES, SOME, NO = "yes", "some", "no"
@@ -64,10 +64,11 @@ def table() -> dict[str, Any]:
                 "resizes": family.resizes,
                 "positions": ["original"] if family.keeps_positions else ["original", "compact"],
             }
-            for family in FAMILIES.values()
+            for family in all_families().values()
         ],
         "methods": [
-            {"name": name, "families": {f.name: runs(by_default(name), f) for f in FAMILIES.values()}} for name in names
+            {"name": name, "families": {f.name: runs(by_default(name), f) for f in all_families().values()}}
+            for name in names
         ],
     }
 

@@ -18,13 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.families import Family, family_of
-from foveate.families.lfm2_vl import Lfm2Vl
-from foveate.families.llava import Llava, feature_layers
-from foveate.families.merged import MergedFamily
-from foveate.families.mrope import MRopeFamily
-from foveate.families.pixtral import Mistral3
-from foveate.families.tower import attention_of, encoder_layers, feature_indices
-from foveate.families.video_llava import VideoLlava
+from foveate.families.tower import attention_of
 
 _EMBEDDINGS = ("patch_embed", "embeddings", "patch_conv")
 """Names of the part of a vision tower that makes tokens of patches."""
@@ -129,11 +123,6 @@ class Anatomy:
     decoder: tuple[Layer, ...]
     lm_head: int
 
-    @property
-    def projects_kept(self) -> bool:
-        """Whether foveate prunes before the projector, so that it maps the kept tokens alone."""
-        return isinstance(self.family, Llava | VideoLlava)
-
 
 def anatomy_of(config: Any, model_class: Any = None) -> Anatomy:
     """Take a model apart by its configuration.
@@ -171,12 +160,10 @@ def _anatomy(key: _Key) -> Anatomy:
     model = skeleton(key.config, key.model_class)
     family, config = family_of(model), model.config
     text = config.get_text_config()
-    encoder, merges = _llava_tower(family, model), 1
-    if isinstance(family, MergedFamily):
-        encoder, merges = family.encoder(model), family.patches_per_row(model)
+    encoder = family.encoder(model)
     return Anatomy(
         family, model, None if encoder is None else _tower(family, model, encoder),
-        _projector(family, model, encoder), merges,
+        _projector(family, model, encoder), family.patches_per_row(model),
         tuple(_decoder(model, text)), 2 * text.hidden_size * text.vocab_size,
     )  # fmt: skip
 
@@ -257,37 +244,13 @@ def _recurrence(text: Any) -> int:
     return int(6 * text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim)
 
 
-def _llava_tower(family: Family, model: Any) -> nn.Module | None:
-    if isinstance(family, VideoLlava):
-        return model.model.image_tower  # type: ignore[no-any-return]  # the tower of videos is its twin
-    return model.model.vision_tower if isinstance(family, Llava) else None
-
-
 def _tower(family: Family, model: Any, encoder: nn.Module) -> Tower:
-    stack = encoder_layers(encoder)
-    convolution = next(
-        (part for name, part in encoder.named_modules() if _within(name, _EMBEDDINGS) and hasattr(part, "kernel_size")),
-        None,
-    )
-    size = model.config.vision_config.patch_size if convolution is None else convolution.kernel_size[-2:]
-    patch = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    lead, read = _lead_and_read(family, model, stack)
-    vision = model.config.vision_config
-    window = getattr(vision, "window_size", 0) if hasattr(vision, "fullatt_block_indexes") else 0
     return Tower(
         sum(_own(name, part, 1.0) for name, part in encoder.named_modules() if _projects_patches(name, part)),
-        tuple(map(_vision_layer, stack)), lead, read, patch, window // patch[0],
-        frozenset(vision.fullatt_block_indexes) if window else frozenset(), isinstance(family, Mistral3),
-        None if isinstance(family, MRopeFamily | Mistral3 | Lfm2Vl) else _grid(encoder, vision, patch),
+        tuple(map(_vision_layer, family.layers(model))), family.lead(model), family.read_layer(model) + 1,
+        family.patch_size(model), family.window(model), frozenset(family.whole_layers(model) or ()),
+        family.packs_pictures, family.picture_grid(model),
     )  # fmt: skip
-
-
-def _grid(encoder: Any, vision: Any, patch: tuple[int, int]) -> tuple[int, int]:
-    if hasattr(encoder, "timm_model"):
-        rows, columns = encoder.timm_model.patch_embed.grid_size
-        return int(rows), int(columns)
-    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
-    return int(height // patch[0]), int(width // patch[1])
 
 
 def _projects_patches(name: str, part: nn.Module) -> bool:
@@ -296,14 +259,6 @@ def _projects_patches(name: str, part: nn.Module) -> bool:
 
 def _within(name: str, parts: tuple[str, ...]) -> bool:
     return not set(name.split(".")).isdisjoint(parts)
-
-
-def _lead_and_read(family: Family, model: Any, stack: nn.ModuleList) -> tuple[int, int]:
-    if isinstance(family, MergedFamily):
-        return family.lead(model), family.read_layer(model) + 1
-    if isinstance(family, Llava):
-        return int(family.cls(model)), max(feature_indices(stack, family.layers(model, {}))) + 1
-    return 1, max(feature_indices(stack, feature_layers(model, {}))) + 1
 
 
 def _vision_layer(layer: nn.Module) -> Layer:
@@ -317,7 +272,7 @@ def _vision_layer(layer: nn.Module) -> Layer:
 
 
 def _projector(family: Family, model: Any, encoder: nn.Module | None) -> int:
-    if family.name == "generic":
+    if family.opaque:
         return 0
     module = family.projector(model)
     whole = 2 * module.weight.numel() if isinstance(module, nn.Embedding) else matrices(module)

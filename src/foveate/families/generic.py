@@ -15,7 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Embeddings, Features, Probe
 from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.families.base import Family, Grid, one_row_per_token, placeholder_columns
+from foveate.families.base import Family
+from foveate.families.batches import one_row_per_token, placeholder_columns
+from foveate.families.layout import Grid
 
 _PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")
 
@@ -49,6 +51,7 @@ class Generic(Family):
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
     has_attention = False
     has_grid = False
+    opaque = True
     notes = "any other model that takes mm_encoder_outputs; no probes of the encoder; the grid if it is a square"
 
     @property
@@ -99,6 +102,9 @@ class Generic(Family):
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
     ) -> list[list[Tensor]]:
         raise UnsupportedModelError(f"{type(model).__name__} has no family that can encode smaller pictures")
+
+    def run_encoder(self, model: Any, pixels: Tensor, **side: Any) -> Any:
+        return model.get_image_features(pixels, **side)
 
     def project(self, model: Any, features: Tensor) -> Tensor:
         return features

@@ -16,6 +16,7 @@ class InternVL(TiledFamily):
     name = "internvl"
     model_types = ("internvl",)
     has_cls = True
+    frames_are_images = True
     notes = "tiles, overview and frames are crops; pruned behind pixel shuffle and projector"
 
     def lead(self, model: Any) -> int:

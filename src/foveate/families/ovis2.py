@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from foveate.core.errors import InputError
 from foveate.core.tokens import Crop, Span
-from foveate.families.base import one_row_per_token
-from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
+from foveate.families.batches import one_row_per_token
+from foveate.families.layout import Layout
+from foveate.families.merged import MergedFamily, mean_of_blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from foveate.families.merged import Layout
+from foveate.families.layout import Layout
 from foveate.families.mrope import MRopeFamily
 
 

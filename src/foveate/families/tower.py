@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import ClsToken, Features, LayerProbe, Probe
 from foveate.core.tokens import Crop, VisualTokens
-from foveate.families.base import Grid
+from foveate.families.layout import Grid
 from foveate.families.taps import layer_outputs, tap
 
 

@@ -23,13 +23,13 @@ from foveate.core.reducer import Chain, Positions, Reducer, identity, load_reduc
 from foveate.core.selection import Selection
 from foveate.core.tokens import Span, VisualTokens
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
-from foveate.cost.arms import arm_cost
-from foveate.cost.inside import inside_flops
+from foveate.cost.overhead import inside_flops
+from foveate.cost.prefill import arm_cost
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.attach import attach
 from foveate.engines.transformers.given import Shown, given, priors_of
 from foveate.engines.transformers.reduce import Reduced, apply, base_model, decide, look, select, shown_to_llm
-from foveate.families import FAMILIES, Family, family_of
+from foveate.families import Family, all_families, family_of
 from foveate.measure.loading import encoder_view, model_inputs, prompt_for
 from foveate.measure.timing import STAGES, Clock, FirstToken, Meter
 from foveate.methods import Downsample
@@ -163,8 +163,8 @@ def prepare(
         If the model's family takes no videos.
     """
     family = family_of(model)
-    if video and (family.name == "generic" or "video" not in family.inputs.values()):
-        able = [f.name for f in FAMILIES.values() if f.model_types and "video" in f.inputs.values()]
+    if video and ("video" not in family.kinds):
+        able = [f.name for f in all_families().values() if "video" in f.kinds]
         raise UnsupportedModelError(
             f"models of the family {family.name!r} take no videos; those of these families do: {', '.join(able)}"
         )

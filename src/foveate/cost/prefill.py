@@ -19,12 +19,10 @@ from foveate.cost.anatomy import Anatomy
 from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
 from foveate.cost.formulas import PerLayer
 from foveate.cost.imagined import imagined_tokens
-from foveate.cost.inside import inside_flops
-from foveate.cost.work import Work, measured
+from foveate.cost.overhead import inside_flops
+from foveate.cost.work import Work, encoder_flops
 from foveate.engines.transformers.reduce import probes_of
-from foveate.families.base import Grid
-from foveate.families.llava_next_video import LlavaNextVideo
-from foveate.families.llava_onevision import LlavaOnevision
+from foveate.families.layout import Grid
 
 
 def arm_cost(
@@ -44,23 +42,27 @@ def arm_cost(
     """
     reducer = None if reducer is None else _before(reducer)
     rows: Sequence[Patches] = work.rows(anatomy)
-    windows, vision, projected, probes = work.windows(anatomy), work.measured, work.projected(anatomy), 0
+    windows, vision, projected, probes = work.windows(anatomy), work.encoder_flops, work.projected(anatomy), 0
     if reducer is not None:
         first = kept if isinstance(kept, int) else kept[0]
         all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.probes()
-        if anatomy.projects_kept:
+        if anatomy.family.projects_kept:
             projected = work.tokens if all_projected else first
         if reducer.stage == "pixels":
             small = shrunk(anatomy, work, reducer)
-            rows, windows, vision = [math.prod(grid) for grid in small.pictures], small.windows(anatomy), small.measured
-            projected = small.projected(anatomy) if small.pictures and not anatomy.projects_kept else first
+            rows, windows, vision = (
+                [math.prod(grid) for grid in small.pictures],
+                small.windows(anatomy),
+                small.encoder_flops,
+            )
+            projected = small.projected(anatomy) if small.pictures and not anatomy.family.projects_kept else first
         elif isinstance(reducer, EncoderReducer):
             rows = encoder_rows(anatomy, work, reducer)
         else:
             probes = probe_flops(anatomy, probes_of([reducer]), work.rows(anatomy), windows)
     return prefill_flops(
         anatomy, work.tokens, text_tokens, kept, rows=rows, windows=windows, vision=vision, projected=projected,
-        early_exit=reducer is not None and anatomy.projects_kept, selection=probes + decision,
+        early_exit=reducer is not None and anatomy.family.projects_kept, selection=probes + decision,
     )  # fmt: skip
 
 
@@ -72,19 +74,12 @@ def shrunk(anatomy: Anatomy, work: Work, reducer: Reducer) -> Work:
         for span in work.spans:
             for (small, _), (rows, columns) in zip(reducer.plan(span), [span.grid[1:]] * len(span.crops), strict=True):  # type: ignore[attr-defined]
                 height, width = work.size[0] // rows * small[0], work.size[1] // columns * small[1]
-                vision += measured(anatomy, {"pixel_values": torch.empty(1, 3, height, width, device="meta")})
+                vision += encoder_flops(anatomy, {"pixel_values": torch.empty(1, 3, height, width, device="meta")})
         return Work((), work.spans, 0, vision)
     for span in work.spans:
-        side = isqrt(anatomy.merges) * _pooled_side(anatomy, span.kind)
+        side = isqrt(anatomy.merges) * anatomy.family.pooled_side(anatomy.model, span.kind)
         pictures += [(h * side, w * side) for (h, w), _ in reducer.plan(span)]  # type: ignore[attr-defined]
     return Work(tuple(pictures), work.spans)
-
-
-def _pooled_side(anatomy: Anatomy, kind: str) -> int:
-    """Return how many rows of patches are pooled to a row of tokens, beside those that merge before the projector."""
-    if kind == "video" and isinstance(anatomy.family, LlavaNextVideo):
-        return int(anatomy.model.config.spatial_pool_stride)
-    return 2 if kind == "video" and isinstance(anatomy.family, LlavaOnevision) else 1
 
 
 def encoder_rows(anatomy: Anatomy, work: Work, reducer: EncoderReducer) -> list[Patches]:
