@@ -17,7 +17,7 @@ _BEFORE = 35
 """Text tokens before the picture, as many as the system prompt of LLaVA-1.5 has."""
 
 
-SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b")
+LLAVA_SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b")
 """Shapes of `foveate.cost.shapes` for which `random_job` makes inputs."""
 
 
@@ -29,7 +29,7 @@ def random_model(
     Parameters
     ----------
     config
-        A configuration, or the name of one of `SHAPES`.
+        A configuration, or the name of one of `LLAVA_SHAPES`.
     layers
         Layers of the LLM; by default all that the configuration has.
     tied
@@ -46,8 +46,8 @@ def random_model(
         In evaluation mode, on the GPU if there is one.
     """
     if isinstance(config, str):
-        if config not in SHAPES:
-            raise UnknownNameError(f"no shape is called {config!r}; there are: {', '.join(SHAPES)}")
+        if config not in LLAVA_SHAPES:
+            raise UnknownNameError(f"no shape is called {config!r}; there are: {', '.join(LLAVA_SHAPES)}")
         config, _ = load_shape(config)
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:

@@ -141,23 +141,23 @@ def model(
 ) -> None:
     """Time a model unpruned, with a method, and with as many tokens for free; measure memory; say when it pays."""
     from foveate.bench import model as bench
-    from foveate.bench.random_models import SHAPES
+    from foveate.bench.random_models import LLAVA_SHAPES
     from foveate.engines.settings import Settings
     from foveate.measure.timing import threads as torch_threads
 
     with contextlib.redirect_stdout(sys.stderr), torch_threads(threads or (1 if clock is Clocks.cpu else None)):
         reducer = reducer_from(method, keep, set_ or [])
-        if model in SHAPES:
+        if model in LLAVA_SHAPES:
             refuse(context, ("image", "question"), f"{model!r} has random weights and no processor")
             job = _shape_job(model, layers or LAYERS, tied, dtype, attn, text_tokens, max_new_tokens)
         else:
-            refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(SHAPES)})")
+            refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(LLAVA_SHAPES)})")
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
         arms = bench.arms_of(job, Settings.make(reducer, None, "drop", {}, job.family))
         with ERRORS.status("starting") as status:
             measured = bench.measure(arms, repeats, clock.value, status.update)
         result = {"command": _command(context), "model": model, **measured}
-        if model in SHAPES:
+        if model in LLAVA_SHAPES:
             result["config"]["tied"] = tied
         if out is not None:
             write_json(out, result)

@@ -18,12 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.families import Family, family_of
-from foveate.families.tower import attention_of
+from foveate.families.tower import EMBEDDINGS, MERGERS, attention_of
 
-_EMBEDDINGS = ("patch_embed", "embeddings", "patch_conv")
-"""Names of the part of a vision tower that makes tokens of patches."""
-_MERGERS = ("merger", "deepstack_merger_list", "downsample", "head_linear")
-"""Names of parts of a vision tower behind its layers that lead to the LLM."""
 _STATE = "linear_attention"
 
 
@@ -205,6 +201,7 @@ def _own(name: str, part: nn.Module, active: float) -> int:
     for parameter in part.parameters(recurse=False):
         if parameter.dim() == 2:  # a matrix of its own, such as a router's
             own += 2 * parameter.numel()
+        # transformers keeps the matrices of all experts of a mixture in one parameter.
         elif parameter.dim() == 3 and name.rpartition(".")[2] == "experts":
             own += round(2 * parameter.numel() * active)
     return own
@@ -212,12 +209,13 @@ def _own(name: str, part: nn.Module, active: float) -> int:
 
 def _decoder(model: Any, text: Any) -> Iterator[Layer]:
     query, _ = attention_widths(text)
+    # Each mixture of experts has a name of its own for their number.
     experts = next(
         (n for n in map(text.to_dict().get, ("num_experts", "n_routed_experts", "num_local_experts")) if n), 0
     )
     active = text.num_experts_per_tok / experts if experts else 1.0
     for layer, kind in zip(model.get_decoder().layers, layer_types(text), strict=True):
-        attends = kind.endswith("attention") and kind != _STATE
+        attends = kind.endswith("attention") and kind != _STATE  # linear attention has a state instead of pairs
         own = next((child for name, child in layer.named_children() if name == "self_attn"), None)
         attention = 0 if own is None else matrices(own)
         window = (getattr(text, "sliding_window", None) or 0) if kind == "sliding_attention" else 0
@@ -254,7 +252,7 @@ def _tower(family: Family, model: Any, encoder: nn.Module) -> Tower:
 
 
 def _projects_patches(name: str, part: nn.Module) -> bool:
-    return _within(name, _EMBEDDINGS) and isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)
+    return _within(name, EMBEDDINGS) and isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)
 
 
 def _within(name: str, parts: tuple[str, ...]) -> bool:
@@ -265,7 +263,7 @@ def _vision_layer(layer: nn.Module) -> Layer:
     attention = attention_of(layer)
     own = matrices(attention)
     for name, part in attention.named_modules():
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in ("qkv", "q_proj"):
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in ("qkv", "q_proj"):  # Qwen's and timm's is one
             width = part.out_features // (3 if name.endswith("qkv") else 1)
             return Layer(own, matrices(layer) - own, width)
     raise UnsupportedModelError(f"no query projection found in {type(attention).__name__}: its costs are not known")
@@ -275,7 +273,9 @@ def _projector(family: Family, model: Any, encoder: nn.Module | None) -> int:
     if family.opaque:
         return 0
     module = family.projector(model)
+    # Ovis 2 multiplies its table of visual words with shares of each, where others look rows up.
     whole = 2 * module.weight.numel() if isinstance(module, nn.Embedding) else matrices(module)
     inside = set(module.modules())
     rest = () if encoder is None else encoder.named_modules()
-    return whole + sum(_own(name, m, 1.0) for name, m in rest if _within(name, _MERGERS) and m not in inside)
+    # Encoders that merge patches, and that of Ovis 2, keep a part of the way to the LLM inside.
+    return whole + sum(_own(name, m, 1.0) for name, m in rest if _within(name, MERGERS) and m not in inside)

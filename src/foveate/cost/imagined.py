@@ -155,7 +155,7 @@ def _processed(anatomy: Anatomy, processor: Any, size: Size, images: int) -> dic
     try:
         blank = Image.new("RGB", size)
         return dict(processor(images=[[blank]] * images, return_tensors="pt"))
-    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:  # each refuses in its way
         raise InputError(
             f"{type(processor).__name__} does not take pictures of {size[0]} x {size[1]} pixels: {error}; use another "
             "--image-size"
@@ -195,6 +195,7 @@ def _layer_values(anatomy: Anatomy, probe: LayerProbe, n: int, generator: torch.
         values = torch.rand(n, count, generator=generator).softmax(dim=0)
     else:
         vision = anatomy.model.config.vision_config
+        # Qwen's encoders call their heads num_heads, timm's configuration does not name them.
         heads = getattr(vision, "num_attention_heads", None) or getattr(vision, "num_heads", None) or 1
         shape = (count, heads, n, layers[0].width // heads)
         query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))

@@ -29,6 +29,7 @@ _PROJECTORS = (
     "multi_modal_projector", "merger", "connector", "aligner", "projector", "vision_projection",
     "visual_embeddings_table",
 )  # fmt: skip
+"""What the classes of transformers call the module between the encoder and the LLM."""
 
 
 class Family(Facts, ABC):
@@ -82,6 +83,7 @@ class Family(Facts, ABC):
         key = next(k for k, v in self.inputs.items() if v == kind and inputs.get(k) is not None)
         side = {k: inputs[k] for k in self.side_inputs_of(kind) if inputs.get(k) is not None}
         name = f"get_{kind}_features"
+        # Not every class hands the methods of the model inside it up.
         encode = getattr(model, name, None) or getattr(model.model, name)
         return encode(inputs[key], **side, return_dict=True)
 

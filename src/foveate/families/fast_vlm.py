@@ -36,6 +36,7 @@ class FastVlm(MergedFamily):
 
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         images, _, height, width = inputs["pixel_values"].shape
+        # By how much the encoder scales a picture down is not in timm's configuration; the prompt tells.
         placeholders = int((inputs["input_ids"] == self.token_id(model, kind)).sum())
         size = placeholders // images
         rows = max(1, round((size * height / width) ** 0.5))

@@ -74,6 +74,7 @@ class Generic(Family):
             raise UnsupportedModelError(
                 f"{type(model).__name__} needs a family of its own: its images have {', '.join(further)} beside tokens"
             )
+        # Classes return one tensor of all images, stacked or joined, or a list with one tensor per image.
         rows, ids, token = output.pooler_output, inputs["input_ids"].cpu(), model.config.image_token_id
         dims = rows.dim() if isinstance(rows, Tensor) else 0
         parts = list(torch.split(rows, _runs(ids == token))) if dims == 2 and len(rows) else list(rows)
@@ -129,6 +130,7 @@ def missing(model_class: type) -> str | None:
 
 def missing_parts(model: Any) -> str | None:
     """Say what a model lacks for the generic family beside what its class does."""
+    # Positions along three axes are worked out from the full prompt, as families that know them do.
     if hasattr(getattr(model, "model", model), "get_rope_index"):
         return "positions along one axis"
     return None if getattr(model.config, "image_token_id", None) is not None else "image_token_id in its configuration"

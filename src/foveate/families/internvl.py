@@ -32,6 +32,7 @@ class InternVL(TiledFamily):
         return vision_layer(model)
 
     def patches(self, model: Any, pixels: Tensor) -> Tensor:
+        # As the model does: -1 stands for the normed output, any other number for a hidden state.
         layer = model.config.vision_feature_layer
         output = model.model.vision_tower(pixels, output_hidden_states=layer != -1)
         features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]

@@ -63,7 +63,7 @@ class Llava(Family):
         return feature_layers(model, inputs)
 
     def final(self, model: Any) -> nn.Module | None:
-        """Return the norm behind the tower's last layer, if the projector reads its output."""
+        """Return the norm behind the tower's last layer, if the projector reads what is behind it."""
         return None
 
     def encoder(self, model: Any) -> nn.Module:

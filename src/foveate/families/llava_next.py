@@ -65,7 +65,7 @@ class LlavaNext(Llava):
     def pixels(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return the pixels of all crops of all images, without the batch's filler crops."""
         pixels: Tensor = inputs["pixel_values"]
-        if pixels.dim() == 4:
+        if pixels.dim() == 4:  # the model takes all crops in a row, too, and then without fillers
             return pixels
         return without_fillers(pixels, [tiles_of(model, size) for size in inputs["image_sizes"].tolist()])
 

@@ -76,6 +76,7 @@ class MergedFamily(Family):
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         found: list[tuple[int, int, str, Tensor, Layout]] = []
         ids = inputs["input_ids"].cpu()
+        # `read_layer` and `layouts` look into the configuration; an option of one call would not reach them.
         for option in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
             if inputs.get(option) is not None:
                 raise InputError(f"{self.name} takes {option} from the model's configuration, not from the inputs")
@@ -128,7 +129,7 @@ class MergedFamily(Family):
                 planes[Features()].append(embeddings.index_select(0, crop.index.to(tokens.device)))
                 for probe, x in parts[span.kind].items():
                     planes.setdefault(probe, []).append(next(x))
-        if Embeddings() in probes:
+        if Embeddings() in probes:  # what comes out of the projector is both
             planes[Embeddings()] = planes[Features()]
         return VisualTokens(tuple(spans), planes, own[0].device, own)
 

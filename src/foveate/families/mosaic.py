@@ -31,7 +31,7 @@ def mosaic(
 ) -> tuple[int, tuple[Crop, ...], tuple[Grid, ...]]:
     """Return the length of an image's span, its crops (the first in row `first_row` of the encoder), and its rows."""
     overview = Crop(torch.arange(side * side), (side, side), encoder_row=first_row)
-    if tiles == (0, 0) or tiles[0] * tiles[1] == 0:
+    if tiles[0] * tiles[1] == 0:  # an overview alone has a single newline behind it
         return side * side + 1, (overview,), ((0, side * side),)
     height, width = tiles[0] * side, tiles[1] * side
     (top, bottom), (left, right) = unpadded(size, height, width)
@@ -57,6 +57,7 @@ def mosaic(
 
 def unpadded(size: Sequence[int], height: int, width: int) -> tuple[Grid, Grid]:
     """Return the rows and the columns of a mosaic that show the picture and not its padding."""
+    # Rounded as transformers' unpad_image rounds: one pixel more would move every token behind it.
     original_height, original_width = size
     if original_width / original_height > width / height:
         margin = (height - int(round(original_height * (width / original_width), 7))) // 2

@@ -103,6 +103,7 @@ class Ovis2(MergedFamily):
         return tuple(MarkedSpan(**vars(span), markers=markers) for span in super().spans(model, inputs))
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        # Imported where it is needed: it brings the whole model along.
         from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures as Output
 
         (markers,) = {span.markers for span in spans if isinstance(span, MarkedSpan)}

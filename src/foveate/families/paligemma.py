@@ -29,6 +29,7 @@ class PaliGemma(Llava):
     def projects_cls(self, model: Any, inputs: Mapping[str, Any]) -> bool:
         return False
 
+    # The projector reads the tower's last_hidden_state: the last layer, normed.
     def feature_layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
         return [-1]
 

@@ -50,12 +50,14 @@ class PerceptionLM(MergedFamily):
         return int(rows), int(columns)
 
     def image_features(self, model: Any, inputs: Mapping[str, Any], kind: str) -> Any:
+        # The model has no get_video_features: frames go the way of pictures.
         key = "pixel_values" if kind == "image" else "pixel_values_videos"
         return model.model.get_image_features(inputs[key], return_dict=True)
 
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
         count, crops = pixels.shape[:2]
+        # timm's towers differ in their patches; the prompt tells how many tokens a crop has.
         placeholders = int((inputs["input_ids"] == self.token_id(model, kind)).sum())
         side = math.isqrt(placeholders // (count * crops))
         if placeholders != count * crops * side * side:

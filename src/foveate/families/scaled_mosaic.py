@@ -48,7 +48,7 @@ def _picture(side: int, tiles: Grid, size: Sequence[int], first_row: int, limit:
     rows, columns = unpadded(size, tiles[0] * side, tiles[1] * side)
     height, width = rows[1] - rows[0], columns[1] - columns[0]
     ratio = math.sqrt(height * width / (limit * side**2))
-    if ratio <= 1.1:
+    if ratio <= 1.1:  # the model leaves a mosaic alone that is hardly above its limit
         layout = Layout(length, (len(crops), side, side), crops, extents)
         return Picture(tiles, rows, columns, (height, width), crops, layout)
     shape = (int(height // ratio), int(width // ratio))

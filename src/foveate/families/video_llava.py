@@ -63,6 +63,7 @@ class VideoLlava(Family):
             if pixels is None:
                 continue
             grid, frames = patch_grid(model, pixels), pixels.shape[1] if kind == "video" else 1
+            # The model keeps the [CLS] token of every frame, whatever the strategy.
             lead = int(kind == "video" or strategy(model, inputs) == "full")
             lengths = [frames * (grid[0] * grid[1] + lead)] * len(pixels)
             token = getattr(model.config, f"{kind}_token_id")
