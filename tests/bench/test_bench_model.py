@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
 import foveate
+import tiny
 from foveate.bench import arms, random_models
 from foveate.bench.memory import MemoryMeter
 from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, measure
@@ -17,6 +18,8 @@ from foveate.core.errors import InputError, UnknownNameError, UnsupportedModelEr
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attached
 from foveate.engines.transformers.caches import cache_of
+from foveate.families import family_of
+from foveate.measure.run import Job
 from foveate.measure.timing import STAGES, Clock, FirstToken, summary, threads
 from foveate.methods import VisPruner
 from tiny_families.base import clip_config
@@ -97,6 +100,11 @@ def test_unusable_shapes_are_refused():
         random_models.random_job(job().model, text_tokens=1)
 
 
+def test_noise_takes_the_place_of_no_pictures_that_a_processor_cuts():
+    with pytest.raises(InputError, match="where no processor cuts or scales them"):
+        random_models.random_job(tiny.model("idefics3"))
+
+
 def clock():
     return Clock(torch.device("cpu"))
 
@@ -152,6 +160,15 @@ def test_other_methods_have_no_naive_way():
     assert [arm.name for arm in arms_of(job(), settings("divprune", keep=9))][-1] == "oracle"
     with pytest.raises(UnsupportedModelError, match="not that of divprune on llava"):
         arms.naive(job(), settings("divprune", keep=9), 9)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "vipllava", "paligemma", "internvl"])
+def test_other_models_than_llava_with_clip_have_no_naive_way(name):
+    net, inputs = tiny.model(name), tiny.collate([tiny.sample(3, tiny.VISUALS[name][0], 4)])
+    family = family_of(net)
+    there = Job(net, None, family, inputs, family.spans(net, inputs), 4)
+    assert not arms.naive_runs(there, VisPruner(keep=9))
+    assert arms.naive_runs(job(), VisPruner(keep=9))
 
 
 @pytest.mark.parametrize("method", ["downsample", "tome", "pool", "visionzip"])

@@ -24,7 +24,7 @@ from foveate.core.probes import (
     Query,
 )
 from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.cost.anatomy import Anatomy, Tower
+from foveate.cost.anatomy import Anatomy
 from foveate.cost.work import Work, together, work_of
 from foveate.families.base import Size
 from foveate.families.layout import Grid, Layout
@@ -103,7 +103,7 @@ def _check(anatomy: Anatomy, size: Size, images: int, frames: int, visual_tokens
 def _counted(anatomy: Anatomy, images: int, frames: int, visual_tokens: int) -> Work:
     """Lay out a number of visual tokens as whole pictures, or as pictures of any size."""
     part, block = visual_tokens // (images + bool(frames)), math.isqrt(anatomy.merges)
-    fixed = _tower(anatomy).grid
+    fixed = anatomy.family.picture_grid(anatomy.model)
     tile = None if fixed is None else anatomy.family.tokens_of(anatomy.model, fixed)
     spans: list[Span] = []
     pictures: list[Grid] = []
@@ -138,11 +138,6 @@ def _shares(total: int, parts: int) -> list[int]:
 def _nearest_grid(n: int) -> Grid:
     rows = next(h for h in range(math.isqrt(n), 0, -1) if n % h == 0)
     return rows, n // rows
-
-
-def _tower(anatomy: Anatomy) -> Tower:
-    assert anatomy.tower is not None
-    return anatomy.tower
 
 
 def _processed(anatomy: Anatomy, processor: Any, size: Size, images: int) -> dict[str, Any]:
