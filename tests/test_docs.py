@@ -10,7 +10,7 @@ import pytest
 
 from foveate.bench.tables import markdown as speed_table
 from foveate.cli import compatibility
-from foveate.cost.report import markdown as cost_table
+from foveate.cost.figures import markdown as cost_table
 from foveate.eval import backbone, leaderboard
 from foveate.eval.leaderboard import table_rows
 from foveate.eval.published import UNPRUNED

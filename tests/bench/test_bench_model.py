@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
 import foveate
-from foveate.bench import arms, shapes
+import tiny
+from foveate.bench import arms, random_models
 from foveate.bench.memory import MemoryMeter
 from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, run_arms
 from foveate.bench.tables import markdown, write_report
@@ -17,6 +18,8 @@ from foveate.core.errors import InputError, UnknownNameError, UnsupportedModelEr
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attached
 from foveate.engines.transformers.caches import cache_of
+from foveate.families import family_of
+from foveate.measure.job import Job
 from foveate.measure.timing import STAGES, Clock, FirstToken, median_p90, threads
 from foveate.methods import VisPruner
 from tiny_families.base import clip_config
@@ -42,7 +45,7 @@ def llava_next():
 @functools.cache
 def job():
     torch.manual_seed(0)
-    return shapes.random_job(shapes.random_model(llava(), layers=3, dtype="float32"), 9, 4)
+    return random_models.random_job(random_models.random_model(llava(), layers=3, dtype="float32"), 9, 4)
 
 
 def settings(method="vispruner", **config):
@@ -52,17 +55,17 @@ def settings(method="vispruner", **config):
 @pytest.mark.parametrize("config", [llava, llava_next])
 def test_a_tied_model_is_the_whole_model_with_equal_layers(config):
     torch.manual_seed(1)
-    tied = shapes.random_model(config(), layers=3, dtype="float32")
-    whole = shapes.random_model(config(), layers=3, tied=False, dtype="float32")
+    tied = random_models.random_model(config(), layers=3, dtype="float32")
+    whole = random_models.random_model(config(), layers=3, tied=False, dtype="float32")
     stack = tied.get_decoder().layers
     assert len({p.data_ptr() for layer in stack for p in layer.parameters()}) == len(list(stack[0].parameters()))
     weights = whole.state_dict()
     weights.update(tied.state_dict())
     whole.load_state_dict(weights)
-    prompt = shapes.random_job(tied, 7, 4)
+    prompt = random_models.random_job(tied, 7, 4)
     with torch.no_grad():
         a, b = (model(**prompt.inputs) for model in (tied, whole))
-        shallow = shapes.random_model(config(), layers=1, dtype="float32")
+        shallow = random_models.random_model(config(), layers=1, dtype="float32")
         shallow.load_state_dict(tied.state_dict(), strict=False)
         c = shallow(**prompt.inputs)
     torch.testing.assert_close(a.logits, b.logits)
@@ -74,13 +77,13 @@ def test_a_tied_model_is_the_whole_model_with_equal_layers(config):
 
 def test_jobs_hold_the_pictures_that_fill_the_tower():
     assert (job().visual_tokens, job().text_tokens) == (64, 9)
-    tiled = shapes.random_job(shapes.random_model(llava_next(), layers=1, dtype="float32"), 5, 1)
+    tiled = random_models.random_job(random_models.random_model(llava_next(), layers=1, dtype="float32"), 5, 1)
     assert (tiled.visual_tokens, tiled.text_tokens) == (64 + 16 * 17, 5)
     assert len(tiled.spans[0].crops) == 5
 
 
 def test_shapes_are_those_of_the_models():
-    config, _ = shapes.load_shape("llava-1.5-13b")
+    config, _ = random_models.load_shape("llava-1.5-13b")
     assert (config.text_config.num_hidden_layers, config.text_config.hidden_size) == (40, 5120)
     vision = config.vision_config
     assert (vision.num_hidden_layers, vision.hidden_size, vision.image_size) == (24, 1024, 336)
@@ -88,13 +91,18 @@ def test_shapes_are_those_of_the_models():
 
 def test_unusable_shapes_are_refused():
     with pytest.raises(UnknownNameError, match=r"no shape is called 'llava-9', or|llava-1.5-7b"):
-        shapes.random_model("llava-9")
+        random_models.random_model("llava-9")
     with pytest.raises(InputError, match="at least one layer"):
-        shapes.random_model(llava(), layers=0)
+        random_models.random_model(llava(), layers=0)
     with pytest.raises(InputError, match="not 'int8'"):
-        shapes.random_model(llava(), dtype="int8")
+        random_models.random_model(llava(), dtype="int8")
     with pytest.raises(InputError, match="at least two text tokens"):
-        shapes.random_job(job().model, text_tokens=1)
+        random_models.random_job(job().model, text_tokens=1)
+
+
+def test_noise_takes_the_place_of_no_pictures_that_a_processor_cuts():
+    with pytest.raises(InputError, match="where no processor cuts or scales them"):
+        random_models.random_job(tiny.model("idefics3"))
 
 
 def clock():
@@ -152,6 +160,15 @@ def test_other_methods_have_no_naive_way():
     assert [arm.name for arm in arms_of(job(), settings("divprune", keep=9))][-1] == "oracle"
     with pytest.raises(UnsupportedModelError, match="not that of divprune on llava"):
         arms.naive(job(), settings("divprune", keep=9), 9)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "vipllava", "paligemma", "internvl"])
+def test_other_models_than_llava_with_clip_have_no_naive_way(name):
+    net, inputs = tiny.model(name), tiny.collate([tiny.sample(3, tiny.VISUALS[name][0], 4)])
+    family = family_of(net)
+    there = Job(net, None, family, inputs, family.spans(net, inputs), 4)
+    assert not arms.naive_runs(there, VisPruner(keep=9))
+    assert arms.naive_runs(job(), VisPruner(keep=9))
 
 
 @pytest.mark.parametrize("method", ["downsample", "tome", "pool", "visionzip"])

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 import tiny
-from foveate.families import FAMILIES, family_of
+from foveate.families import all_families, family_of
 from foveate.measure.baselines import baselines
 from foveate.measure.job import Job
 from foveate.measure.run import run_methods
@@ -33,12 +33,12 @@ COUNTED = [
     for name in tiny.FAMILIES
     if name != "qwen3_5"  # torch's reference for its recurrent layers works in chunks, which cost more than the steps
     for method in ("unpruned", "vispruner", "pool", "downsample")
-    if method == "unpruned" or FAMILIES[name].lacks(load_reducer(method, keep=0.25)) is None
+    if method == "unpruned" or all_families()[name].lacks(load_reducer(method, keep=0.25)) is None
 ]
 
 
 def _picture(name: str) -> Any:
-    keys = {key for key, kind in FAMILIES[name].inputs.items() if kind == "image"}
+    keys = {key for key, kind in all_families()[name].inputs.items() if kind == "image"}
     return next(visual.what for visual in tiny.VISUALS[name] if keys & tiny.sample(visual).keys())
 
 

@@ -167,7 +167,7 @@ def test_downsample_equals_smaller_pictures(positions):
         close(net(**reduced).logits, net(inputs_embeds=embedded, position_ids=at).logits)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if foveate.families.FAMILIES[f].resizes])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if foveate.families.all_families()[f].resizes])
 def test_downsample_through_every_tower(family):
     """Of a crop whose grid stays whole, the resized picture is the picture."""
     net, inputs = model(family), collate(samples(family))

@@ -13,7 +13,7 @@ from foveate.core.in_llm import of_encoder
 from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.reduce import reduce_with
-from foveate.families import FAMILIES, family_of
+from foveate.families import all_families, family_of
 from foveate.measure.job import Job
 from foveate.measure.run import run_once
 from foveate.measure.timing import Clock
@@ -40,7 +40,7 @@ def _id(reducer):
 
 def _job(name):
     model = tiny.deep_model(name)
-    keys = {key for key, kind in FAMILIES[name].inputs.items() if kind == "image"}
+    keys = {key for key, kind in all_families()[name].inputs.items() if kind == "image"}
     picture = next(visual for visual in tiny.VISUALS[name] if keys & tiny.sample(visual).keys())
     inputs = tiny.collate([tiny.sample(3, picture, 4)])
     family = family_of(model)

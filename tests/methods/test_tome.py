@@ -12,7 +12,7 @@ from foveate.core.encoder import Inside, merged
 from foveate.core.errors import BudgetError, FoveateError, InputError, UnsupportedModelError
 from foveate.core.probes import Keys
 from foveate.cost import anatomy_of, work_of
-from foveate.cost.arms import encoder_rows
+from foveate.cost.prefill import encoder_rows
 from foveate.families import family_of
 from foveate.families.llava import Llava
 from foveate.methods import ToMe, Uniform

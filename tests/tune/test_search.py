@@ -16,7 +16,7 @@ import torch
 import foveate
 from foveate import nano
 from foveate.core.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
-from foveate.families import FAMILIES
+from foveate.families import all_families
 from foveate.methods import Random
 from foveate.tune.asking import Asker, divergence
 from foveate.tune.candidates import BUDGETS, CONTROLS, METHODS, candidates
@@ -219,18 +219,18 @@ def test_the_front_holds_what_nothing_equals() -> None:
 
 
 def test_the_defaults_run_on_the_families_or_are_left_out() -> None:
-    for family in FAMILIES.values():
+    for family in all_families().values():
         found, left_out = candidates(family)
         assert {key.split()[0] for key in found} | {key.split()[0] for key in left_out} == {*METHODS, *CONTROLS}
         for key, reducer in found.items():
             assert not family.lacks(reducer), key
         for control in CONTROLS:
             assert {f"{control} {keep}" for keep in BUDGETS} <= set(found)
-    assert not candidates(FAMILIES["llava"])[1]
+    assert not candidates(all_families()["llava"])[1]
 
 
 def test_candidates_by_name_and_file(tmp_path: Path) -> None:
-    llava = FAMILIES["llava"]
+    llava = all_families()["llava"]
     path = tmp_path / "mine.json"
     foveate.VisPruner(keep=9, order="rank").save(path)
     found, left_out = candidates(llava, ["pyramiddrop", str(path), "codebook"], ["64", "0.5"])

@@ -23,7 +23,6 @@ from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attach_with
 from foveate.engines.transformers.reduce import apply, reduce_with
-from foveate.families.llava import feature_layers
 from foveate.measure.job import Job
 from foveate.measure.timing import FirstToken, encoder_reports
 from foveate.methods import VisPruner
@@ -224,7 +223,8 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
             f"of {reducer.name} on {family.name}"
         )
     assert isinstance(reducer, VisPruner)
-    tower, layer = model.model.vision_tower, feature_layers(model, job.inputs)[0]
+    tower: Any = family.encoder(model)
+    layer = family.read_layer(model)
     own = tower.config._attn_implementation
 
     @contextmanager
@@ -238,7 +238,7 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
     def encode(meter: Meter) -> Mapping[str, Any]:
         spans = family.spans(model, job.inputs)
         seen = tower(job.inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
-        features = seen.hidden_states[layer][:, 1:]
+        features = seen.hidden_states[layer + 1][:, 1:]
         saliency = seen.attentions[layer][:, :, 0, 1:].mean(dim=1)
         meter.stop("vision")
         kept = plain_selection(features, saliency, count, reducer.important_ratio, reducer.step or features.shape[1])
@@ -255,7 +255,10 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
 
 def naive_runs(job: Job, reducer: Method) -> bool:
     """Return whether `naive` can run a method on a job."""
-    return isinstance(reducer, VisPruner) and job.family.name == "llava" and bool(job.family.cls(job.model))  # type: ignore[attr-defined]
+    family, model = job.family, job.model
+    plain = all(len(span.crops) == 1 and not len(span.separators()) for span in job.spans)
+    clip = family.projects_kept and family.features_read(model) == 1 and family.lead(model) == 1
+    return isinstance(reducer, VisPruner) and plain and clip
 
 
 def _projected(job: Job, features: Tensor, kept: Tensor) -> list[Tensor]:

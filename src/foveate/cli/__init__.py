@@ -232,7 +232,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
 def _method_row(cls: Any) -> dict[str, Any]:
     from foveate.cli.compatibility import NO, reads, runs
     from foveate.core.reducer import declared
-    from foveate.families import FAMILIES
+    from foveate.families import all_families
     from foveate.registry import by_default
 
     parameters = {
@@ -243,7 +243,7 @@ def _method_row(cls: Any) -> dict[str, Any]:
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": declared(cls, "query_aware"), "trained": cls.trained,
         "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(by_default(cls.name)),
-        "families": [name for name, family in FAMILIES.items() if runs(cls, family) != NO],
+        "families": [name for name, family in all_families().items() if runs(cls, family) != NO],
         "positions": cls.positions, "parameters": parameters,
         "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),
     }  # fmt: skip
@@ -253,11 +253,11 @@ def _method_row(cls: Any) -> dict[str, Any]:
 @guarded
 def families(as_json: Json = False) -> None:
     """List the supported families of models."""
-    from foveate.families import FAMILIES
+    from foveate.families import all_families
 
     rows: list[dict[str, Any]] = [
         {"name": f.name, "model_types": list(f.model_types), "inputs": dict(f.inputs), "notes": f.notes}
-        for f in FAMILIES.values()
+        for f in all_families().values()
     ]
     if as_json:
         print_json(rows)

@@ -11,7 +11,7 @@ from PIL import Image
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.grids import middle
 from foveate.core.tokens import Span
-from foveate.families import FAMILIES, Family, family_of
+from foveate.families import Family, all_families, family_of
 from foveate.measure.loading import encoder_view, model_inputs, prompt_for
 
 Say = Callable[[str], None]
@@ -88,8 +88,8 @@ def prepare(
         If the model's family takes no videos.
     """
     family = family_of(model)
-    if video and (family.name == "generic" or "video" not in family.inputs.values()):
-        able = [f.name for f in FAMILIES.values() if f.model_types and "video" in f.inputs.values()]
+    if video and "video" not in family.kinds:
+        able = [f.name for f in all_families().values() if "video" in f.kinds]
         raise UnsupportedModelError(
             f"models of the family {family.name!r} take no videos; those of these families do: {', '.join(able)}"
         )

@@ -19,8 +19,8 @@ from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.tokens import VisualTokens
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
-from foveate.cost.arms import arm_cost
-from foveate.cost.inside import inside_flops
+from foveate.cost.overhead import inside_flops
+from foveate.cost.prefill import arm_cost
 from foveate.engines.pipeline import Decision, decide
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.attach import attach_with
