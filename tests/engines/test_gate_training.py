@@ -9,7 +9,8 @@ import torch
 from layered import layered
 
 import foveate
-from foveate import FoveateError, gate_training
+from foveate import FoveateError
+from foveate.fit import gates as gate_training
 from foveate.core.exit_gates import Gates
 from foveate.fit.gates import Examples, fit, may_leave, observe
 from foveate.methods import VisualExit
