@@ -10,8 +10,8 @@ from layered import layered
 
 import foveate
 from foveate import FoveateError
-from foveate.fit import gates as gate_training
 from foveate.core.exit_gates import Gates
+from foveate.fit import gates as gate_training
 from foveate.fit.gates import Examples, fit, may_leave, observe
 from foveate.methods import VisualExit
 from tiny import collate, deep_model, sample

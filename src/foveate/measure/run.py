@@ -27,7 +27,8 @@ from foveate.cost.arms import arm_cost
 from foveate.cost.inside import inside_flops
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.attach import attach
-from foveate.engines.transformers.given import Shown, given, priors_of
+from foveate.engines.transformers.priors import priors_of
+from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.engines.transformers.reduce import Reduced, apply, base_model, decide, look, select, shown_to_llm
 from foveate.families import FAMILIES, Family, family_of
 from foveate.measure.loading import encoder_view, model_inputs, prompt_for
@@ -320,11 +321,11 @@ def layer_counts(entering: Sequence[int], left: Mapping[int, int]) -> tuple[int,
     return tuple(accumulate((left.get(layer, count) for layer, count in enumerate(entering)), min))
 
 
-def shown_whole(job: Job) -> Shown:
+def shown_whole(job: Job) -> Prefill:
     """Describe what the LLM is given if nothing is dropped before it."""
     ids = job.inputs["input_ids"]
     spans = job.family.spans(job.model, job.inputs)
-    return Shown(given(spans, job.inputs.get("attention_mask"), ids.shape[1], ids.device), *ids.shape)
+    return Prefill(tokens_by_prompt(spans, job.inputs.get("attention_mask"), ids.shape[1], ids.device), *ids.shape)
 
 
 def encode_reduced(
