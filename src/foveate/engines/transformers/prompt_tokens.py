@@ -170,9 +170,8 @@ def tokens_by_prompt(
         behind = width - behind if content is None else int(content[sample, behind:].sum())
         scores = {reducer: torch.cat([values[i] for i in own]).to(device) for reducer, values in (priors or {}).items()}
         where = where if places is None else places[sample].index_select(0, where)
-        rows.append(
-            PromptTokens(sample, tuple(spans[i] for i in own), tuple(kept[i] for i in own), where, behind, scores)
-        )
+        left = tuple(kept[i] for i in own)
+        rows.append(PromptTokens(sample, tuple(spans[i] for i in own), left, where, behind, scores))
     return rows
 
 

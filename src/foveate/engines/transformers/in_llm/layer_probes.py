@@ -170,9 +170,8 @@ class LayerProbes:
         size = max(map(len, visual))
         columns = torch.zeros(self._state.batch, 1, 1, size, dtype=torch.long, device=index.device)
         for prompt, places in zip(self._state.prompts, visual, strict=True):
-            columns[prompt.sample, 0, 0, : len(places)] = (
-                places + rows.key.shape[2] - rows.width
-            )  # keys of a cache come first
+            # The keys of a cache come before those of the pass.
+            columns[prompt.sample, 0, 0, : len(places)] = places + rows.key.shape[2] - rows.width
         share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
         total: Any = 0.0
         parts = []
