@@ -55,7 +55,7 @@ def _row_flops(anatomy: Anatomy, probe: LlmProbe, boundary: int, visual: int, te
 
 
 def _key_flops(anatomy: Anatomy, probes: Sequence[LlmProbe], boundary: int, visual: int, text: int) -> int:
-    """Count the projections of the layer behind the boundary that run twice, as `peek` of the engine has it."""
+    """Count the projections of the layer behind the boundary that run twice, as `look_ahead` of the engine has it."""
     ahead = [p for p in probes if isinstance(p, LayerKeys) or (isinstance(p, LayerAttention) and p.ahead)]
     if not ahead:
         return 0

@@ -18,7 +18,8 @@ from foveate.core.tokens import Span, VisualTokens
 from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
-from foveate.engines.transformers.given import Shown, given, priors_of
+from foveate.engines.transformers.priors import priors_of
+from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.families import Family, family_of
 from foveate.registry import get_method, list_methods, load_reducer
 
@@ -160,12 +161,14 @@ def apply(
     return out
 
 
-def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Shown:
+def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Prefill:
     """Describe to methods inside the LLM what methods before it have left of some inputs."""
     ids, mask = reduced["input_ids"], inputs.get("attention_mask")
     width = inputs["input_ids"].shape[1]
-    prompts = given(reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors)
-    return Shown(prompts, *ids.shape)
+    prompts = tokens_by_prompt(
+        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors
+    )
+    return Prefill(prompts, *ids.shape)
 
 
 def with_positions(
