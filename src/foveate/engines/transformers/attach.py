@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from foveate.core.errors import AttachError
-from foveate.core.reducer import Positions, Reducer, load_reducer
+from foveate.core.reducer import Method, Positions
 from foveate.core.selection import SpanSelection
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.continuation import Call, Continuation
@@ -22,13 +22,14 @@ from foveate.engines.transformers.reduce import base_model, refuse_vllm
 from foveate.engines.transformers.results import Results
 from foveate.engines.transformers.wrapping import Wrapping
 from foveate.families import Family, family_of
+from foveate.registry import load_reducer
 
 _HANDLE: Final = "_foveate"
 
 
 def attach(
     model: Any,
-    method: str | Path | Reducer,
+    method: str | Path | Method,
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
@@ -84,7 +85,7 @@ class Handle:
         setattr(model, _HANDLE, self)
 
     @property
-    def reducer(self) -> Reducer:
+    def reducer(self) -> Method:
         """The attached method."""
         return self.settings.reducer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import InputError
-from foveate.core.in_llm import InLlmReducer
+from foveate.core.in_llm import InLlmReducer, of_encoder
 from foveate.core.selection import Selection
 from foveate.core.tokens import Span
 from foveate.engines.settings import Settings
@@ -76,7 +76,7 @@ class Continuation:
                 "that filled it, or start with a new cache"
             )
         known: Compaction | None = noted(cache, COMPACTION)
-        if settings.before is None and not any(r.needs for r in settings.inside) and known is None:
+        if settings.before is None and not any(map(of_encoder, settings.inside)) and known is None:
             self._show_whole(inputs, filled)
             # Later turns of M-RoPE models need the positions of what is cached; others count along it by themselves.
             if not (filled and self._family.keeps_positions):

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer, LayerStates
+from foveate.core.in_llm import InLlmReducer
+from foveate.core.probes import LayerStates
 from foveate.core.reducer import Positions
 from foveate.core.rows import Rows
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
@@ -56,7 +57,7 @@ class LayerHooks:
         for i in {len(layers) - 1, *range(family.layers_written(model))}:
             self._hooks.append(layers[i].register_forward_hook(self._leaving))
         for boundary, reducer in at.items():
-            if LayerStates("mlp") in reducer.llm_probes():
+            if LayerStates("mlp") in reducer.needs:
                 self._hooks.append(_mlp_of(layers[boundary - 1]).register_forward_pre_hook(self._inside(boundary - 1)))
 
     def remove(self) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import InputError
-from foveate.core.in_llm import InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, Prior
-from foveate.core.probes import LlmProbe
+from foveate.core.in_llm import InLlmReducer, LayerTokens
+from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Prior, TextStates
 from foveate.core.rows import Rows
 from foveate.core.tokens import Span
 from foveate.engines.transformers.in_llm.pass_state import PassState
@@ -29,7 +29,7 @@ class LayerProbes:
         """Take in what the LLM is given ``[B, q, D]``."""
         prompts = self._state.prompts
         for reducer in self._state.boundaries.reducers:
-            if any(isinstance(p, LayerAttention) and p.rows == "judges" for p in reducer.llm_probes()):
+            if any(isinstance(p, LayerAttention) and p.rows == "judges" for p in reducer.needs):
                 with torch.no_grad():
                     self._judges[reducer] = [
                         reducer.judges(hidden[p.sample, visual].detach(), hidden[p.sample, text].detach())
@@ -40,7 +40,7 @@ class LayerProbes:
         """Take in the hidden states ``[B, R, D]`` that go into a layer."""
         self._states(layer, LayerStates("input"), hidden)
         reducer = self._state.acting(layer + 1)
-        if reducer is not None and reducer.reads_text:
+        if reducer is not None and TextStates() in reducer.needs:
             self._text_before = self._text_states(hidden.detach())
 
     def inside(self, layer: int, hidden: Tensor) -> None:
@@ -51,7 +51,7 @@ class LayerProbes:
         """Take in what a layer attends with."""
         reducer = self._state.acting(layer + 1)
         if reducer is not None:
-            for probe in reducer.llm_probes():
+            for probe in reducer.needs:
                 if isinstance(probe, LayerAttention) and not probe.ahead:
                     self._planes[probe] = self._attention(probe, rows, reducer)
 
@@ -90,8 +90,8 @@ class LayerProbes:
             rows=self._first_layer_columns("text"),
             judging=tuple(self._judges.get(reducer, ())),
             behind=tuple(p.behind for p in prompts),
-            text=self._text_states(hidden) if reducer.reads_text else (),
-            text_before=self._text_before if reducer.reads_text else (),
+            text=self._text_states(hidden) if TextStates() in reducer.needs else (),
+            text_before=self._text_before if TextStates() in reducer.needs else (),
             frequencies=_frequencies(state.boundaries.decoder, boundary - 1).to(hidden.device),
         )
 
@@ -101,7 +101,7 @@ class LayerProbes:
         """Return the values of all probes of a method, ``[n, ...]`` per prompt."""
         planes, self._planes = self._planes, {}
         ahead = look_ahead(self._few_rows(reducer)) if reads_ahead(reducer) else None
-        for probe in reducer.llm_probes():
+        for probe in reducer.needs:
             if isinstance(probe, LayerAttention) and probe.ahead:
                 assert ahead is not None
                 planes[probe] = self._attention(probe, ahead, reducer)
@@ -116,7 +116,7 @@ class LayerProbes:
 
     def _few_rows(self, reducer: InLlmReducer) -> Tensor | None:
         """Return the only rows ``[B, r]`` of the layer behind the boundary that a method reads, `None` for all."""
-        kinds = {p.rows for p in reducer.llm_probes() if isinstance(p, LayerAttention) and p.ahead} or {"last"}
+        kinds = {p.rows for p in reducer.needs if isinstance(p, LayerAttention) and p.ahead} or {"last"}
         return self._index(*kinds)[0] if len(kinds) == 1 and kinds <= {"last", "text", "judges"} else None
 
     def _priors(self, reducer: InLlmReducer) -> list[Tensor]:
@@ -191,7 +191,7 @@ class LayerProbes:
 
     def _states(self, layer: int, probe: LayerStates, hidden: Tensor) -> None:
         reducer = self._state.acting(layer + 1)
-        if reducer is not None and probe in reducer.llm_probes():
+        if reducer is not None and probe in reducer.needs:
             self._planes[probe] = self._of_visual(hidden.detach())
 
     def _of_visual(self, x: Tensor) -> list[Tensor]:
@@ -209,9 +209,9 @@ def _frequencies(decoder: Any, layer: int) -> Tensor:
 
 def reads_executed(reducer: InLlmReducer) -> bool:
     """Return whether a method reads the attention of a layer as it ran."""
-    return any(isinstance(p, LayerAttention) and not p.ahead for p in reducer.llm_probes())
+    return any(isinstance(p, LayerAttention) and not p.ahead for p in reducer.needs)
 
 
 def reads_ahead(reducer: InLlmReducer) -> bool:
     """Return whether a method reads what a layer would attend with."""
-    return any(isinstance(p, LayerKeys) or (isinstance(p, LayerAttention) and p.ahead) for p in reducer.llm_probes())
+    return any(isinstance(p, LayerKeys) or (isinstance(p, LayerAttention) and p.ahead) for p in reducer.needs)
