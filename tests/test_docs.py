@@ -45,6 +45,17 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_the_way_through_the_files_names_each_of_them_once():
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", page)
+    files = [name for name in named if name.endswith(".py")]
+    assert len(files) > 30
+    assert [name for name in named if not (ROOT / "src/foveate" / name).exists() and name != "src/foveate/"] == []
+    assert sorted(set(files)) == sorted(files)
+    inside = {str(path.relative_to(ROOT / "src/foveate")) for path in (ROOT / "src/foveate/engines").rglob("*.py")}
+    assert {name for name in inside if not name.endswith("__init__.py")} <= set(files)
+
+
 def test_methods_that_select_slowly_explain_it():
     result = json.loads((ROOT / "results/selection.json").read_text(encoding="utf-8"))
     slow = {row["method"] for row in result["rows"] if row["tokens"] == 576 and row["of_vispruner"] > 3}

@@ -150,13 +150,11 @@ class Continuation:
         prefix = prefix.expanded(len(ids))
         cached = prefix.length + filled - prefix.width  # columns that the cache stands for
         only_new = _only_new(ids, inputs.get("attention_mask"), cached)
-        # What was generated stands in the ids again, and `generate` leaves out by itself what the cache holds.
-        head = cached if only_new else prefix.length
-        new = {**inputs, "input_ids": ids if only_new else ids[:, head:]}
+        new = {**inputs, "input_ids": ids if only_new else ids[:, cached:]}
         length = new["input_ids"].shape[1]
         for key in _PLANES:
-            if isinstance(plane := inputs.get(key), Tensor) and plane.shape[1] == head + length:
-                new[key] = plane[:, head:]
+            if isinstance(plane := inputs.get(key), Tensor) and plane.shape[1] == cached + length:
+                new[key] = plane[:, cached:]
         own = new.pop("position_ids", None)
         # `_join` numbers it, behind what is cached.
         tail = self._reduce(new, replace(self._settings, positions="compact"))
@@ -164,7 +162,7 @@ class Continuation:
         kept = tail.compaction or Compaction(
             torch.arange(length, device=ids.device).expand(len(ids), -1), length, padded=False
         )
-        prefix = prefix.then(head - prefix.length)
+        prefix = prefix.then(cached - prefix.length)
         if self._family.keeps_positions:
             positions = self._positions_behind(new, own, prefix)
             kept = replace(kept, behind=position_behind(positions, new.get("attention_mask")))
@@ -179,9 +177,7 @@ class Continuation:
         positions = self._family.positions(self._model, new)
         assert positions is not None
         assert prefix.behind is not None
-        positions = positions + prefix.behind.to(positions.device)[:, None]
-        mask = new.get("attention_mask")
-        return positions if mask is None else positions.masked_fill(mask == 0, 0)
+        return positions + prefix.behind.to(positions.device)[:, None]
 
     def _join(
         self, inputs: Mapping[str, Any], prefix: Compaction, kept: Compaction, tail: Reduced, only_new: bool
