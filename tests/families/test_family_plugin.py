@@ -148,7 +148,7 @@ def own(self: Any, config: Any) -> bool:
         (family(model_types=("llava",), matches=own), None),
         (
             type("Half", (Family,), {"name": "half"}),
-            "Half lacks encode, encode_at, encoder_outputs, project",
+            "Half lacks encode, encode_at, encoder_outputs, project, spans: write them",
         ),
         (family(name="Mine"), "lower-case letters, digits and '_': Mine is called 'Mine'"),
         (family(name="my family"), "is called 'my family'"),

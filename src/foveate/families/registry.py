@@ -43,7 +43,9 @@ def _check_class(cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, Family)):
         raise FoveateError(f"a family is a class derived from foveate.families.Family, not {cls!r}")
     if inspect.isabstract(cls):
-        raise FoveateError(f"the family {cls.__qualname__} lacks {', '.join(sorted(cls.__abstractmethods__))}")
+        raise FoveateError(
+            f"the family {cls.__qualname__} lacks {', '.join(sorted(cls.__abstractmethods__))}: write them"
+        )
 
 
 def _check_name(cls: type[Family]) -> None:
