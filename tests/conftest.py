@@ -44,12 +44,12 @@ def _applies(request):
     params = getattr(getattr(request.node, "callspec", None), "params", {})
     if not isinstance(params.get("family"), str):
         return
-    from foveate.families import FAMILIES
+    from foveate.families import all_families
     from tiny import TINIES, make
 
     name = params["family"]
     if reason := TINIES[name].skips.get(request.node.originalname):
         pytest.skip(reason)
     reducer = params.get("reducer") or (make(params["entry"], 1) if "entry" in params else None)
-    if reducer is not None and (lacking := FAMILIES[name].lacks(reducer)):
+    if reducer is not None and (lacking := all_families()[name].lacks(reducer)):
         pytest.skip(f"{name} lacks {lacking}")

@@ -187,6 +187,17 @@ def test_a_cache_that_was_cut_inside_the_llm_needs_a_method_inside_it():
         net.generate(input_ids=out, attention_mask=mask, **GREEDY, **{CACHE: cache})
 
 
+@pytest.mark.parametrize("reducer", [Uniform(keep=9), FastV(keep=5, layer=2)], ids=["before", "inside"])
+def test_a_cache_that_was_emptied_is_as_good_as_new(reducer):
+    net, inputs, cache = deep_model("llava"), collate(samples("llava")), DynamicCache()
+    with foveate.attach(net, FastV(keep=9, layer=1)):
+        net.generate(**inputs, **GREEDY, **{CACHE: cache})
+    cache.reset()
+    with foveate.attach(net, reducer):
+        expected = net.generate(**inputs, **GREEDY)
+        assert torch.equal(net.generate(**inputs, **GREEDY, **{CACHE: cache}), expected)
+
+
 @every_family_in_depth
 @pytest.mark.parametrize("entry", METHODS, ids=method_id)
 @pytest.mark.parametrize("positions", [None, "original", "compact"])

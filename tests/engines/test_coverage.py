@@ -17,7 +17,7 @@ from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.errors import BudgetError
 from foveate.core.spans import Crop, Span
 from foveate.core.tokens import VisualTokens
-from foveate.engines.transformers.reduce import look
+from foveate.engines.pipeline import look
 from foveate.families import family_of
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform
 from tiny import VISUALS, collate, model, sample, samples, visual_tokens

@@ -153,7 +153,7 @@ def test_a_second_image_behind_one_that_stayed_whole(name, by_hand):
             answer = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         (whole_one,) = handle.selections[0]
         assert whole_one.is_identity
-        handle.settings = type(handle.settings)(Uniform(keep=5), "original")
+    with foveate.attach(net, Uniform(keep=5)) as handle, torch.no_grad():
         row = {**second, "ids": first["ids"] + answer + second["ids"]}
         turn = collate([row])
         new = {k: x for k, x in turn.items() if k != "mm_token_type_ids"}

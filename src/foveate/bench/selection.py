@@ -17,7 +17,7 @@ from foveate.core.probes import Attention, Features
 from foveate.core.reducer import Method, Reducer
 from foveate.core.tokens import VisualTokens
 from foveate.measure.provenance import machine, versions
-from foveate.measure.timing import summary
+from foveate.measure.timing import median_p90
 from foveate.measure.timing import threads as torch_threads
 from foveate.methods import VisPruner
 
@@ -114,7 +114,7 @@ def _row(
         "tokens": grid[0] * grid[1],
         "grid": list(grid),
         "batch": batch,
-        **summary(seconds),
+        **median_p90(seconds),
         "runs": len(seconds),
         "of_vispruner": round(statistics.median(seconds) / reference, 2),
     }

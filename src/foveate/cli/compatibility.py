@@ -18,7 +18,7 @@ from foveate.core.probes import (
     Query,
 )
 from foveate.core.reducer import Method, all_needs, declared
-from foveate.families import FAMILIES, Family
+from foveate.families import Family, all_families
 from foveate.measure.pages import markdown_table
 from foveate.registry import by_default, list_methods
 
@@ -76,10 +76,11 @@ def table() -> dict[str, Any]:
                 "resizes": family.resizes,
                 "positions": ["original"] if family.keeps_positions else ["original", "compact"],
             }
-            for family in FAMILIES.values()
+            for family in all_families().values()
         ],
         "methods": [
-            {"name": name, "families": {f.name: runs(by_default(name), f) for f in FAMILIES.values()}} for name in names
+            {"name": name, "families": {f.name: runs(by_default(name), f) for f in all_families().values()}}
+            for name in names
         ],
     }
 

@@ -134,7 +134,7 @@ def _check_span(method: Any, span: Span, own: SpanSelection) -> None:
             )
         _check_merge(method.name, own.merge)
     if _values.get():
-        _check_values(method.name, span, own)
+        _check_values(method, span, own)
 
 
 def _check_vector(what: str, value: Any, dtype: torch.dtype) -> None:
@@ -153,13 +153,15 @@ def _check_merge(name: str, merge: Merge) -> None:
         )
 
 
-def _check_values(name: str, span: Span, own: SpanSelection) -> None:
+def _check_values(method: Any, span: Span, own: SpanSelection) -> None:
+    name = method.name
     kept = own.kept.tolist()
     if kept and not 0 <= min(kept) <= max(kept) < len(span):
         raise ContractError(f"{name} keeps positions {min(kept)} to {max(kept)} of a span of {len(span)} tokens")
     if any(b <= a for a, b in pairwise(kept)):
         raise ContractError(f"{name} keeps a token twice, or not in order: positions ascend, and are distinct; {kept}")
-    if strange := sorted({*kept} & {*span.separators().tolist()}):
+    # Inside the LLM, those of the family's crops are there for good; see `InLlmReducer.unit`.
+    if isinstance(method, Reducer) and (strange := sorted({*kept} & {*span.separators().tolist()})):
         raise ContractError(
             f"{name} keeps the separators {strange}, which no method chooses from: leave them to the engine"
         )
@@ -188,7 +190,7 @@ def described(value: Any) -> str:
 def check_declarations(cls: type[Method]) -> None:
     """Raise `ContractError` if a class of methods declares what makes no sense.
 
-    What a class leaves to a property is not known before it has parameters; see `check_needs`.
+    What a class leaves to a property is not known before it has parameters; see `check_declarations_of`.
     """
     name = cls.__qualname__
     for other in _OTHER_NAMES:
@@ -219,9 +221,10 @@ def check_declarations(cls: type[Method]) -> None:
         )
 
 
-def check_needs(method: Method) -> None:
-    """Raise `ContractError` if a method with parameters needs what is no probe, or none of its stage."""
+def check_declarations_of(method: Method) -> None:
+    """Raise `ContractError` if a method with parameters, or one of its stages, declares what makes no sense."""
     for part in method.stages():
+        check_declarations(type(part))
         _check_probes(part.name, type(part), part.needs)
 
 
