@@ -162,7 +162,7 @@ def test_gaps_between_positions_are_no_borders(family):
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("positions", [None, "original"])
-@pytest.mark.parametrize("cut", ["reset", "turn", 5, 1])
+@pytest.mark.parametrize("cut", ["reset", "turn", "answer"])
 def test_caches_that_were_emptied_or_cropped(family, positions, cut):
     net, cache = model(family), DynamicCache()
     inputs = collate([sample(4, VISUALS[family][0], 9)])
@@ -188,12 +188,23 @@ def test_caches_that_were_emptied_or_cropped(family, positions, cut):
                 other = generate(net, inputs, max_new_tokens=4, **{CACHE: fresh})
                 expected = generate(net, turn(other.sequences, text), **{CACHE: fresh})
                 close(torch.stack(again.logits), torch.stack(expected.logits))
-        else:  # the answer once more, from so many tokens before the end of the prompt on
-            cache.crop(-(cache.get_seq_length() - held + 3 + cut))
+        else:  # the answer once more, from within the text of the prompt on
+            cache.crop(-(cache.get_seq_length() - held + 3 + 5))
             again = generate(net, {k: inputs[k] for k in ("input_ids", "attention_mask")}, **{CACHE: cache})
             expected = generate(net, inputs)
         close(torch.stack(again.logits), torch.stack(expected.logits))
         assert first.sequences.shape[0] == 1
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_cache_cropped_by_the_last_token_of_the_prompt(family):
+    net, cache, inputs = model(family), DynamicCache(), collate([sample(4, VISUALS[family][0], 9)])
+    with foveate.attach(net, Random(keep=9)):
+        expected = generate(net, inputs)
+        generate(net, inputs, max_new_tokens=1, **{CACHE: cache})
+        cache.crop(-1)
+        again = generate(net, {k: inputs[k] for k in ("input_ids", "attention_mask")}, **{CACHE: cache})
+    close(torch.stack(again.logits), torch.stack(expected.logits))
 
 
 def test_a_cache_cropped_into_an_image_is_refused():
