@@ -241,6 +241,21 @@ def test_an_image_that_stays_whole_behind_one_that_was_reduced(positions):
     close(torch.stack(two.logits, 1), expected)
 
 
+def test_a_turn_goes_on_alike_when_the_one_before_returned_ids_alone():
+    net, inputs, found = model("llava"), collate(samples("llava")), []
+    rest = torch.arange(15).reshape(3, 5) + 20
+    for full in (True, False):
+        cache = DynamicCache()
+        with foveate.attach(net, Uniform(keep=9)):
+            one = net.generate(
+                **inputs, do_sample=False, max_new_tokens=4, return_dict_in_generate=full, **{CACHE: cache}
+            )
+            turn = {"input_ids": torch.cat([one.sequences if full else one, rest], dim=1)}
+            turn["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 9), value=1)
+            found.append(torch.stack(generate(net, turn, **{CACHE: cache}).logits))
+    close(found[0], found[1])
+
+
 @torch.no_grad()
 def test_ids_without_a_mask_that_are_as_long_as_the_cache_are_new():
     net, inputs = model("llava"), collate([sample(4, "image", 9)])
