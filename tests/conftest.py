@@ -15,6 +15,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _checked():
+    """Check what methods return to the last value."""
+    from foveate.core.checks import checked_values
+
+    with checked_values():
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Skip a test where SmolVLM does not run because of a bug of transformers 5.20.1 and 5.20.2, and nowhere else."""

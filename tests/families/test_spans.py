@@ -6,7 +6,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from foveate import list_families
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.families import FAMILIES, family_of
 from foveate.families.base import joined_outputs, placeholder_columns
 from foveate.families.tower import crop_rows

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from foveate.bench.inputs import random_tokens
 from foveate.bench.naive import plain_selection
+from foveate.core.crops import CropBatch
 from foveate.core.probes import Attention, Features
 from foveate.core.reducer import Method, Reducer
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.core.tokens import VisualTokens
 from foveate.measure.provenance import machine, versions
 from foveate.measure.timing import summary
 from foveate.measure.timing import threads as torch_threads

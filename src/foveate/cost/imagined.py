@@ -22,7 +22,8 @@ from foveate.core.probes import (
     Probe,
     Query,
 )
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.cost.anatomy import Anatomy, Tower
 from foveate.cost.work import Work, work_of
 from foveate.families.base import Grid

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate.core.in_llm import InLlmReducer, LayerTokens, of_llm, planned
 from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Probe, TextStates
 from foveate.core.schedules import Images
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.cost.anatomy import Anatomy
 from foveate.families.tower import attention_of, encoder_layers
 

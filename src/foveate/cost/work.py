@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.cost.anatomy import Anatomy
 from foveate.families.base import Grid
 from foveate.families.generic import Generic

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from foveate.core.checks import check_declarations, check_needs
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer, split
 from foveate.core.reducer import Method, Positions, Reducer
@@ -71,6 +72,9 @@ class Settings:
         stages = reducer.stages()
         if strange := [r for r in stages if r.stage == "projector"]:
             raise UnsupportedModelError(f"{strange[0].name} acts at the stage 'projector', which this engine lacks")
+        for part in stages:
+            check_declarations(type(part))
+        check_needs(reducer)
         before, inside = split(stages)
         if family is not None and (lacking := family.lacks(reducer)):
             others = [name for name in list_methods() if name != "chain" and not family.lacks(by_default(name))]

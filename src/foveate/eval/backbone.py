@@ -19,7 +19,8 @@ from foveate import nano
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.probes import Embeddings, Features, Probe
 from foveate.core.reducer import Method, Reducer
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.engines.transformers.reduce import probes_of
 from foveate.eval import dinov2
 from foveate.eval.scenes import DRAWS, SPLIT, draws

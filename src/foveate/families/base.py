@@ -16,7 +16,8 @@ from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.probes import Attention, Embeddings, LayerProbe, Probe
 from foveate.core.reducer import Method, declared
 from foveate.core.selection import Merging, Selection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
 
 Grid = tuple[int, int]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import Layout, MergedFamily
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.families.base import Grid, joined_outputs
 from foveate.families.merged import mean_of_blocks
 from foveate.families.raster import RasterFamily

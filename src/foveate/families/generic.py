@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Embeddings, Features, Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family, Grid, one_row_per_token, placeholder_columns
 
 _PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family, Grid, placeholder_columns
 from foveate.families.inside import run_tower_inside
 from foveate.families.tower import resized_crops, run_tower, token_planes, with_cls

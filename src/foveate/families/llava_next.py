@@ -11,7 +11,8 @@ from transformers.image_processing_utils import select_best_resolution
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families.base import Grid, placeholder_columns
 from foveate.families.llava import Llava, strategy
 from foveate.families.tower import crop_rows, token_planes, with_cls

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.probes import Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families.base import Grid, in_reading_order, interleaved, placeholder_columns
 from foveate.families.llava import feature_layers
 from foveate.families.llava_next import LlavaNext

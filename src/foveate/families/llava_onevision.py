@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.families.base import Grid, joined_outputs
 from foveate.families.llava import feature_layers
 from foveate.families.llava_next import mosaic, tiles_of, unpadded, without_fillers

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.probes import Embeddings, Features, LayerProbe, Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family, Grid, placeholder_columns
 from foveate.families.taps import tap
 from foveate.families.tower import attention_of, encoder_layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.families.base import Grid
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.families.base import one_row_per_token
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
 

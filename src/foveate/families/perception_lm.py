@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.families.base import joined_outputs
 from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
 from foveate.families.tiled import WHOLE, crop_layout, located, tile_boxes

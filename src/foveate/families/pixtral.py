@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import BudgetError, InputError, UnsupportedModelError
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.families.base import Grid
 from foveate.families.llava import feature_layers, strategy
 from foveate.families.raster import RasterFamily

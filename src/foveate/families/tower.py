@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import ClsToken, Features, LayerProbe, Probe
-from foveate.core.tokens import Crop, VisualTokens
+from foveate.core.spans import Crop
+from foveate.core.tokens import VisualTokens
 from foveate.families.base import Grid
 from foveate.families.taps import layer_outputs, tap
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from foveate.core.encoder import EncoderReducer
 from foveate.core.probes import ClsToken, Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family, Grid, joined_outputs, placeholder_columns
 from foveate.families.inside import run_tower_inside
 from foveate.families.llava import feature_layers, patch_grid, strategy

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.families.base import joined_outputs
 from foveate.families.llava import Llava
 

@@ -15,7 +15,8 @@ from foveate.core.grids import resampled
 from foveate.core.ranking import top
 from foveate.core.reducer import Reducer
 from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
 from foveate.engines.transformers.attach import attach, attached
 from foveate.engines.transformers.caches import NAMES
 from foveate.engines.transformers.in_llm.support import check_decoder
@@ -311,6 +312,10 @@ class BestScored(Reducer):
     scores: tuple[Tensor, ...] = ()
 
     name = "best"
+    adaptive = True
+
+    def count(self, span: Span) -> int:
+        return sum(map(len, span.crops))
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         return False

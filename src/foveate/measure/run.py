@@ -21,7 +21,8 @@ from foveate.core.in_llm import InLlmReducer, of_encoder, schedule
 from foveate.core.probes import Attention
 from foveate.core.reducer import Method, Positions, Reducer, identity
 from foveate.core.selection import Selection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
 from foveate.cost.arms import arm_cost
 from foveate.cost.inside import inside_flops

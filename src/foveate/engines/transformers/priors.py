@@ -14,7 +14,8 @@ from torch import Tensor
 from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
 
 
 def priors_of(reducers: Sequence[Any], tokens: VisualTokens, selection: Selection) -> dict[InLlmReducer, list[Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.engines.transformers.compaction import Compaction, check_visible
 
 _TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.checks import selected
 from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import InputError, UnsupportedModelError
@@ -18,7 +19,8 @@ from foveate.core.probes import ClsSimilarity, ClsToken, Features, Probe, Query
 from foveate.core.ranking import cosine_matrix
 from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Merge, Selection, SpanSelection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
 from foveate.engines.transformers.priors import priors_of
@@ -190,7 +192,7 @@ def decide(tokens: VisualTokens, settings: Settings) -> Selection:
     before = settings.before
     if before is None:
         return Selection(tuple(replace(c, kept=c.kept.to(tokens.device)) for c in identity(tokens.spans)))
-    chosen = before.select(tokens)
+    chosen = selected(before, tokens)
     return Selection(
         tuple(_with_separators(s, c, settings.separators) for s, c in zip(tokens.spans, chosen, strict=True))
     )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from foveate.core.errors import InputError
-from foveate.core.in_llm import InLlmReducer
+from foveate.core.in_llm import InLlmReducer, cuts
 from foveate.core.reducer import Positions
 
 
@@ -45,7 +45,7 @@ class Boundaries:
         """
         found: dict[int, InLlmReducer] = {}
         for reducer in reducers:
-            for boundary in reducer.boundaries(len(layers_of(decoder))):
+            for boundary in cuts(reducer, len(layers_of(decoder))):
                 if boundary <= max(found, default=0):
                     raise InputError(
                         f"{reducer.name} drops tokens in front of layer {boundary}, but a method before it does so in "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core.checks import selected_inside
 from foveate.core.errors import InputError
 from foveate.core.rows import Rows
 from foveate.engines.transformers.caches import given_cache, without_cache
@@ -89,7 +90,7 @@ class LayerPass:
         assert self.probes is not None
         tokens = self.probes.tokens(number, hidden, ahead)
         with torch.no_grad():
-            chosen = self.state.boundaries.at[number].select(tokens)
+            chosen = selected_inside(self.state.boundaries.at[number], tokens)
         if all(c.is_identity for c in chosen):
             return hidden
         if any(c.merge is not None for c in chosen):

@@ -12,7 +12,7 @@ from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer, LayerTokens
 from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Prior, TextStates
 from foveate.core.rows import Rows
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.engines.transformers.in_llm.pass_state import PassState
 
 

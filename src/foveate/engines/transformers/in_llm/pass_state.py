@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.core.in_llm import InLlmReducer, planned
 from foveate.core.selection import SpanSelection
-from foveate.core.tokens import Crop
+from foveate.core.spans import Crop
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
 from foveate.engines.transformers.in_llm.kept_columns import RemainingTokens
 from foveate.engines.transformers.prompt_tokens import PromptTokens, thinned_crop
