@@ -75,6 +75,7 @@ class Replay(InLlmReducer):
 
     name = "replay"
     adaptive = True
+    merges = "embeddings"
 
     def boundaries(self, depth: int) -> Sequence[int]:
         return tuple(boundary for boundary, _ in self.cuts)

@@ -273,6 +273,53 @@ def test_selections_are_those_of_the_last_call_with_images():
         assert [len(row) for row in handle.selections] == [1]
 
 
+@torch.no_grad()
+def test_what_a_call_that_failed_was_to_show_is_forgotten():
+    net, text = deep_model("llava"), collate([sample(9, seed=7)])
+    expected = net(**text).logits
+    with foveate.attach(net, FastV(keep=9, layer=1)):
+        with pytest.raises(ValueError, match="no_such_option"):
+            net.generate(**collate([sample(4, "image", 2)]), no_such_option=1)
+        assert torch.equal(net(**text).logits, expected)
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_is_over():
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    decoder = net.get_decoder()
+    states = torch.randn(1, 9, decoder.config.hidden_size)
+    expected = decoder(inputs_embeds=states, use_cache=False).last_hidden_state
+
+    def fail(*_):
+        raise FaultError
+
+    with foveate.attach(net, FastV(keep=9, layer=1)) as handle:
+        net(**inputs)
+        hook = net.lm_head.register_forward_pre_hook(fail)
+        with pytest.raises(FaultError):
+            net(**collate([sample(4, "image", 2)]))
+        hook.remove()
+        assert handle.selections == []
+        assert torch.equal(decoder(inputs_embeds=states, use_cache=False).last_hidden_state, expected)
+
+
+def test_text_alone_leaves_the_results_of_a_chain():
+    net = deep_model("llava")
+    with foveate.attach(net, Chain(Uniform(keep=30), FastV(keep=9, layer=1))) as handle:
+        net.generate(**collate(samples("llava")), **GREEDY)
+        before = handle.received
+        net.generate(**collate([sample(4)]), **GREEDY)
+        assert [len(row) for row in handle.selections] == [1, 2, 1]
+        assert handle.received == before
+
+
+def test_a_least_length_below_what_was_dropped_asks_for_nothing():
+    net, inputs = model("llava"), collate(samples("llava"))
+    with foveate.attach(net, Uniform(keep=9)):
+        expected = net.generate(**inputs, **GREEDY)
+        assert torch.equal(net.generate(**inputs, **GREEDY, min_length=5), expected)
+
+
 def test_threads_share_an_attached_model():
     net = model("llava")
     prompts = [collate([sample(3 + i, "image", 4, seed=i)]) for i in range(3)]

@@ -14,7 +14,6 @@ from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
-from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
 from foveate.engines.transformers.compaction import Compaction, check_mask, compact_planes, position_behind
@@ -86,9 +85,7 @@ class Continuation:
             known = self._uncompacted(inputs, filled)
         if known is not None:
             return self._go_on(inputs, known, filled)
-        out = self._reduce(inputs, settings)
-        self._remember(out.selection, inputs.get("input_ids"))
-        return out
+        return self._reduce(inputs, settings)
 
     def _has_images(self, inputs: Mapping[str, Any]) -> bool:
         return any(inputs.get(key) is not None for key in self._family.inputs)
@@ -101,21 +98,23 @@ class Continuation:
             self._call.prefill = shown_to_llm(inputs, out)
         elif settings.inside:
             self._show_whole(inputs, 0)  # the methods before the LLM keep everything
+        if out.selection is not None:
+            self._results.begin(out.selection, len(inputs["input_ids"]))
         return out
 
     def _show_whole(self, inputs: Mapping[str, Any], filled: int) -> None:
         """Note the visual tokens that the LLM is given where nothing drops any, behind so many columns in a cache."""
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         if not self._has_images(inputs):
-            if inputs.get("mm_encoder_outputs") is not None:
-                self._remember(None, ids)
+            if inputs.get("mm_encoder_outputs") is not None and ids is not None:
+                self._results.begin(None, len(ids))
             return
         if ids is None:
             raise InputError("a method inside the LLM needs input_ids: inputs_embeds do not show where the images are")
         check_mask(mask, ids.shape[1] if mask is None or not isinstance(mask, Tensor) else mask.shape[-1])
         ids = ids if _only_new(ids, mask, filled) else ids[:, filled:]
         spans = self._family.spans(self._model, {**inputs, "input_ids": ids})
-        self._remember(None, ids)
+        self._results.begin(None, len(ids))
         prompts = tokens_by_prompt(spans, mask, ids.shape[1], ids.device, priors=self._priors(spans))
         self._call.prefill = Prefill(prompts, *ids.shape)
 
@@ -125,10 +124,6 @@ class Continuation:
         if self._call.scores is None or not readers:
             return {}
         return priors_from_scores(readers, self._call.scores, spans, kept)
-
-    def _remember(self, selection: Selection | None, ids: Tensor | None) -> None:
-        if ids is not None and (selection is not None or self._settings.inside):
-            self._results.begin(selection, len(ids))
 
     def _uncompacted(self, inputs: Mapping[str, Any], filled: int) -> Compaction:
         """Describe a cache that holds whole prompts, of which the handle knows nothing else."""
@@ -158,7 +153,6 @@ class Continuation:
         own = new.pop("position_ids", None)
         # `_join` numbers it, behind what is cached.
         tail = self._reduce(new, replace(self._settings, positions="compact"))
-        self._remember(tail.selection, ids)
         kept = tail.compaction or Compaction(
             torch.arange(length, device=ids.device).expand(len(ids), -1), length, padded=False
         )

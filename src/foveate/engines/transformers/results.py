@@ -22,7 +22,7 @@ class Results:
 
     def begin(self, selection: Selection | None, batch: int) -> None:
         """Take note of a call with so many prompts, and of what methods before the LLM kept, if they acted."""
-        self._selection, self._batch = selection, batch
+        self._selection, self._batch, self.inside = selection, batch, None
 
     def selections(self) -> list[list[SpanSelection]]:
         """Return what was kept, per prompt and span; of methods inside the LLM in its last layer."""

@@ -126,4 +126,4 @@ def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:
         limit = getattr(config, name, None) if limit is None else limit
         # transformers lets a limit on the new tokens, which counts no prompt, take precedence.
         if limit and kwargs.get(sibling) is None and getattr(config, sibling, None) is None:
-            kwargs[name] = max(limit - dropped, 0)
+            kwargs[name] = limit - dropped

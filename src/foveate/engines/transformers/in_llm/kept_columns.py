@@ -35,7 +35,7 @@ class KeptColumns:
             return self.columns
         if length < self.length:  # cropped by a negative number: each layer lost as many columns
             kept = self.columns[:, : length - self.length]
-            if bool((kept >= length).any()) or bool((self.columns[:, kept.shape[1] :] < length).any()):
+            if bool((self.columns[:, kept.shape[1] :] < length).any()):
                 raise InputError("this cache was cropped to where an image is: start with a new cache")
             return kept
         further = torch.arange(self.length, length, device=self.columns.device)

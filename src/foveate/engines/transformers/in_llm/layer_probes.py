@@ -172,6 +172,7 @@ class LayerProbes:
         for prompt, places in zip(self._state.prompts, visual, strict=True):
             # The keys of a cache come before those of the pass.
             columns[prompt.sample, 0, 0, : len(places)] = places + rows.key.shape[2] - rows.width
+        # Other prompts of the batch have no such rows, and a method may choose no judge: nothing is received then.
         share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
         total: Any = 0.0
         parts = []
