@@ -44,14 +44,18 @@ def python_m(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
         (("rnu",), 2, "Did you mean 'run'?"),
         (("bench", "modl"), 2, "Did you mean 'model'?"),
         (("run", "--compar"), 2, "--compare"),
-        (("run", "x.png", "what?", "--method", "vispuner"), 2, "'vispuner' (did you mean 'vispruner'?); there are: "),
+        (
+            ("run", "x.png", "what?", "--method", "vispuner"),
+            2,
+            "no method is called 'vispuner'; there are: ",
+        ),
         (("cost", "--model", "llava-1.5-7b", "--method", "vispuner"), 2, "did you mean 'vispruner'?"),
         (("bench", "model", "--method", "vispuner"), 2, "did you mean 'vispruner'?"),
         (("bench", "selection", "vispuner"), 2, "did you mean 'vispruner'?"),
         (("eval", "--methods", "random, vispuner"), 2, "did you mean 'vispruner'?"),
         (("tune", "x.jsonl", "--speedup", "2", "--methods", "vispuner"), 2, "did you mean 'vispruner'?"),
         (("view", "x.png", "what?", "--method", "vispuner"), 2, "did you mean 'vispruner'?"),
-        (("methods", "vispuner"), 2, "no method matches 'vispuner' (did you mean 'vispruner'?)"),
+        (("methods", "vispuner"), 2, "vtc_cls; did you mean 'vispruner'?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -104,8 +108,8 @@ def test_completion_names_commands_and_options() -> None:
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (("families", "llava_nxt"), "no family matches 'llava_nxt' (did you mean 'llava_next'?); there are: llava, "),
-        (("cost", "--model", "llava-1.5-7"), "'llava-1.5-7' (did you mean 'llava-1.5-7b'?): built-in shapes are "),
+        (("families", "llava_nxt"), "generic; did you mean 'llava_next'?"),
+        (("cost", "--model", "llava-1.5-7"), "a folder with config.json; did you mean 'llava-1.5-7b'?"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )

@@ -21,7 +21,7 @@ class UnknownNameError(FoveateError, LookupError):
     def among(cls, fault: str, name: str, known: Iterable[str]) -> UnknownNameError:
         """Return the error for a name that is none of the known ones; a `fault` is "no method is called"."""
         known = list(known)
-        return cls(f"{fault} {name!r}{did_you_mean(name, known)}; there are: {', '.join(known)}")
+        return cls(f"{fault} {name!r}; there are: {', '.join(known)}{did_you_mean(name, known)}")
 
 
 class UnsupportedModelError(FoveateError, TypeError):
@@ -37,12 +37,12 @@ class AttachError(FoveateError, RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the known name that a mistyped one resembles most, as the part of a message, or an empty text.
+    """Return the known name that a mistyped one resembles most, as the end of a message, or an empty text.
 
     Examples
     --------
     >>> did_you_mean("vispuner", ["divprune", "vispruner"])
-    " (did you mean 'vispruner'?)"
+    "; did you mean 'vispruner'?"
     """
     close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -149,7 +149,7 @@ def load_shape(name: str) -> tuple[Any, Any]:
     except (ValueError, KeyError, StrictDataclassError) as error:
         raise UnknownNameError(f"no usable model configuration at {name!r}: {first_line(error)}") from error
     except OSError as error:
-        raise UnknownNameError(f"no model configuration at {name!r}{did_you_mean(name, SHAPES)}: {known}") from error
+        raise UnknownNameError(f"no model configuration at {name!r}: {known}{did_you_mean(name, SHAPES)}") from error
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):  # not every model needs one to tell what an image comes to
