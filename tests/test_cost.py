@@ -123,7 +123,7 @@ def test_agrees_with_the_counter_of_torch_when_pruned(reducer) -> None:
     model, inputs = _tiny(), _inputs()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         reduced = foveate.reduce(model, inputs, reducer)
-    probes = probe_flops(model.config, reducer.probes(), [144])
+    probes = probe_flops(model.config, reducer.needs, [144])
     projected = 144 if reducer.merges == "embeddings" else None
     cost = prefill_flops(model.config, 144, 21, 24, selection=probes, projected=projected)
     assert cost.vision + cost.projector + cost.selection == pytest.approx(counter.get_total_flops(), rel=0.01)

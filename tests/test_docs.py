@@ -10,12 +10,13 @@ import pytest
 
 from foveate.bench.report import markdown as speed_table
 from foveate.cli import compatibility
-from foveate.core.reducer import get_method, load_reducer
 from foveate.cost.report import markdown as cost_table
 from foveate.eval import backbone, leaderboard
 from foveate.eval.leaderboard import table_rows
-from foveate.eval.scenes import BLOCK, UNPRUNED, Entry, collect, draws
+from foveate.eval.published import UNPRUNED
+from foveate.eval.scenes import BLOCK, Entry, collect, draws
 from foveate.measure.run import BASELINES
+from foveate.registry import get_method, load_reducer
 from foveate.tune.candidates import BUDGETS, METHODS
 from foveate.tune.report import markdown as tune_table
 from training.nano import excerpt, guiding

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foveate.core.budget import Budget
     from foveate.core.errors import FoveateError
-    from foveate.core.reducer import Chain, Reducer, list_methods, load_reducer, register
+    from foveate.core.reducer import Reducer
     from foveate.core.selection import Selection
     from foveate.core.tokens import VisualTokens
     from foveate.engines.transformers.attach import attach
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from foveate.fit.gates import train_gates
     from foveate.guided.guide import guide
     from foveate.methods import VisPruner
+    from foveate.methods.chain import Chain
+    from foveate.registry import list_methods, load_reducer, register
 
 __version__ = "0.1.0"
 
@@ -40,7 +42,7 @@ __all__ = [
 
 _HOMES = {
     "Budget": "core.budget",
-    "Chain": "core.reducer",
+    "Chain": "methods.chain",
     "FoveateError": "core.errors",
     "Reducer": "core.reducer",
     "Selection": "core.selection",
@@ -49,10 +51,10 @@ _HOMES = {
     "attach": "engines.transformers.attach",
     "guide": "guided.guide",
     "list_families": "families",
-    "list_methods": "core.reducer",
-    "load_reducer": "core.reducer",
+    "list_methods": "registry",
+    "load_reducer": "registry",
     "reduce": "engines.transformers.reduce",
-    "register": "core.reducer",
+    "register": "registry",
     "train_gates": "fit.gates",
 }
 

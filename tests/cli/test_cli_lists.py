@@ -46,8 +46,8 @@ def test_families(foveate: Any) -> None:
 
 def test_table(foveate: Any) -> None:
     from foveate.cli.compatibility import MARKS
-    from foveate.core.reducer import by_default
     from foveate.families import FAMILIES
+    from foveate.registry import by_default
 
     data = foveate("table", "--json").json
     assert [f["name"] for f in data["families"]] == library.list_families()

@@ -14,11 +14,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate as library
 from foveate.core.budget import parse_keep
-from foveate.core.reducer import load_reducer
 from foveate.cost import kv_bytes
 from foveate.engines.transformers.caches import cache_of
 from foveate.measure.loading import encoder_view, load_model, open_image, prompt_for
 from foveate.measure.run import measure, prepare
+from foveate.registry import load_reducer
 
 FAST = ("--repeats", 1, "--max-new-tokens", 4)
 

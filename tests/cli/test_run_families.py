@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 import tiny
-from foveate.core.reducer import load_reducer
 from foveate.families import FAMILIES, family_of
 from foveate.measure.run import Job, baselines, measure
 from foveate.measure.summary import report
+from foveate.registry import load_reducer
 
 
 def _job(name: str, *parts: tiny.Part) -> Job:

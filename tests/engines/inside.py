@@ -11,8 +11,8 @@ import torch
 
 import foveate
 from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import get_method
 from foveate.core.selection import Selection, SpanSelection
+from foveate.registry import get_method
 from tiny import (
     IN_LLM,
     IN_LLM_FAMILIES,

@@ -20,10 +20,10 @@ import foveate
 from foveate import Budget, Chain, FoveateError
 from foveate.core.errors import BudgetError, UnsupportedModelError
 from foveate.core.in_llm import received
-from foveate.core.reducer import get_method
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import FastV, PyramidDrop, ToDREExit, TopV, VisPruner
+from foveate.registry import get_method
 from tiny import (
     STAGED,
     VISUALS,

@@ -18,8 +18,8 @@ from layered import layered_answer
 
 import foveate
 from foveate import Chain
-from foveate.core.reducer import get_method
 from foveate.methods import FastV, TopV, VisPruner, topv
+from foveate.registry import get_method
 from tiny import (
     collate,
     deep_model,

@@ -103,7 +103,7 @@ def test_layers_named_by_depth_attend_to_the_whole_picture():
     net = spread(type(model("qwen2_5_vl"))(config)).eval()
     family, inputs = family_of(net), collate([sample(3, Visual("qwen2_5_vl", ("image", 1, 5, 7)), 4)])
     spans = family.spans(net, inputs)  # windows of 2 x 2 tokens: those at the edges are smaller
-    (summed,), (middle, _) = VTCCLS(keep=9, start=0.25).probes(), HiPrune(keep=9).probes()
+    (summed,), (middle, _) = VTCCLS(keep=9, start=0.25).needs, HiPrune(keep=9).needs
     counted = Attention(layers=(-5, -1))
     with torch.no_grad():
         tokens = family.encode(net, inputs, spans, (summed, middle, counted, Attention(layers=(-6,))))

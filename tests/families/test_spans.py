@@ -94,8 +94,8 @@ def test_probes_are_those_of_the_span_in_the_encoder(name):
     family = family_of(net)
     spans = family.spans(net, inputs)
     with torch.no_grad():
-        tokens = family.encode(net, inputs, spans, VisPruner(keep=1).probes())
-    features, attention = (tokens.probe(p) for p in VisPruner(keep=1).probes())
+        tokens = family.encode(net, inputs, spans, VisPruner(keep=1).needs)
+    features, attention = (tokens.probe(p) for p in VisPruner(keep=1).needs)
     crop = 0
     for span, hidden in zip(tokens.spans, tokens.hidden, strict=True):
         assert hidden.shape == (len(span), 32)

@@ -8,7 +8,8 @@ from layer_cases import layer_tokens
 
 from foveate import FoveateError
 from foveate.core.errors import BudgetError
-from foveate.core.in_llm import Prior, schedule
+from foveate.core.in_llm import schedule
+from foveate.core.probes import Prior
 from foveate.core.rows import Rows
 from foveate.engines.transformers.given import Given
 from foveate.guided.attention_sum import AttentionSum

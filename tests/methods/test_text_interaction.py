@@ -8,8 +8,7 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate import Budget, FoveateError
-from foveate.core.in_llm import LayerAttention
-from foveate.core.probes import ClsSimilarity
+from foveate.core.probes import ClsSimilarity, LayerAttention
 from foveate.core.ranking import cosine_matrix
 from foveate.methods import FastV, TextInteraction, TextInteractionImage, TextInteractionLLM
 from foveate.methods.text_interaction import knee

@@ -11,7 +11,7 @@ from merge_cases import cosine
 import foveate
 from foveate import Budget
 from foveate.core.errors import BudgetError, FoveateError
-from foveate.core.in_llm import LayerKeys
+from foveate.core.probes import LayerKeys
 from foveate.core.tokens import Crop
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import VisionDrop, VisionDropAll, VisionDropLlm, VisionZip

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from foveate.bench.naive import plain_selection
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.in_llm import Images, InLlmReducer, LayerTokens
-from foveate.core.reducer import Chain, Reducer
+from foveate.core.in_llm import InLlmReducer, LayerTokens
+from foveate.core.reducer import Method
+from foveate.core.schedules import Images
 from foveate.core.selection import Selection, SpanSelection
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attach
@@ -25,6 +26,7 @@ from foveate.families.llava import feature_layers
 from foveate.measure.run import Job, encode_reduced
 from foveate.measure.timing import FirstToken, Meter
 from foveate.methods import VisPruner
+from foveate.methods.chain import Chain
 
 M = TypeVar("M", bound=Meter)
 
@@ -53,7 +55,7 @@ class Arm:
     job: Job
     encode: Callable[[Meter], Mapping[str, Any]]
     received: Sequence[int]
-    reducer: Reducer | None = None
+    reducer: Method | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -134,7 +136,7 @@ def control(job: Job, settings: Settings) -> Arm:
     )
 
 
-def _whole(reducer: Reducer) -> Reducer:
+def _whole(reducer: Method) -> Method:
     if isinstance(reducer, Chain):
         return Chain(*map(_whole, reducer.reducers))
     other = {"equivalent": None} if hasattr(reducer, "equivalent") else {}  # the other way to give a budget
@@ -282,7 +284,7 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
     return Arm("naive", job, encode, _throughout(job, count * len(job.spans)), reducer, eager)
 
 
-def naive_runs(job: Job, reducer: Reducer) -> bool:
+def naive_runs(job: Job, reducer: Method) -> bool:
     """Return whether `naive` can run a method on a job."""
     return isinstance(reducer, VisPruner) and job.family.name == "llava" and bool(job.family.cls(job.model))  # type: ignore[attr-defined]
 

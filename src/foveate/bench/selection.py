@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.bench.inputs import random_tokens
 from foveate.bench.naive import plain_selection
 from foveate.core.probes import Attention, Features
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method, Reducer
 from foveate.core.tokens import CropBatch, VisualTokens
 from foveate.measure.provenance import machine, versions
 from foveate.measure.timing import summary
@@ -94,8 +94,8 @@ def _times(reducers: Sequence[Reducer], grid: tuple[int, int], batch: int, repea
 
 def _tokens(reducer: Reducer, grid: tuple[int, int], batch: int) -> VisualTokens:
     if reducer.video_only:
-        return random_tokens(reducer.probes(), (grid[0] // FRAMES, grid[1]), batch, FRAMES)
-    return random_tokens(reducer.probes(), grid, batch)
+        return random_tokens(reducer.needs, (grid[0] // FRAMES, grid[1]), batch, FRAMES)
+    return random_tokens(reducer.needs, grid, batch)
 
 
 def _time(reducer: Reducer, tokens: VisualTokens) -> float:
@@ -105,7 +105,7 @@ def _time(reducer: Reducer, tokens: VisualTokens) -> float:
 
 
 def _row(
-    reducer: Reducer, grid: tuple[int, int], batch: int, seconds: Sequence[float], reference: float
+    reducer: Method, grid: tuple[int, int], batch: int, seconds: Sequence[float], reference: float
 ) -> dict[str, Any]:
     return {
         "method": reducer.name,

@@ -45,7 +45,8 @@ def selection(
     check_methods(methods or ())
     from foveate.bench import selection as bench
     from foveate.bench.inputs import random_codebook
-    from foveate.core.reducer import get_method, list_methods, load_reducer, parameters_without_default
+    from foveate.core.reducer import Reducer
+    from foveate.registry import get_method, list_methods, load_reducer, parameters_without_default
 
     known = list_methods()
     left_out = {name: "stage in_llm" for name in known if get_method(name).stage == "in_llm"}
@@ -61,7 +62,8 @@ def selection(
     ):  # fmt: skip
         random_codebook().save(book := f"{folder}/random.safetensors")
         needed = {"codebook": {"codebook": book}}
-        reducers = [load_reducer(name, keep=keep, **needed.get(name, {})) for name in names]
+        loaded = (load_reducer(name, keep=keep, **needed.get(name, {})) for name in names)
+        reducers = [reducer for reducer in loaded if isinstance(reducer, Reducer)]
         result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)
         for row in result["rows"]:
             row["reducer"] = row["reducer"].replace(repr(book), "'random.safetensors'")  # where it lay says nothing

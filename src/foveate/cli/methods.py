@@ -22,7 +22,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
     known = method_names()
     if not fnmatch.filter(known, pattern):
         raise UnknownNameError.among("no method matches", pattern, known)
-    from foveate.core.reducer import get_method, list_methods
+    from foveate.registry import get_method, list_methods
 
     names = list_methods(pattern)
     rows = [_method_row(get_method(name)) for name in names]
@@ -46,16 +46,17 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
 
 def _method_row(cls: Any) -> dict[str, Any]:
     from foveate.cli.compatibility import NO, reads, runs
-    from foveate.core.reducer import by_default
+    from foveate.core.reducer import declared
     from foveate.families import FAMILIES
+    from foveate.registry import by_default
 
     parameters = {
         p.name: {} if p.default is p.empty else {"default": p.default}
         for p in inspect.signature(cls).parameters.values()
     }
-    merges = isinstance(cls.merges, str)
+    merges = declared(cls, "merges") is not None
     return {
-        "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,
+        "name": cls.name, "stage": cls.stage, "query_aware": declared(cls, "query_aware"), "trained": cls.trained,
         "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(by_default(cls.name)),
         "families": [name for name, family in FAMILIES.items() if runs(cls, family) != NO],
         "positions": cls.positions, "parameters": parameters,

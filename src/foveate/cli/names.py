@@ -9,14 +9,14 @@ from pathlib import Path
 
 from foveate.core.errors import UnknownNameError
 
-_PACKAGE = Path(__file__).parents[1]
+_METHODS = Path(__file__).parents[1] / "methods"
 _REGISTERED = re.compile(r'^@register\("(.+)"\)$', re.MULTILINE)
 
 
 def method_names() -> list[str]:
     """Return the names of the methods of this package, read from their sources, and of plugins, sorted."""
-    files = [*_PACKAGE.glob("methods/*.py"), *_PACKAGE.glob("core/*.py"), *_PACKAGE.glob("registry.py")]
-    own = (name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8")))
+    texts = (file.read_text(encoding="utf-8") for file in _METHODS.glob("*.py"))
+    own = (name for text in texts for name in _REGISTERED.findall(text))
     return sorted({*own, *(point.name for point in entry_points(group="foveate.reducers"))})
 
 

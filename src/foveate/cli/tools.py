@@ -18,7 +18,7 @@ from foveate.cli.names import check_methods
 from foveate.core.errors import FoveateError, InputError
 
 if TYPE_CHECKING:
-    from foveate.core.reducer import Reducer
+    from foveate.core.reducer import Method
 
 P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -80,11 +80,11 @@ def write_json(path: Path, data: Any) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
-def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
+def reducer_from(method: str, keep: str | None, settings: list[str]) -> Method:
     """Build a method from a name or a JSON file, a budget and ``name=value`` settings."""
     check_methods([method])
     from foveate.core.budget import parse_keep
-    from foveate.core.reducer import get_method, load_reducer
+    from foveate.registry import get_method, load_reducer
 
     config: dict[str, Any] = dict(map(_setting, settings))
     if "method" in config:
@@ -96,7 +96,7 @@ def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
     return load_reducer(method, **config)
 
 
-def _has_budget(cls: type[Reducer], config: dict[str, Any]) -> bool:
+def _has_budget(cls: type[Method], config: dict[str, Any]) -> bool:
     """Return whether a method does without a default of the command line: it takes no budget, or knows its own."""
     if not cls.budgets or config.keys() & {*cls.budgets}:
         return True

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.encoder import EncoderReducer
 from foveate.core.grids import crop_budgets
-from foveate.core.in_llm import received
+from foveate.core.in_llm import received, split
 from foveate.core.probes import Embeddings
-from foveate.core.reducer import Chain, Reducer, split
+from foveate.core.reducer import Method, Reducer
 from foveate.cost.anatomy import Anatomy
 from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
 from foveate.cost.formulas import PerLayer
@@ -25,10 +25,11 @@ from foveate.engines.transformers.reduce import probes_of
 from foveate.families.base import Grid
 from foveate.families.llava_next_video import LlavaNextVideo
 from foveate.families.llava_onevision import LlavaOnevision
+from foveate.methods.chain import Chain
 
 
 def arm_cost(
-    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Reducer | None, kept: PerLayer, decision: int = 0
+    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Method | None, kept: PerLayer, decision: int = 0
 ) -> Cost:
     """Count a prefill, stock or as foveate's engine runs it.
 
@@ -47,7 +48,7 @@ def arm_cost(
     windows, vision, projected, probes = work.windows(anatomy), work.measured, work.projected(anatomy), 0
     if reducer is not None:
         first = kept if isinstance(kept, int) else kept[0]
-        all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.probes()
+        all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.needs
         if anatomy.projects_kept:
             projected = work.tokens if all_projected else first
         if reducer.stage == "pixels":
@@ -64,7 +65,7 @@ def arm_cost(
     )  # fmt: skip
 
 
-def shrunk(anatomy: Anatomy, work: Work, reducer: Reducer) -> Work:
+def shrunk(anatomy: Anatomy, work: Work, reducer: Method) -> Work:
     """Return the work that a method of the stage ``"pixels"`` leaves: smaller pictures, each by itself."""
     pictures: list[Grid] = []
     if anatomy.tower is None:
@@ -100,7 +101,7 @@ def encoder_rows(anatomy: Anatomy, work: Work, reducer: EncoderReducer) -> list[
     return rows
 
 
-def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[PerLayer, int]:
+def decided(anatomy: Anatomy, work: Work, reducer: Method, text_tokens: int) -> tuple[PerLayer, int]:
     """Find out how many visual tokens a method keeps, and the FLOPs of its decision, without any image.
 
     Methods before the LLM decide once on random tokens of the sizes that the model would give them, and what they
@@ -125,7 +126,7 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
     return layers, flops + inside_flops(anatomy, inside, layers, text_tokens, images)  # type: ignore[arg-type]
 
 
-def _before(reducer: Reducer) -> Reducer | None:
+def _before(reducer: Method) -> Reducer | Chain | None:
     """Return the part of a method that acts before the LLM; of adaptive ones, what keeps as much as they may."""
     before = [_bound(r) for r in split(reducer.stages())[0]]
     return (before[0] if len(before) == 1 else Chain(*before)) if before else None
@@ -137,9 +138,9 @@ def _bound(stage: Reducer) -> Reducer:
     return stage
 
 
-def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:
+def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer | Chain, text_tokens: int) -> tuple[list[int], int]:
     if reducer.stage == "pixels":
-        return [sum(h * w for (h, w), _ in reducer.plan(span)) for span in work.spans], 0  # type: ignore[attr-defined]
+        return [sum(h * w for (h, w), _ in reducer.plan(span)) for span in work.spans], 0  # type: ignore[union-attr]
     if isinstance(reducer, EncoderReducer):
         budgets = (crop_budgets(span, reducer.keep, reducer.name) for span in work.spans)
         return [sum(min(count, len(crop)) for crop, _, count in crops) for crops in budgets], 0

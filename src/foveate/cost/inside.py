@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.core.in_llm import Images, InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, planned
-from foveate.core.probes import LlmProbe, Probe
+from foveate.core.in_llm import InLlmReducer, LayerTokens, of_llm, planned
+from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Probe, TextStates
+from foveate.core.schedules import Images
 from foveate.core.tokens import Crop, Span
 from foveate.cost.anatomy import Anatomy
 from foveate.families.tower import attention_of, encoder_layers
@@ -34,7 +35,7 @@ def inside_flops(
             visual = received[boundary - 1]
             if not visual or (count >= visual and not reducer.adaptive):
                 continue
-            probes = reducer.llm_probes()
+            probes = of_llm(reducer)
             flops += sum(_row_flops(anatomy, p, boundary, visual, text_tokens) for p in probes)
             flops += _key_flops(anatomy, probes, boundary, visual, text_tokens)
             flops += _decision(anatomy, reducer, boundary, visual, count, text_tokens, images)
@@ -90,7 +91,7 @@ def _decision(
     side = int(visual**0.5)
     grid = (side, side) if side * side == visual else (1, visual)
     crop = Crop(torch.arange(visual), grid if reducer.unit == "crop" else None)
-    planes: dict[Probe, list[Tensor]] = {probe: [plane(probe)] for probe in reducer.llm_probes()}
+    planes: dict[Probe, list[Tensor]] = {probe: [plane(probe)] for probe in of_llm(reducer)}
     tokens = LayerTokens(
         spans=(Span("image", 0, 0, torch.arange(visual), (1, *grid), (crop,)),),
         planes=planes,
@@ -104,8 +105,8 @@ def _decision(
         rows=(torch.arange(visual, visual + max(text, 1)),),
         judging=(torch.ones(max(text, 1), dtype=torch.bool),),
         behind=(text,),
-        text=(random(max(text, 1), width),) if reducer.reads_text else (),
-        text_before=(random(max(text, 1), width),) if reducer.reads_text else (),
+        text=(random(max(text, 1), width),) if TextStates() in reducer.needs else (),
+        text_before=(random(max(text, 1), width),) if TextStates() in reducer.needs else (),
         frequencies=torch.ones(size // 2),
     )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import Chain, Positions, Reducer, by_default, list_methods, load_reducer, split
+from foveate.core.in_llm import InLlmReducer, split
+from foveate.core.reducer import Method, Positions, Reducer
 from foveate.families import Family
+from foveate.methods.chain import Chain
+from foveate.registry import by_default, list_methods, load_reducer
 
 Separators: TypeAlias = Literal["drop", "keep", "nonempty"]
 
@@ -35,19 +37,19 @@ class Settings:
         boundary at which some are dropped.
     """
 
-    reducer: Reducer
+    reducer: Method
     positions: Positions
     separators: Separators = "drop"
     inside_positions: Positions = "original"
 
     @property
-    def before(self) -> Reducer | None:
+    def before(self) -> Reducer | Chain | None:
         """The part of the method that acts before the LLM."""
         before, _ = split(self.reducer.stages())
         return (before[0] if len(before) == 1 else Chain(*before)) if before else None
 
     @property
-    def inside_alone(self) -> Reducer:
+    def inside_alone(self) -> Method:
         """The method without the parts that act before the LLM."""
         return self.inside[0] if len(self.inside) == 1 else Chain(*self.inside)
 
@@ -59,7 +61,7 @@ class Settings:
     @classmethod
     def make(
         cls,
-        method: str | Path | Reducer,
+        method: str | Path | Method,
         positions: Positions | None,
         separators: Separators,
         config: Mapping[str, Any],

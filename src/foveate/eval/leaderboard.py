@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from foveate import nano
 from foveate.core.errors import InputError
+from foveate.eval.published import UNPRUNED
 from foveate.eval.scenes import (
     BLIND,
     BUDGETS,
     DRAWS,
     SPLIT,
-    UNPRUNED,
     Answers,
     Counts,
     Entry,

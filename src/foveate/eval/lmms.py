@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from foveate.cli.tools import write_json
 from foveate.core.budget import parse_keep
 from foveate.core.errors import FoveateError, InputError, UnknownNameError
-from foveate.core.reducer import Reducer, load_reducer
+from foveate.core.reducer import Method
 from foveate.measure.provenance import machine, versions
+from foveate.registry import load_reducer
 
 if TYPE_CHECKING:
     from foveate.core.reducer import Positions
@@ -37,13 +38,13 @@ def manifest() -> Any:
     return ModelManifest(model_id="foveate", chat_class_path=chat, simple_class_path=simple)
 
 
-def make_reducer(method: str | Path | Reducer | None, keep: Any = None, **config: Any) -> Reducer | None:
+def make_reducer(method: str | Path | Method | None, keep: Any = None, **config: Any) -> Method | None:
     """Return the reducer that words of a command line describe, or `None` for the unpruned model.
 
     Parameters
     ----------
     method
-        A reducer, the name of one, or a JSON file that `Reducer.save` wrote.
+        A reducer, the name of one, or a JSON file that `Method.save` wrote.
     keep
         The budget, also as text such as ``"64"``, ``"0.25"`` or ``"coverage:0.9"``.
     """
@@ -60,7 +61,7 @@ def make_reducer(method: str | Path | Reducer | None, keep: Any = None, **config
 def run(
     model: str,
     tasks: Sequence[str],
-    method: str | Path | Reducer | None = None,
+    method: str | Path | Method | None = None,
     keep: Any = None,
     *,
     config: Mapping[str, Any] | None = None,

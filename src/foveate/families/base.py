@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.probes import Attention, Embeddings, LayerProbe, Probe
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method, declared
 from foveate.core.selection import Merging, Selection
 from foveate.core.tokens import Span, VisualTokens
 
@@ -64,12 +64,12 @@ class Family(ABC):
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types
 
-    def lacks(self, method: Reducer | type[Reducer]) -> str | None:
+    def lacks(self, method: Method | type[Method]) -> str | None:
         """Say what a method needs that the family does not give, or return `None` if the method runs on it.
 
         Methods that read the grid count as running where it is known for some images only.
         """
-        if isinstance(method, Reducer) and len(parts := method.stages()) > 1:
+        if isinstance(method, Method) and len(parts := method.stages()) > 1:
             return next((lacking for part in parts if (lacking := self.lacks(part))), None)
         if method.stage == "in_llm" and self.recurrent:
             return "attention in every layer of the LLM"
@@ -77,8 +77,8 @@ class Family(ABC):
             return None if self.resizes else "an encoder that takes smaller pictures"
         if method.stage == "encoder":
             return None if self.reduces_inside else "a CLIP-like vision encoder, to act inside it"
-        probes = method.probes() if isinstance(method, Reducer) else method.needs
-        if not self.has_attention and isinstance(method, Reducer) and method.coverages():
+        probes = declared(method, "needs")
+        if not self.has_attention and isinstance(method, Method) and method.coverages():
             return "the attention of the vision encoder, which its adaptive budget follows"
         for probe in probes:
             if isinstance(probe, LayerProbe) and not self.has_attention:

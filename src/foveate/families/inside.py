@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveate.core.encoder import EncoderReducer, Inside
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.grids import crop_budgets
-from foveate.core.probes import Members, Probe
+from foveate.core.probes import LayerProbe, Members, Probe
 from foveate.core.tokens import Crop, Span
 from foveate.families.base import Grid
 from foveate.families.taps import layer_input, tap
@@ -87,7 +87,7 @@ def _run(
     size = x.shape[1] - lead
     inside = Inside.start(len(x), size, lead, x.device)
     left = reducer.schedule(size, count, len(layers)) if count < size else [size] * len(layers)
-    probes = list(reducer.reads) if count < size else []
+    probes = [probe for probe in reducer.needs if isinstance(probe, LayerProbe)] if count < size else []
     with tap(tower, {attention_of(layer): probes for layer in layers if probes}, lead) as taps:
         layer: Any  # made of _PARTS
         for layer, number in zip(layers, left, strict=True):

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.errors import BudgetError, UnsupportedModelError
 from foveate.core.grids import middle
-from foveate.core.in_llm import InLlmReducer, schedule
+from foveate.core.in_llm import InLlmReducer, of_encoder, schedule
 from foveate.core.probes import Attention
-from foveate.core.reducer import Chain, Positions, Reducer, identity, load_reducer
+from foveate.core.reducer import Method, Positions, Reducer, identity
 from foveate.core.selection import Selection
 from foveate.core.tokens import Span, VisualTokens
 from foveate.cost import Cost, anatomy_of, kv_bytes, work_of
@@ -33,6 +33,8 @@ from foveate.families import FAMILIES, Family, family_of
 from foveate.measure.loading import encoder_view, model_inputs, prompt_for
 from foveate.measure.timing import STAGES, Clock, FirstToken, Meter
 from foveate.methods import Downsample
+from foveate.methods.chain import Chain
+from foveate.registry import load_reducer
 
 BASELINES = ("random", "uniform", "pool", "downsample")
 Say = Callable[[str], None]
@@ -110,7 +112,7 @@ class Arm:
         Bytes of the prompt's KV cache.
     """
 
-    reducer: Reducer | None
+    reducer: Method | None
     answer: str
     answer_tokens: int
     selection: Selection
@@ -181,7 +183,7 @@ def prepare(
 
 def measure(
     job: Job,
-    reducers: Sequence[Reducer | None],
+    reducers: Sequence[Method | None],
     positions: Positions | None = None,
     separators: Separators = "drop",
     repeats: int = 3,
@@ -223,7 +225,7 @@ def measure(
     ]
 
 
-def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Reducer]:
+def baselines(job: Job, reducer: Method, say: Say = lambda _: None) -> list[Method]:
     """Return the methods that every comparison includes, at the budget of `reducer` and without itself.
 
     Where `reducer.keep` does not tell how many tokens stay, as of an adaptive budget or a chain, they get the number
@@ -235,6 +237,7 @@ def baselines(job: Job, reducer: Reducer, say: Say = lambda _: None) -> list[Red
         received = schedule(reducer, job.model.config.get_text_config().num_hidden_layers, job.visual_tokens)
         keep = min(statistics.fmean(received) / job.visual_tokens, 1.0)
     elif reducer.coverages() or reducer.adaptive or isinstance(reducer, Chain):
+        assert isinstance(reducer, Reducer | Chain)
         with torch.no_grad():
             tokens = look(job.model, job.family, job.inputs, job.spans, [reducer])
             keep = [len(chosen) for chosen in reducer.select(tokens)]
@@ -290,7 +293,7 @@ def once(
         selection = identity(job.spans)
         ready = _encode_stock(job)
         clock.stop("vision")
-    elif settings.before is None and not any(r.needs for r in settings.inside):
+    elif settings.before is None and not any(map(of_encoder, settings.inside)):
         selection, shown = identity(job.spans), shown_whole(job)
         ready = _encode_stock(job)
         clock.stop("vision")
@@ -343,7 +346,7 @@ def encode_reduced(
         Inputs for ``generate``, the selection, and what the method saw (`None` if it encodes smaller pictures).
     """
     model, family, inputs, tokens = job.model, job.family, job.inputs, None
-    before, judging = settings.before, [r for r in settings.inside if r.needs]
+    before, judging = settings.before, [r for r in settings.inside if of_encoder(r)]
     spans = family.spans(model, inputs)  # part of the work: the generic family encodes to find them
     if before is not None and before.stage == "pixels":
         selection, embeds, _ = select(model, family, inputs, spans, settings)
@@ -374,7 +377,7 @@ def _encode_stock(job: Job) -> dict[str, Any]:
     return {**inputs, "mm_encoder_outputs": outputs}
 
 
-def _arm(job: Job, reducer: Reducer | None, result: Result, times: Sequence[dict[str, float]]) -> Arm:
+def _arm(job: Job, reducer: Method | None, result: Result, times: Sequence[dict[str, float]]) -> Arm:
     seconds = {stage: statistics.median(t[stage] for t in times) for stage in STAGES}
     seconds["total"] = statistics.median(sum(t.values()) for t in times)
     size = torch.finfo(job.model.dtype).bits // 8
@@ -386,7 +389,7 @@ def _arm(job: Job, reducer: Reducer | None, result: Result, times: Sequence[dict
     )  # fmt: skip
 
 
-def cost_of(job: Job, reducer: Reducer | None, result: Result) -> Cost | None:
+def cost_of(job: Job, reducer: Method | None, result: Result) -> Cost | None:
     """Return the FLOPs of the prefill of a run, or `None` if they are not known."""
     model = base_model(job.model)
     method = None if result.stock else reducer
@@ -401,14 +404,14 @@ def cost_of(job: Job, reducer: Reducer | None, result: Result) -> Cost | None:
         return None
 
 
-def _saliency(reducer: Reducer | None, tokens: VisualTokens | None) -> list[Tensor] | None:
+def _saliency(reducer: Method | None, tokens: VisualTokens | None) -> list[Tensor] | None:
     if reducer is None or tokens is None:
         return None
-    probe = next((p for p in reducer.probes() if isinstance(p, Attention)), None)
+    probe = next((p for p in reducer.needs if isinstance(p, Attention)), None)
     if probe is None:
         return None
     return [x.float().cpu() if x.dim() == 1 else x.float().mean(dim=-1).cpu() for x in tokens.probe(probe)]
 
 
-def _name(reducer: Reducer | None) -> str:
+def _name(reducer: Method | None) -> str:
     return "the unpruned model" if reducer is None else reducer.name

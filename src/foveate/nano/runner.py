@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from foveate.core.reducer import Positions, Reducer, Stage, identity
+from foveate.core.reducer import Method, Positions, Stage, identity
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attach
 from foveate.engines.transformers.caches import NAME as CACHE
@@ -30,7 +30,7 @@ class Condition:
     ----------
     name : str
         Key of the result.
-    reducer : Reducer or None
+    reducer : Method or None
         None keeps every token.
     positions : str or None
         ``"original"`` or ``"compact"``; `None` leaves it to the parts of a chain.
@@ -39,7 +39,7 @@ class Condition:
     """
 
     name: str
-    reducer: Reducer | None = None
+    reducer: Method | None = None
     positions: Positions | None = "original"
     wrong_image: bool = False
 
@@ -58,7 +58,7 @@ class Runner:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor, self.family = model, processor, family_of(model)
 
-    def look(self, image: Any, reducers: Iterable[Reducer]) -> tuple[dict[str, Any], Any]:
+    def look(self, image: Any, reducers: Iterable[Method]) -> tuple[dict[str, Any], Any]:
         """Encode an image once, with every probe that one of the reducers needs that do not change this pass."""
         inputs = dict(self.processor(images=image, text=PROMPT, return_tensors="pt").to(self.model.device))
         spans = self.family.spans(self.model, inputs)
@@ -177,7 +177,7 @@ class Runner:
         return [str(word) for word in self.processor.tokenizer.convert_ids_to_tokens(words.tolist())]
 
 
-def _stages(reducer: Reducer) -> set[Stage]:
+def _stages(reducer: Method) -> set[Stage]:
     return {part.stage for part in reducer.stages()}
 
 

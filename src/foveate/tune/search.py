@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, Final, Literal, TypeAlias
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.tune.bounds import Estimate, disagreement, drop, middle
 from foveate.tune.candidates import CONTROLS
 from foveate.tune.journal import Journal
@@ -162,7 +162,7 @@ class Found:
 def search(
     bench: Bench,
     prompts: Sequence[Prompt],
-    candidates: Mapping[str, Reducer],
+    candidates: Mapping[str, Method],
     wish: Wish,
     journal: Journal,
     *,

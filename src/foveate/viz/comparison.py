@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from foveate.core.errors import InputError
-from foveate.core.in_llm import LayerAttention
-from foveate.core.reducer import Reducer
+from foveate.core.probes import LayerAttention
+from foveate.core.reducer import Method
 from foveate.measure.loading import encoder_view
 from foveate.measure.run import Arm, Job, measure
 from foveate.viz.fate import fate, first_kept
@@ -111,7 +111,7 @@ def reads(arm: Arm) -> str:
     if arm.saliency is not None:
         return "attention of the vision encoder"
     stages = () if arm.reducer is None else arm.reducer.stages()
-    inside = any(isinstance(probe, LayerAttention) for stage in stages for probe in stage.cues())
+    inside = any(isinstance(probe, LayerAttention) for stage in stages for probe in stage.needs)
     return "attention inside the LLM" if inside else "no attention"
 
 
@@ -120,7 +120,7 @@ def compare(
     image: Image.Image,
     question: str,
     model: str,
-    methods: Mapping[str, Sequence[Reducer]],
+    methods: Mapping[str, Sequence[Method]],
     budgets: Sequence[str],
     repeats: int = 3,
     say: Callable[[str], None] = lambda _: None,
@@ -161,7 +161,7 @@ def compare(
     )  # fmt: skip
 
 
-def reducers(methods: Sequence[str], budgets: Sequence[str], make: Callable[[str, str], Reducer]) -> dict[str, Any]:
+def reducers(methods: Sequence[str], budgets: Sequence[str], make: Callable[[str, str], Method]) -> dict[str, Any]:
     """Return for each method one reducer per budget, checking that nothing is asked for twice.
 
     Parameters

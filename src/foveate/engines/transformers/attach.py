@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import AttachError, InputError
-from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import Positions, Reducer, load_reducer
+from foveate.core.in_llm import InLlmReducer, of_encoder
+from foveate.core.reducer import Method, Positions
 from foveate.core.selection import Selection, SpanSelection
 from foveate.core.tokens import Span
 from foveate.engines.settings import Separators, Settings
@@ -38,13 +38,14 @@ from foveate.engines.transformers.reduce import (
     with_positions,
 )
 from foveate.families import Family, family_of
+from foveate.registry import load_reducer
 
 _HANDLE: Final = "_foveate"
 
 
 def attach(
     model: Any,
-    method: str | Path | Reducer,
+    method: str | Path | Method,
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
@@ -109,7 +110,7 @@ class Handle:
         ]
 
     @property
-    def reducer(self) -> Reducer:
+    def reducer(self) -> Method:
         """The attached method."""
         return self.settings.reducer
 
@@ -312,7 +313,7 @@ class Handle:
             )
         if (
             self.settings.before is None
-            and not any(r.needs for r in self.settings.inside)
+            and not any(map(of_encoder, self.settings.inside))
             and not noted(cache, COMPACTION)
         ):
             self._show(inputs, filled)

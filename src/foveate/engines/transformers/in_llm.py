@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer, LayerStates
+from foveate.core.in_llm import InLlmReducer
+from foveate.core.probes import LayerStates
 from foveate.core.reducer import Positions
 from foveate.core.rows import Rows
 from foveate.engines.transformers.caches import HELD, note, noted
@@ -60,7 +61,7 @@ class Layers:
             if i == self.depth - 1 or i < written:
                 self._hooks.append(layer.register_forward_hook(self._leaving))
         for boundary, reducer in self.boundaries.items():
-            if LayerStates("mlp") in reducer.llm_probes():
+            if LayerStates("mlp") in reducer.needs:
                 self._hooks.append(_mlp_of(layers[boundary - 1]).register_forward_pre_hook(self._inside(boundary - 1)))
 
     def _boundaries(self) -> dict[int, InLlmReducer]:

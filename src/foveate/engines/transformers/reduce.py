@@ -13,24 +13,17 @@ from torch import Tensor
 from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer
+from foveate.core.in_llm import InLlmReducer, of_encoder, split
 from foveate.core.probes import ClsSimilarity, ClsToken, Features, Probe, Query
 from foveate.core.ranking import cosine_matrix
-from foveate.core.reducer import (
-    Positions,
-    Reducer,
-    get_method,
-    identity,
-    list_methods,
-    load_reducer,
-    split,
-)
+from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Merge, Selection, SpanSelection
 from foveate.core.tokens import Span, VisualTokens
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
 from foveate.engines.transformers.given import Shown, given, priors_of
 from foveate.families import Family, family_of
+from foveate.registry import get_method, list_methods, load_reducer
 
 
 class Reduced(dict[str, Any]):
@@ -57,7 +50,7 @@ class Reduced(dict[str, Any]):
 def reduce(
     model: Any,
     inputs: Mapping[str, Any],
-    method: str | Path | Reducer,
+    method: str | Path | Method,
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
@@ -75,7 +68,7 @@ def reduce(
     inputs
         What its processor returned: ``input_ids`` ``[B, L]``, ``pixel_values``, optionally masks and labels.
     method
-        A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Reducer.save` wrote.
+        A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Method.save` wrote.
     positions, separators
         See `Settings`. Positions default to those of the method's paper.
 
@@ -117,7 +110,7 @@ def reduce_with(model: Any, family: Family, inputs: Mapping[str, Any], settings:
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
     spans = family.spans(model, inputs)
-    before, judging = settings.before, [r for r in settings.inside if r.needs]
+    before, judging = settings.before, [r for r in settings.inside if of_encoder(r)]
     if not judging and (before is None or before.keeps_all(spans)):
         out.selection = identity(spans)
         return out
@@ -138,7 +131,7 @@ def select(
     tuple
         The selection, the embeddings ``[K, D]`` of each span, and what the method saw, if it saw the tokens.
     """
-    before, judging = settings.before, [r for r in settings.inside if r.needs]
+    before, judging = settings.before, [r for r in settings.inside if of_encoder(r)]
     if before is not None and before.stage == "pixels":
         if judging:
             raise InputError(f"{judging[0].name} reads the vision encoder, and cannot follow {before.name}")
@@ -149,7 +142,7 @@ def select(
 
 
 def look(
-    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
+    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Method]
 ) -> VisualTokens:
     """Encode the images of some inputs once, with everything that one of the reducers needs to decide.
 
@@ -182,9 +175,9 @@ def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     return replace(tokens, planes={**tokens.planes, ClsSimilarity(): similarity})
 
 
-def probes_of(reducers: Sequence[Reducer]) -> tuple[Probe, ...]:
+def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
     """Return the probes that some reducers and their budgets read."""
-    probes = dict.fromkeys(probe for reducer in reducers for probe in reducer.probes())
+    probes = dict.fromkeys(probe for reducer in reducers for probe in of_encoder(reducer))
     if any(reducer.coverages() for reducer in reducers):
         probes[SALIENCY] = None
     return tuple(probes)
@@ -308,7 +301,7 @@ def rotary_axes(positions: Tensor, batch: int) -> Tensor:
     return axes.expand(3, batch, -1)
 
 
-def refuse_vllm(model: Any, reducer: Reducer) -> None:
+def refuse_vllm(model: Any, reducer: Method) -> None:
     """Raise `UnsupportedModelError` for an engine of vLLM, which this one cannot run a method in."""
     if type(model).__module__.partition(".")[0] != "vllm":
         return

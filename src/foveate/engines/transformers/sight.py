@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.core.in_llm import InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, Prior
-from foveate.core.probes import LlmProbe
+from foveate.core.in_llm import InLlmReducer, LayerTokens
+from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Prior, TextStates
 from foveate.core.rows import Rows
 from foveate.core.tokens import Span
 from foveate.families.tower import attention_of
@@ -43,7 +43,7 @@ class Sight:
     def start(self, hidden: Tensor) -> None:
         """Take in what the LLM is given ``[B, q, D]``."""
         for reducer in self.run.engine.reducers:
-            if any(isinstance(p, LayerAttention) and p.rows == "judges" for p in reducer.llm_probes()):
+            if any(isinstance(p, LayerAttention) and p.rows == "judges" for p in reducer.needs):
                 with torch.no_grad():
                     self._judges[reducer] = [
                         reducer.judges(hidden[p.sample, visual].detach(), hidden[p.sample, text].detach())
@@ -54,7 +54,7 @@ class Sight:
         """Take in the hidden states ``[B, R, D]`` that go into a layer."""
         self._states(layer, LayerStates("input"), hidden)
         reducer = self.run.acting(layer + 1)
-        if reducer is not None and reducer.reads_text:
+        if reducer is not None and TextStates() in reducer.needs:
             self._before = self._text_states(hidden.detach())
 
     def inside(self, layer: int, hidden: Tensor) -> None:
@@ -65,7 +65,7 @@ class Sight:
         """Take in what a layer attends with."""
         reducer = self.run.acting(layer + 1)
         if reducer is not None:
-            for probe in reducer.llm_probes():
+            for probe in reducer.needs:
                 if isinstance(probe, LayerAttention) and not probe.ahead:
                     self.planes[probe] = self._attention(probe, rows, reducer)
 
@@ -82,7 +82,7 @@ class Sight:
         planes, self.planes = self.planes, {}
         hidden = hidden.detach()
         ahead = None
-        for probe in reducer.llm_probes():
+        for probe in reducer.needs:
             if isinstance(probe, LayerAttention) and probe.ahead:
                 ahead = ahead or peek(None if probe.rows in ("visual", "all") else self._index(probe.rows)[0])
                 planes[probe] = self._attention(probe, ahead, reducer)
@@ -126,8 +126,8 @@ class Sight:
             rows=tuple(run.places(p.sample, x) for p, x in zip(run.prompts, rows, strict=True)),
             judging=tuple(self._judges.get(reducer, ())),
             behind=tuple(p.behind for p in run.prompts),
-            text=self._text_states(hidden) if reducer.reads_text else (),
-            text_before=self._before if reducer.reads_text else (),
+            text=self._text_states(hidden) if TextStates() in reducer.needs else (),
+            text_before=self._before if TextStates() in reducer.needs else (),
             frequencies=_frequencies(run.engine.decoder, boundary - 1).to(hidden.device),
         )
 
@@ -194,7 +194,7 @@ class Sight:
 
     def _states(self, layer: int, probe: LayerStates, hidden: Tensor) -> None:
         reducer = self.run.acting(layer + 1)
-        if reducer is not None and probe in reducer.llm_probes():
+        if reducer is not None and probe in reducer.needs:
             self.planes[probe] = self._of_visual(hidden.detach())
 
     def _of_visual(self, x: Tensor) -> list[Tensor]:
@@ -211,12 +211,12 @@ def _frequencies(decoder: Any, layer: int) -> Tensor:
 
 def reads_executed(reducer: InLlmReducer) -> bool:
     """Return whether a method reads the attention of a layer as it ran."""
-    return any(isinstance(p, LayerAttention) and not p.ahead for p in reducer.llm_probes())
+    return any(isinstance(p, LayerAttention) and not p.ahead for p in reducer.needs)
 
 
 def reads_ahead(reducer: InLlmReducer) -> bool:
     """Return whether a method reads what a layer would attend with."""
-    return any(isinstance(p, LayerKeys) or (isinstance(p, LayerAttention) and p.ahead) for p in reducer.llm_probes())
+    return any(isinstance(p, LayerKeys) or (isinstance(p, LayerAttention) and p.ahead) for p in reducer.needs)
 
 
 def peek(layer: nn.Module, kwargs: Mapping[str, Any], rows: Tensor | None, width: int) -> Rows:
