@@ -24,8 +24,8 @@ from foveate.cost import (
     vision_layers,
     work_of,
 )
+from foveate.cost.figures import figures, report
 from foveate.cost.imagined import imagine
-from foveate.cost.report import figures, report
 from foveate.cost.shapes import SHAPES, load_shape
 from foveate.families import family_of
 from foveate.methods import FastV
@@ -260,7 +260,7 @@ def test_every_family_agrees_with_the_counter_of_torch(name: str) -> None:
         text = inputs["input_ids"].shape[1] - work.tokens
         cost = prefill_flops(
             anatomy, work.tokens, text, work.tokens, rows=work.rows(anatomy), windows=work.windows(anatomy),
-            vision=work.measured, projected=work.projected(anatomy), early_exit=False,
+            vision=work.encoder_flops, projected=work.projected(anatomy), early_exit=False,
         )  # fmt: skip
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**inputs, logits_to_keep=1)

@@ -15,7 +15,8 @@ from foveate.core.encoder import EncoderReducer, Inside
 from foveate.core.exit_gates import Gates
 from foveate.core.probes import ClsToken, Embeddings, Features, Keys, LayerProbe, Members, Query
 from foveate.core.reducer import Reducer
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families import family_of
 from foveate.registry import get_method
 from tiny_families import TINIES, Tiny, Visual

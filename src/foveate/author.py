@@ -8,18 +8,29 @@ from __future__ import annotations
 
 from foveate.core import budget, clustering, grids, probes, ranking, schedules
 from foveate.core.budget import Budget, Coverage, Keep
+from foveate.core.checks import checked_values
+from foveate.core.crops import CropBatch, Groups
 from foveate.core.encoder import EncoderReducer, Inside
-from foveate.core.errors import BudgetError, FoveateError, InputError, UnknownNameError, UnsupportedModelError
+from foveate.core.errors import (
+    BudgetError,
+    ContractError,
+    FoveateError,
+    InputError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
 from foveate.core.in_llm import InLlmReducer, LayerTokens, StagedReducer
 from foveate.core.reducer import CropMerger, CropReducer, Method, ModelFamily, Reducer
 from foveate.core.schedules import Images
 from foveate.core.selection import Merge, Selection, SpanSelection
-from foveate.core.tokens import Crop, CropBatch, Groups, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.registry import register
 
 __all__ = [
     "Budget",
     "BudgetError",
+    "ContractError",
     "Coverage",
     "Crop",
     "CropBatch",
@@ -46,6 +57,7 @@ __all__ = [
     "UnsupportedModelError",
     "VisualTokens",
     "budget",
+    "checked_values",
     "clustering",
     "grids",
     "probes",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from foveate.core.budget import Budget
+from foveate.core.checks import check_declarations
 from foveate.core.errors import BudgetError, FoveateError, InputError, UnknownNameError
 from foveate.core.reducer import ENTRY_POINTS, Method
 
@@ -42,6 +43,7 @@ def register(name: str) -> Callable[[M], M]:
             raise FoveateError(f"the method name {name!r} is taken by {'.'.join(_origin(_registry[name]))}")
         if "__dataclass_params__" not in vars(cls) or not vars(cls)["__dataclass_params__"].frozen:
             raise FoveateError(f"put @dataclass(frozen=True) below @register({name!r}): a reducer is its configuration")
+        check_declarations(cls)
         cls.name = name
         _registry[name] = cls
         return cls

@@ -68,7 +68,7 @@ def test_methods_get_what_they_need_or_are_left_out(monkeypatch):
     monkeypatch.setattr("foveate.bench.selection.GRIDS", ((8, 8),))
     monkeypatch.setattr("foveate.bench.selection.against_plain", lambda **_: {})
     monkeypatch.setattr(
-        "foveate.core.reducer.list_methods", lambda: ["chain", "codebook", "dyvte", "evs", "fastv", "uniform"]
+        "foveate.registry.list_methods", lambda: ["chain", "codebook", "dyvte", "evs", "fastv", "uniform"]
     )
     result = CliRunner().invoke(app, ["bench", "selection", "--keep", "9", "--repeats", "1", "--json"])
     assert result.exit_code == 0, result.output

@@ -34,7 +34,7 @@ def make(inside):
 
 
 def positions_of(reducer, family):
-    return "original" if foveate.families.FAMILIES[family].keeps_positions else reducer.positions
+    return "original" if foveate.families.all_families()[family].keeps_positions else reducer.positions
 
 
 def generate(net, inputs, **kwargs):
@@ -75,6 +75,7 @@ class Replay(InLlmReducer):
 
     name = "replay"
     adaptive = True
+    merges = "embeddings"
 
     def boundaries(self, depth: int) -> Sequence[int]:
         return tuple(boundary for boundary, _ in self.cuts)

@@ -11,7 +11,7 @@ from foveate import Budget, nano
 from foveate.core.errors import FoveateError, InputError
 from foveate.eval import leaderboard, scenes
 from foveate.eval.plot import plot
-from foveate.measure.run import prepare
+from foveate.measure.job import prepare
 from foveate.methods import CDPruner, FastV, FlowCut, Pool, Random, ToMe, VisPruner
 from foveate.methods.chain import Chain
 from foveate.nano.runner import Runner

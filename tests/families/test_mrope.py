@@ -18,7 +18,8 @@ from foveate.core.errors import InputError
 from foveate.core.probes import Attention, Embeddings, Features, Keys
 from foveate.families import family_of
 from foveate.families.qwen2_5_vl import window_order
-from foveate.measure.run import Job, measure
+from foveate.measure.job import Job
+from foveate.measure.run import run_methods
 from foveate.methods import VTCCLS, Downsample, FasterVLM, HiPrune, Pool, Random, Uniform, VisPruner
 from tiny import Visual, collate, model, sample, samples
 from tiny_families.base import spread
@@ -264,7 +265,7 @@ def test_runs_are_measured(name):
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
     job = Job(net, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(net, inputs), 5)
     reducers = [VisPruner(keep=9), Pool(keep=9), Downsample(keep=9)]
-    stock, *pruned = measure(job, [None, *reducers], repeats=0)
+    stock, *pruned = run_methods(job, [None, *reducers], repeats=0)
     plain = net.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert stock.answer == " ".join(map(str, plain[0, inputs["input_ids"].shape[1] :].tolist()))
     for reducer, arm in zip(reducers, pruned, strict=True):

@@ -13,7 +13,7 @@ import foveate
 from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.core.probes import LayerAttention
 from foveate.core.rows import Rows
-from foveate.core.tokens import Crop
+from foveate.core.spans import Crop
 from foveate.methods import FastV
 from tiny import collate, deep_model, sample
 

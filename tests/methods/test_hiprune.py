@@ -7,9 +7,9 @@ import torch
 from greedy_cases import SALIENCY64, cases
 
 from foveate import Budget
+from foveate.core.crops import CropBatch
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.probes import Attention
-from foveate.core.tokens import CropBatch
 from foveate.methods import HiPrune
 from tiny import visual_tokens
 

@@ -102,7 +102,7 @@ def test_cosine():
 @pytest.mark.parametrize("family", ["llava", "llava_next", "video_llava", "qwen2_5_vl", "internvl"])
 def test_similarity_is_that_of_the_features_with_cls(family):
     from foveate.core.probes import ClsToken, Features
-    from foveate.engines.transformers.reduce import look
+    from foveate.engines.pipeline import look
     from foveate.families import family_of
 
     net, inputs = model(family), collate(samples(family))

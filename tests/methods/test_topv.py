@@ -8,7 +8,7 @@ from layer_cases import layer_tokens
 
 from foveate.core.errors import BudgetError, FoveateError
 from foveate.core.probes import LayerStates
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.methods import TopV
 from foveate.methods.topv import sent, visual_cost, with_recovery
 

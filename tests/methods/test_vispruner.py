@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from foveate import VisPruner
+from foveate.core.crops import CropBatch
 from foveate.core.errors import FoveateError
 from foveate.core.probes import Attention, Features
-from foveate.core.tokens import CropBatch
 from foveate.methods import FasterVLM
 
 NEAR_COPY = 1e-6  # float32 decides as float64 does if scores lie further apart than this

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from foveate.bench.inputs import random_tokens
 from foveate.bench.naive import plain_selection
+from foveate.core.crops import CropBatch
 from foveate.core.probes import Attention, Features
 from foveate.core.reducer import Method, Reducer
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.core.tokens import VisualTokens
 from foveate.measure.provenance import machine, versions
-from foveate.measure.timing import summary
+from foveate.measure.timing import median_p90
 from foveate.measure.timing import threads as torch_threads
 from foveate.methods import VisPruner
 
@@ -113,7 +114,7 @@ def _row(
         "tokens": grid[0] * grid[1],
         "grid": list(grid),
         "batch": batch,
-        **summary(seconds),
+        **median_p90(seconds),
         "runs": len(seconds),
         "of_vispruner": round(statistics.median(seconds) / reference, 2),
     }

@@ -16,9 +16,10 @@ from foveate.core.probes import (
     LayerStates,
     Prior,
     Query,
+    TextStates,
 )
 from foveate.core.reducer import Method, all_needs, declared
-from foveate.families import FAMILIES, Family
+from foveate.families import Family, all_families
 from foveate.measure.pages import markdown_table
 from foveate.registry import by_default, list_methods
 
@@ -76,10 +77,11 @@ def table() -> dict[str, Any]:
                 "resizes": family.resizes,
                 "positions": ["original"] if family.keeps_positions else ["original", "compact"],
             }
-            for family in FAMILIES.values()
+            for family in all_families().values()
         ],
         "methods": [
-            {"name": name, "families": {f.name: runs(by_default(name), f) for f in FAMILIES.values()}} for name in names
+            {"name": name, "families": {f.name: runs(by_default(name), f) for f in all_families().values()}}
+            for name in names
         ],
     }
 
@@ -93,7 +95,7 @@ def reads(method: Method | type[Method]) -> list[str]:
 
 _WORDS: dict[type, str] = {
     Features: "features", Embeddings: "embeddings", ClsToken: "the `[CLS]` token", Query: "the question",
-    ClsSimilarity: "similarity to `[CLS]`",
+    ClsSimilarity: "similarity to `[CLS]`", TextStates: "states of the text",
     Attention: "attention", Keys: "keys", LayerAttention: "LLM attention", LayerKeys: "LLM keys",
     LayerStates: "hidden states", Prior: "scores of the tokens before the LLM",
 }  # fmt: skip

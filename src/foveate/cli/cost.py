@@ -55,8 +55,8 @@ def cost(
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("counting"):
         reducer, size = reducer_from(method, keep, set_ or []), _size(image_size)
         from foveate.cost import anatomy_of
+        from foveate.cost.figures import deciding, report
         from foveate.cost.imagined import imagine
-        from foveate.cost.report import deciding, report
         from foveate.cost.shapes import load_shape
         from foveate.measure.provenance import versions
 

@@ -17,14 +17,15 @@ from foveate.core.errors import UnknownNameError
 @guarded
 def families(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")] = "*", as_json: Json = False) -> None:
     """List the supported families of models."""
-    from foveate.families import FAMILIES, list_families
+    from foveate.families import all_families
 
-    names = fnmatch.filter(list_families(), pattern)
+    known = all_families()
+    names = fnmatch.filter(known, pattern)
     if not names:
-        raise UnknownNameError.among("no family matches", pattern, FAMILIES)
+        raise UnknownNameError.among("no family matches", pattern, known)
     rows: list[dict[str, Any]] = [
         {"name": f.name, "model_types": list(f.model_types), "inputs": dict(f.inputs), "notes": f.notes}
-        for f in map(FAMILIES.__getitem__, names)
+        for f in map(known.__getitem__, names)
     ]
     if as_json:
         print_json(rows)

@@ -47,7 +47,7 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
 def _method_row(cls: Any) -> dict[str, Any]:
     from foveate.cli.compatibility import NO, reads, runs
     from foveate.core.reducer import declared
-    from foveate.families import FAMILIES
+    from foveate.families import all_families
     from foveate.registry import by_default
 
     parameters = {
@@ -58,7 +58,7 @@ def _method_row(cls: Any) -> dict[str, Any]:
     return {
         "name": cls.name, "stage": cls.stage, "query_aware": declared(cls, "query_aware"), "trained": cls.trained,
         "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(by_default(cls.name)),
-        "families": [name for name, family in FAMILIES.items() if runs(cls, family) != NO],
+        "families": [name for name, family in all_families().items() if runs(cls, family) != NO],
         "positions": cls.positions, "parameters": parameters,
         "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),
     }  # fmt: skip

@@ -60,14 +60,16 @@ def run(
     with contextlib.redirect_stdout(sys.stderr):
         reducer = reducer_from(method, keep, set_ or [])
         from foveate.engines.settings import Settings
-        from foveate.measure import run as job_module
+        from foveate.measure.baselines import baselines
+        from foveate.measure.job import prepare
         from foveate.measure.loading import open_image, prompt_for
         from foveate.measure.provenance import machine, versions
-        from foveate.measure.summary import report
+        from foveate.measure.run import run_methods
+        from foveate.measure.summary import summarize
         from foveate.measure.video import open_video
 
         where, between = cast("Positions | None", positions), cast("Separators", separators)
-        Settings.make(reducer, where, between, {})
+        Settings.make(reducer, where, between)
         *images, question = asked
         if not images and video is None:
             raise InputError(f"one argument, {question!r}: pass an image or --video, and a question")
@@ -76,12 +78,12 @@ def run(
         if prompt_template is not None:
             prompt_for(None, question, prompt_template, len(images), video is not None)
         loaded, processor = load(model, dtype, device_map, attn)
-        job = job_module.prepare(loaded, processor, pictures, question, prompt_template, max_new_tokens, clip)
-        others = job_module.baselines(job, reducer, ERRORS.print) if compare else []
+        job = prepare(loaded, processor, pictures, question, prompt_template, max_new_tokens, clip)
+        others = baselines(job, reducer, ERRORS.print) if compare else []
         with ERRORS.status("running") as status:
             arms = [None, reducer, *others]
-            unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)
-            data = report(job, unpruned, pruned, rest)
+            unpruned, pruned, *rest = run_methods(job, arms, where, between, repeats, status.update)
+            data = summarize(job, unpruned, pruned, rest)
             status.update("drawing")
             folder = make_folder(out, f"{Path(images[0] if images else str(video)).stem}-{reducer.name}")
             drawn = all(crop.grid for span in job.spans for crop in span.crops)

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from foveate.cli.names import check_methods
 from foveate.core.errors import FoveateError, InputError
+from foveate.measure.files import write_text
 
 if TYPE_CHECKING:
     from foveate.core.reducer import Method
@@ -73,11 +74,7 @@ def make_folder(out: Path | None, name: str) -> Path:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, and its folder if need be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def reducer_from(method: str, keep: str | None, settings: list[str]) -> Method:

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from foveate.core.crops import CropBatch, Groups
 from foveate.core.probes import Members, Probe
 from foveate.core.ranking import top
 from foveate.core.reducer import Reducer, Stage
 from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.core.tokens import VisualTokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,18 +6,21 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from foveate.core.budget import Budget, resolve
+from foveate.core.crops import CropBatch, Groups, grouped, picked
+from foveate.core.errors import ContractError
 from foveate.core.probes import LlmProbe, Probe
 from foveate.core.reducer import Method, ModelFamily, Positions, Reducer, Stage, all_needs
 from foveate.core.schedules import Images, tokens_of
 from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, Span, VisualTokens, merged_selection
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens, merged_selection
 
 Unit: TypeAlias = Literal["prompt", "image", "crop"]
 
@@ -87,7 +90,7 @@ class LayerTokens(VisualTokens):
             if share.settled and share.count:
                 kept[share.prompt].append(share.index)
         for shares, batch, count in self._stacked():
-            for share, row in zip(shares, pick(batch, count), strict=True):
+            for share, row in zip(shares, picked(pick(batch, count), batch, count), strict=True):
                 kept[share.prompt].append(share.index.index_select(0, row))
         return self.selection(kept)
 
@@ -101,7 +104,8 @@ class LayerTokens(VisualTokens):
                 weight = torch.ones(len(own), device=self.device)
                 parts[share.prompt].append((share.index, own, share.index, weight))
         for shares, batch, count in self._stacked():
-            for share, (kept, target, source, weight) in zip(shares, pick(batch, count).per_crop(), strict=True):
+            groups = grouped(pick(batch, count), batch, count)
+            for share, (kept, target, source, weight) in zip(shares, groups.per_crop(), strict=True):
                 index = share.index
                 parts[share.prompt].append((index.index_select(0, kept), target, index.index_select(0, source), weight))
                 merged.add(share.prompt)
@@ -198,11 +202,13 @@ class InLlmReducer(Method):
         Tensor
             ``[M]`` bool.
         """
-        raise NotImplementedError
+        raise ContractError(
+            f"{self.name} needs the attention of judges, and has no judges(visual, text) to choose them"
+        )
 
     def prior(self, tokens: VisualTokens) -> list[Tensor]:
         """Return a score of each token of each crop before the LLM, ``[n]`` each, for the probe `Prior`."""
-        raise NotImplementedError
+        raise ContractError(f"{self.name} needs Prior(), and has no prior(tokens) to make it")
 
     def solved(self, depth: int, tokens: int) -> InLlmReducer:
         """Return the same method with the `keep` that `equivalent` comes to for an image of so many tokens, if any."""
@@ -280,6 +286,37 @@ def solved(method: Method, depth: int, images: Sequence[int]) -> Method:
     return method.solved(depth, images[0]) if isinstance(method, InLlmReducer) and len(images) == 1 else method
 
 
+def cuts(reducer: InLlmReducer, depth: int) -> tuple[int, ...]:
+    """Return the boundaries of a method in an LLM of `depth` layers.
+
+    Raises
+    ------
+    ContractError
+        If these are not ascending, or not all between two layers.
+    """
+    boundaries = reducer.boundaries(depth)
+    found = tuple(boundaries) if isinstance(boundaries, Sequence) else ()
+    if not isinstance(boundaries, Sequence) or any(
+        type(b) is not int or not a < b < depth for a, b in pairwise((0, *found))
+    ):
+        raise ContractError(
+            f"{reducer.name}.boundaries({depth}) returns {boundaries!r}, where whole numbers are due that ascend from "
+            f"1 to at most {depth - 1}: the layers in front of which tokens are dropped"
+        )
+    return found
+
+
+def _counts(reducer: InLlmReducer, depth: int, images: Images, boundaries: Sequence[int]) -> tuple[int, ...]:
+    counts, given = reducer.counts(depth, images), tokens_of(images)
+    found = tuple(counts) if isinstance(counts, Sequence) else ()
+    if len(found) != len(boundaries) or any(type(n) is not int or n < 0 for n in found):
+        raise ContractError(
+            f"{reducer.name}.counts({depth}, ...) returns {counts!r} of {given} tokens, where one whole number is due "
+            f"for each of the boundaries {list(boundaries)}: the tokens that are left behind it"
+        )
+    return found
+
+
 def planned(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> list[dict[int, int]]:
     """Return for each method how many tokens of a prompt are left behind each of its boundaries.
 
@@ -288,8 +325,8 @@ def planned(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> lis
     """
     plans: list[dict[int, int]] = []
     for reducer in reducers:
-        boundaries, given = reducer.boundaries(depth), tokens_of(images)
-        counts = reducer.counts(depth, images) if given else (0,) * len(boundaries)
+        boundaries, given = cuts(reducer, depth), tokens_of(images)
+        counts = _counts(reducer, depth, images, boundaries) if given else (0,) * len(boundaries)
         plans.append(dict(zip(boundaries, counts, strict=True)))
         if not reducer.adaptive and (left := min((given, *counts))) < given:
             sizes = Budget(left).split([n for _, n in images]) if left else [0] * len(images)

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from foveate.core import budget
 from foveate.core.budget import Budget, ByKind, Coverage, Keep
+from foveate.core.crops import CropBatch, Groups
 from foveate.core.errors import BudgetError
 from foveate.core.fields import check_fields
 from foveate.core.probes import Probe
 from foveate.core.selection import Merging, Selection, SpanSelection
-from foveate.core.tokens import CropBatch, Groups, Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
 
 Stage: TypeAlias = Literal["pixels", "encoder", "before_llm", "in_llm", "projector"]
 Positions: TypeAlias = Literal["original", "compact"]
@@ -185,6 +187,13 @@ class Reducer(Method):
 
         Compiles with ``torch.compile(fullgraph=True, dynamic=False)``, or the method's docstring says why not.
         """
+
+    def count(self, span: Span) -> int:
+        """Return how many tokens of a span stay; of adaptive methods, at most."""
+        counts, sizes = span.budget(self.keep), list(map(len, span.crops))
+        if len(counts) == len(sizes):
+            return sum(map(min, counts, sizes))
+        return min(sum(counts), sum(sizes))  # one budget for all crops together
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         if self.coverages():

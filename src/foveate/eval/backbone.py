@@ -19,15 +19,16 @@ from foveate import nano
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.probes import Embeddings, Features, Probe
 from foveate.core.reducer import Method, Reducer
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.engines.transformers.reduce import probes_of
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
+from foveate.engines.pipeline import probes_of
 from foveate.eval import dinov2
 from foveate.eval.scenes import DRAWS, SPLIT, draws
 from foveate.eval.statistics import holm, sign_flip
 from foveate.families.tower import encoder_layers, resized_crops, run_tower, token_planes, with_cls
+from foveate.measure.baselines import BASELINES
 from foveate.measure.pages import markdown_table
 from foveate.measure.provenance import versions
-from foveate.measure.run import BASELINES
 from foveate.nano.evaluate import clustered
 from foveate.nano.labels import GRID, KIND, TOKENS, patch_labels
 from foveate.nano.runner import Condition, with_own_seed

@@ -29,7 +29,7 @@ from foveate.engines.transformers.attach import attach
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
 from foveate.eval.conversations import Conversation, batch_inputs, conversation, pad_on_the_left
-from foveate.eval.lmms import make_reducer, provenance
+from foveate.eval.lmms_arguments import make_reducer, provenance
 from foveate.families import family_of
 from foveate.measure.loading import load_model
 

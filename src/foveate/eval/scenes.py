@@ -23,8 +23,10 @@ from foveate.core.errors import FoveateError, InputError
 from foveate.core.in_llm import schedule
 from foveate.core.reducer import Method
 from foveate.engines.transformers.attach import attach
+from foveate.measure.baselines import BASELINES
+from foveate.measure.job import Job
 from foveate.measure.provenance import versions
-from foveate.measure.run import BASELINES, Job, measure
+from foveate.measure.run import run_methods
 from foveate.methods.chain import Chain
 from foveate.nano.evaluate import Asked, ask_all, count_kinds
 from foveate.nano.runner import Condition
@@ -186,8 +188,8 @@ def as_they_are(job: Job, methods: Sequence[str]) -> dict[str, Entry]:
     for name in dict.fromkeys(filter(_is_file, methods)):
         reducer = load_reducer(name)
         _check(job.model, reducer)
-        (arm,) = measure(job, [reducer], repeats=0)
-        found[name] = Entry(name, round(arm.equivalent), draws(reducer))
+        (outcome,) = run_methods(job, [reducer], repeats=0)
+        found[name] = Entry(name, round(outcome.equivalent), draws(reducer))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from foveate.author import Coverage, FoveateError, Method, ModelFamily, Selection, Span, VisualTokens, probes, register
+from foveate.core.checks import selected
 from foveate.core.coverage import with_coverage
 from foveate.core.in_llm import split
 from foveate.core.reducer import Stage, all_needs
@@ -88,10 +89,10 @@ class Chain(Method):
     def select(self, tokens: VisualTokens) -> Selection:
         """Decide as the methods before the LLM do, one after the other."""
         (first, *others), _ = split(self.stages())
-        chosen = first.select(tokens)
+        chosen = selected(first, tokens)
         for reducer in others:
             tokens = tokens.after(chosen)
             if budgets := reducer.coverages():
                 tokens = with_coverage(tokens, budgets)  # a share of what is left
-            chosen = reducer.select(tokens)
+            chosen = selected(reducer, tokens)
         return chosen

@@ -68,7 +68,7 @@ class EVS(Reducer):
             raise BudgetError("evs needs a budget that is known before a video is encoded: use a count or a ratio")
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
-        return all(self._count(span) == sum(map(len, span.crops)) for span in spans)
+        return all(self.count(span) == sum(map(len, span.crops)) for span in spans)
 
     def select(self, tokens: VisualTokens) -> Selection:
         embeddings, first = tokens.probe(probes.Embeddings()), 0
@@ -77,7 +77,7 @@ class EVS(Reducer):
         for i, span in enumerate(tokens.spans):
             frames = embeddings[first : first + len(span.crops)]
             first += len(span.crops)
-            count = self._count(span)
+            count = self.count(span)
             if count < sum(map(len, span.crops)):
                 work[len(frames), len(span.crops[0]), count].append((i, torch.stack(frames)))
             kept[i] = [crop.index.to(tokens.device) for crop in span.crops]
@@ -94,8 +94,7 @@ class EVS(Reducer):
         news = torch.cat([torch.full_like(unit[:, :1, :, 0], _FIRST_FRAME), news], dim=1)
         return ranking.descending((news * _STEPS).round().flatten(1))[:, :count]
 
-    def _count(self, span: Span) -> int:
-        """Return how many tokens of a span stay."""
+    def count(self, span: Span) -> int:
         sizes = [len(crop) for crop in span.crops]
         total = sum(sizes)
         if span.kind != "video":

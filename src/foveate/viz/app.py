@@ -10,8 +10,8 @@ from typing import Any
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.reducer import Method
 from foveate.families import family_of
+from foveate.measure.job import prepare
 from foveate.measure.loading import open_image
-from foveate.measure.run import prepare
 from foveate.registry import by_default, list_methods
 from foveate.viz.comparison import compare, reducers
 from foveate.viz.page import page
@@ -55,7 +55,7 @@ def build(
     image, question, methods, budgets
         What the form holds at first.
     template, max_new_tokens
-        See `foveate.measure.run.prepare`.
+        See `foveate.measure.job.prepare`.
     repeats
         Measured runs per arm.
 

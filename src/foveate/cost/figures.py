@@ -12,9 +12,9 @@ from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import solved
 from foveate.core.reducer import Method
 from foveate.cost.anatomy import Anatomy
-from foveate.cost.arms import arm_cost, decided
 from foveate.cost.flops import decode_flops, kv_bytes
 from foveate.cost.formulas import FORMULAS, PerLayer, equivalent_tokens, per_layer
+from foveate.cost.prefill import arm_cost, decided
 from foveate.cost.work import Work
 
 FORMULA_NAMES = ("true", *FORMULAS)

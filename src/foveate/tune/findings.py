@@ -17,7 +17,7 @@ from foveate.tune.search import Found, Wish, pareto
 HEADER = ("candidate", "prompts", "loss", "at most", "accuracy", "KL", "tokens", "FLOPs", "time")
 
 
-def report(
+def findings(
     found: Found, candidates: Mapping[str, Method], left_out: Mapping[str, str], prompts: Sequence[Prompt], wish: Wish
 ) -> dict[str, Any]:
     """Return the outcome of a search as JSON-compatible data."""

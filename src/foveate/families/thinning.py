@@ -13,8 +13,8 @@ from foveate.core.encoder import EncoderReducer, Inside
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.grids import crop_budgets
 from foveate.core.probes import LayerProbe, Members, Probe
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import Grid
+from foveate.core.spans import Crop, Span
+from foveate.families.layout import Grid
 from foveate.families.taps import layer_input, tap
 from foveate.families.tower import attention_of, crop_rows, encoder_layers, feature_indices
 

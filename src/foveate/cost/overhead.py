@@ -12,19 +12,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate.core.in_llm import InLlmReducer, LayerTokens, of_llm, planned
 from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Probe, TextStates
 from foveate.core.schedules import Images
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.cost.anatomy import Anatomy
 from foveate.families.tower import attention_of, encoder_layers
 
 
 def inside_flops(
-    anatomy: Anatomy, reducers: Sequence[InLlmReducer], received: Sequence[int], text_tokens: int, images: Images
+    anatomy: Anatomy, reducers: Sequence[InLlmReducer], per_layer: Sequence[int], text_tokens: int, images: Images
 ) -> int:
     """Count what methods inside the LLM read and compare, all text being behind the images.
 
     Parameters
     ----------
-    received
+    per_layer
         Visual tokens that each layer receives.
     images
         The kind and the number of tokens of each image that the LLM is given.
@@ -32,7 +32,7 @@ def inside_flops(
     flops, depth = 0, len(anatomy.decoder)
     for reducer, plan in zip(reducers, planned(reducers, depth, images), strict=True):
         for boundary, count in plan.items():
-            visual = received[boundary - 1]
+            visual = per_layer[boundary - 1]
             if not visual or (count >= visual and not reducer.adaptive):
                 continue
             probes = of_llm(reducer)
@@ -55,7 +55,7 @@ def _row_flops(anatomy: Anatomy, probe: LlmProbe, boundary: int, visual: int, te
 
 
 def _key_flops(anatomy: Anatomy, probes: Sequence[LlmProbe], boundary: int, visual: int, text: int) -> int:
-    """Count the projections of the layer behind the boundary that run twice, as `peek` of the engine has it."""
+    """Count the projections of the layer behind the boundary that run twice, as `look_ahead` of the engine has it."""
     ahead = [p for p in probes if isinstance(p, LayerKeys) or (isinstance(p, LayerAttention) and p.ahead)]
     if not ahead:
         return 0
@@ -64,6 +64,7 @@ def _key_flops(anatomy: Anatomy, probes: Sequence[LlmProbe], boundary: int, visu
     projections = {name: getattr(attention, f"{name}_proj", None) for name in "qkv"}
     if not all(isinstance(p, nn.Linear) for p in projections.values()):
         return length * anatomy.decoder[boundary].attention
+    # As `peek` of the engine runs them: single query rows where they are few; the values, which nobody reads, once.
     runs = {"q": rows if 4 * rows <= length else length, "k": length, "v": 1}
     return sum(2 * runs[name] * p.weight.numel() for name, p in projections.items() if isinstance(p, nn.Linear))
 
