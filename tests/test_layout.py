@@ -89,8 +89,8 @@ def test_every_room_has_a_floor():
 
 
 def test_nothing_imports_the_package_itself():
-    """It shows names of all floors, so whatever imports it stands above them."""
-    assert [name for name in GRAPH if "foveate" in GRAPH[name] and name != "foveate.__main__"] == []
+    """It shows names of all floors, so whatever imports it stands above them, as the command line does."""
+    assert {name for name in GRAPH if "foveate" in GRAPH[name] and floor(name) != 0} <= {"foveate.__main__"}
 
 
 def test_the_core_knows_no_transformers():
