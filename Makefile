@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint types docs check
+.PHONY: setup demo test test-all lint format types docs check
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,10 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 types: setup
 	$(BIN)/mypy
