@@ -26,6 +26,10 @@ DEPTH = 4
 methods = pytest.mark.parametrize("inside", IN_LLM, ids=method_id)
 every_family = pytest.mark.parametrize("family", IN_LLM_FAMILIES)
 every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks=in_depth(f)) for f in IN_LLM_FAMILIES])
+one_family_in_depth = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f == "llava" else pytest.mark.slow) for f in IN_LLM_FAMILIES]
+)
+"""For what the layers of the LLM decide: the core families have the same, and oracles compare what differs."""
 
 
 def make(inside):

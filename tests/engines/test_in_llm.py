@@ -17,6 +17,7 @@ from inside import (
     kept,
     make,
     methods,
+    one_family_in_depth,
     positions_of,
 )
 from layered import layered, layered_answer
@@ -87,7 +88,7 @@ def test_the_oracle_tells_selections_apart(inside):
     assert (right - layered_answer(net, inputs, wrong, answer, "original")).abs().max() > 1e-2
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 @pytest.mark.parametrize("count", [1, 3], ids=["alone", "padded-batch"])
 def test_cached_decoding_equals_full_recomputation(family, inside, count, monkeypatch):
@@ -103,7 +104,7 @@ def test_cached_decoding_equals_full_recomputation(family, inside, count, monkey
     close(torch.stack(out.logits, 1), logits[:, -18:-1])
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 def test_a_prompt_alone_and_in_padded_batches(family, inside, monkeypatch):
     reducer, rows = make(inside), samples(family)
@@ -132,7 +133,7 @@ def test_every_family_generates_with_fastv(family):
     close(torch.stack(out.logits, 1), layered_answer(net, inputs, handle.layers, answer_of(out, inputs), "original"))
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 def test_layers_hold_what_the_schedule_says(family, inside):
     reducer = make(inside)
@@ -154,7 +155,7 @@ def test_layers_hold_what_the_schedule_says(family, inside):
                 span.check()
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 def test_nothing_to_drop_is_bit_identical(family, inside):
     name, config = inside
@@ -245,7 +246,7 @@ def left(layers, boundary, shown):
     return [[SpanSelection(s.length, torch.arange(s.length), kind=s.kind) for s in row] for row in shown]
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 @pytest.mark.parametrize("new_image", [False, True], ids=["text", "image"])
 def test_second_turn_on_the_same_cache(family, inside, new_image, monkeypatch):
@@ -319,7 +320,7 @@ def test_what_each_layer_received(inside):
     assert handle.received == [[20, 20, 7, 7], [40, 40, 14, 14], [20, 20, 7, 7]]
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 def test_a_cache_is_as_large_as_the_costs_say(family, inside):
     net, inputs = deep_model(family), collate(samples(family)[:1])
