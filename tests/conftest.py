@@ -15,6 +15,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _checked():
+    """Check what methods return to the last value."""
+    from foveate.core.checks import checked_values
+
+    with checked_values():
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Skip a test where SmolVLM does not run because of a bug of transformers 5.20.1 and 5.20.2, and nowhere else."""
@@ -35,12 +44,12 @@ def _applies(request):
     params = getattr(getattr(request.node, "callspec", None), "params", {})
     if not isinstance(params.get("family"), str):
         return
-    from foveate.families import FAMILIES
+    from foveate.families import all_families
     from tiny import TINIES, make
 
     name = params["family"]
     if reason := TINIES[name].skips.get(request.node.originalname):
         pytest.skip(reason)
     reducer = params.get("reducer") or (make(params["entry"], 1) if "entry" in params else None)
-    if reducer is not None and (lacking := FAMILIES[name].lacks(reducer)):
+    if reducer is not None and (lacking := all_families()[name].lacks(reducer)):
         pytest.skip(f"{name} lacks {lacking}")

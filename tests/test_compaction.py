@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from foveate.core.errors import InputError
 from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan
 
 PAD_ID = 9

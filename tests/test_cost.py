@@ -24,8 +24,8 @@ from foveate.cost import (
     vision_layers,
     work_of,
 )
+from foveate.cost.figures import figures, report
 from foveate.cost.imagined import imagine
-from foveate.cost.report import figures, report
 from foveate.cost.shapes import SHAPES, load_shape
 from foveate.families import family_of
 from foveate.methods import FastV
@@ -123,7 +123,7 @@ def test_agrees_with_the_counter_of_torch_when_pruned(reducer) -> None:
     model, inputs = _tiny(), _inputs()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         reduced = foveate.reduce(model, inputs, reducer)
-    probes = probe_flops(model.config, reducer.probes(), [144])
+    probes = probe_flops(model.config, reducer.needs, [144])
     projected = 144 if reducer.merges == "embeddings" else None
     cost = prefill_flops(model.config, 144, 21, 24, selection=probes, projected=projected)
     assert cost.vision + cost.projector + cost.selection == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -260,7 +260,7 @@ def test_every_family_agrees_with_the_counter_of_torch(name: str) -> None:
         text = inputs["input_ids"].shape[1] - work.tokens
         cost = prefill_flops(
             anatomy, work.tokens, text, work.tokens, rows=work.rows(anatomy), windows=work.windows(anatomy),
-            vision=work.measured, projected=work.projected(anatomy), early_exit=False,
+            vision=work.encoder_flops, projected=work.projected(anatomy), early_exit=False,
         )  # fmt: skip
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(**inputs, logits_to_keep=1)

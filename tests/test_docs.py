@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from foveate.bench.report import markdown as speed_table
+from foveate.bench.tables import markdown as speed_table
 from foveate.cli import compatibility
-from foveate.core.reducer import get_method, load_reducer
-from foveate.cost.report import markdown as cost_table
+from foveate.cost.figures import markdown as cost_table
 from foveate.eval import backbone, leaderboard
 from foveate.eval.leaderboard import table_rows
-from foveate.eval.scenes import BLOCK, UNPRUNED, Entry, collect, draws
-from foveate.measure.run import BASELINES
+from foveate.eval.published import UNPRUNED
+from foveate.eval.scenes import BLOCK, Entry, collect, draws
+from foveate.measure.baselines import BASELINES
 from foveate.nano import inside
 from foveate.nano.card import tables
 from foveate.nano.comparison import MARKER, table
+from foveate.registry import get_method, load_reducer
 from foveate.tune.candidates import BUDGETS, METHODS
-from foveate.tune.report import markdown as tune_table
+from foveate.tune.findings import markdown as tune_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -42,6 +43,17 @@ def test_links_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_way_through_the_files_names_each_of_them_once():
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", page)
+    files = [name for name in named if name.endswith(".py")]
+    assert len(files) > 30
+    assert [name for name in named if not (ROOT / "src/foveate" / name).exists() and name != "src/foveate/"] == []
+    assert sorted(set(files)) == sorted(files)
+    inside = {str(path.relative_to(ROOT / "src/foveate")) for path in (ROOT / "src/foveate/engines").rglob("*.py")}
+    assert {name for name in inside if not name.endswith("__init__.py")} <= set(files)
 
 
 def test_methods_that_select_slowly_explain_it():

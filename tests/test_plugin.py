@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 
 import foveate
+import foveate.registry
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "plugin"
 SCRIPT = """
 import torch
 import foveate
+import foveate.registry
 from foveate.core.probes import Features
 from foveate.core.tokens import Crop, Span, VisualTokens
 
 assert "largest_norm" in foveate.list_methods() and "vispruner" in foveate.list_methods()
 reducer = foveate.load_reducer("largest_norm", keep=3, order=1.0)
-assert foveate.load_reducer(foveate.core.reducer.reducer_from_dict(reducer.to_dict())) == reducer
+assert foveate.load_reducer(foveate.registry.reducer_from_dict(reducer.to_dict())) == reducer
 features = torch.tensor([5.0, 1.0, -7.0, 0.0, 6.0, 2.0])[:, None]
 span = Span("image", 0, 0, torch.arange(6), (1, 2, 3), (Crop(torch.arange(6), (2, 3)),))
 tokens = VisualTokens((span,), {Features(): [features]}, torch.device("cpu"))

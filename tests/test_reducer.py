@@ -9,7 +9,7 @@ import pytest
 import foveate.core.reducer
 from foveate import Budget, Chain, FoveateError, Reducer, VisPruner, list_methods, load_reducer, register
 from foveate.core.errors import BudgetError, InputError, UnknownNameError
-from foveate.core.reducer import by_default, get_method, identity, reducer_from_dict
+from foveate.core.reducer import identity
 from foveate.core.selection import Selection
 from foveate.methods import (
     Downsample,
@@ -24,6 +24,7 @@ from foveate.methods import (
     VisionZip,
     VisualExit,
 )
+from foveate.registry import by_default, get_method, reducer_from_dict
 from tiny import IN_LLM, METHODS, STAGED, VIDEO_METHODS, make, method_id
 
 KEEPS = [64, 0.25, Budget(8, per="joint"), [8, 0.5], (8, Budget(4, per="crop")), {"image": 8, "video": Budget(0.5)}]
@@ -31,10 +32,10 @@ KEEPS = [64, 0.25, Budget(8, per="joint"), [8, 0.5], (8, Budget(4, per="crop")),
 
 @pytest.fixture
 def registry(monkeypatch):
-    foveate.core.reducer._all()
-    registry = dict(foveate.core.reducer._registry)
-    monkeypatch.setattr(foveate.core.reducer, "_registry", registry)
-    monkeypatch.setattr(foveate.core.reducer, "_seen_plugins", set())
+    foveate.registry._all()
+    registry = dict(foveate.registry._registry)
+    monkeypatch.setattr(foveate.registry, "_registry", registry)
+    monkeypatch.setattr(foveate.registry, "_seen_plugins", set())
     return registry
 
 
@@ -59,7 +60,7 @@ def test_chain_saves_and_loads(tmp_path):
     assert "Chain(VisPruner(keep=0.5" in repr(chain)
     assert loaded.merges
     assert not Chain(VisPruner(keep=0.5)).merges
-    assert chain.probes() == VisPruner(keep=1).probes()
+    assert chain.needs == VisPruner(keep=1).needs
 
 
 def test_every_registered_method_is_in_the_table():
@@ -225,7 +226,7 @@ def test_entry_points_are_loaded(registry, monkeypatch):
     def points(group):
         return [Point()] if group == "foveate.reducers" else []
 
-    monkeypatch.setattr(foveate.core.reducer, "entry_points", points)
+    monkeypatch.setattr(foveate.registry, "entry_points", points)
     assert "foreign" in list_methods()
     assert load_reducer("foreign", keep=3) == Foreign(keep=3)
     assert Point.loads == 1
@@ -234,7 +235,7 @@ def test_entry_points_are_loaded(registry, monkeypatch):
 def test_a_broken_or_clashing_plugin_is_named_and_left_out(registry, monkeypatch):
     broken = EntryPoint("broken", "no_such_package:Method", "foveate.reducers")
     clashing = EntryPoint("random", "foveate.methods:Pool", "foveate.reducers")
-    monkeypatch.setattr(foveate.core.reducer, "entry_points", lambda group: [broken, clashing])
+    monkeypatch.setattr(foveate.registry, "entry_points", lambda group: [broken, clashing])
     before = set(registry)
     with pytest.warns(UserWarning, match="is left out") as caught:
         assert "broken" not in list_methods()
@@ -272,7 +273,7 @@ def test_plugins_that_are_no_methods_are_left_out(registry, monkeypatch):
             self.name, self.value, self.load = name, f"elsewhere:{cls.__name__}", lambda: cls
 
     points = [Point(Random, "random"), Point(Unfinished, "unfinished"), Point(Other, "other"), Point(Picky, "picky")]
-    monkeypatch.setattr(foveate.core.reducer, "entry_points", lambda group: points)
+    monkeypatch.setattr(foveate.registry, "entry_points", lambda group: points)
     before = set(registry)
     with pytest.warns(UserWarning, match="is left out") as caught:
         assert set(list_methods()) == {*before, "picky"}

@@ -14,9 +14,11 @@ from foveate.core.codebook import Codebook, projector_hash
 from foveate.core.encoder import EncoderReducer, Inside
 from foveate.core.exit_gates import Gates
 from foveate.core.probes import ClsToken, Embeddings, Features, Keys, LayerProbe, Members, Query
-from foveate.core.reducer import Reducer, get_method
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.reducer import Reducer
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families import family_of
+from foveate.registry import get_method
 from tiny_families import TINIES, Tiny, Visual
 from tiny_families.base import IMAGE, PAD, VIDEO  # noqa: F401  the tests' names of the placeholders
 
@@ -255,7 +257,7 @@ def visual_tokens(
     queries: list[tuple[int, Tensor]] = []
     members: list[Tensor] = []
     planes: dict[Any, list[Tensor]] = {
-        probe: [] for probe in (Features(), *reducer.probes()) if not isinstance(probe, Query | ClsToken | Members)
+        probe: [] for probe in (Features(), *reducer.needs) if not isinstance(probe, Query | ClsToken | Members)
     }
     for i, (row, grids) in enumerate(layout):
         if only not in (None, i):
@@ -278,10 +280,10 @@ def visual_tokens(
         # Prompts of different lengths, the same words for the same prompt.
         generator = torch.Generator().manual_seed(1000 * seed + row)
         queries.append((sample_row, torch.randn(3 + row % 2, WIDTH, generator=generator).to(dtype)))
-    words = tuple(dict(queries).values()) if Query() in reducer.probes() else None
+    words = tuple(dict(queries).values()) if Query() in reducer.needs else None
     if members:
         planes[Members()] = members
-    cls = ClsToken() in reducer.probes()
+    cls = ClsToken() in reducer.needs
     return VisualTokens(tuple(spans), planes, torch.device("cpu"), cls=cls, queries=words)
 
 
@@ -289,7 +291,7 @@ def _members(reducer: EncoderReducer, size: int, count: int, generator: torch.Ge
     """Let a method act on three layers of an encoder of which it reads random values."""
     inside, x = Inside.start(1, size, 1, torch.device("cpu")), torch.zeros(1, 1 + size, 1)
     for left in reducer.schedule(size, count, 3) if 0 < count < size else ():
-        for probe in reducer.reads:
+        for probe in reducer.needs:
             values = torch.randn(1, inside.sizes.shape[1], *_width(probe), generator=generator)
             inside.planes[probe] = (values if isinstance(probe, FEATURES) else values.exp()).to(dtype)
         inside, x = inside.step(reducer, x, left)

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate import Reducer, Selection, VisualTokens
-from foveate.core.probes import Features
-from foveate.core.ranking import top
-from foveate.core.tokens import CropBatch
+from foveate.author import CropBatch, CropReducer, probes, ranking
 
 
 @dataclass(frozen=True)
-class LargestNorm(Reducer):
+class LargestNorm(CropReducer):
     """Keep the tokens whose features have the largest norm.
 
     Parameters
@@ -26,10 +23,7 @@ class LargestNorm(Reducer):
 
     order: float = 2.0
 
-    needs = (Features(),)
+    needs = (probes.Features(),)
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        def pick(crops: CropBatch, count: int) -> Tensor:
-            return top(crops.probe(Features()).float().norm(p=self.order, dim=-1), count)
-
-        return tokens.per_crop(self.keep, pick)
+    def pick(self, crops: CropBatch, count: int) -> Tensor:
+        return ranking.top(crops.probe(probes.Features()).float().norm(p=self.order, dim=-1), count)

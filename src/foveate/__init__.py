@@ -2,7 +2,7 @@
 
 from foveate.core.budget import Budget
 from foveate.core.errors import FoveateError
-from foveate.core.reducer import Chain, Reducer, list_methods, load_reducer, register
+from foveate.core.reducer import Reducer
 from foveate.core.selection import Selection
 from foveate.core.tokens import VisualTokens
 from foveate.engines.transformers.attach import attach
@@ -11,6 +11,8 @@ from foveate.families import list_families
 from foveate.fit.gates import train_gates
 from foveate.guided.guide import guide
 from foveate.methods import VisPruner
+from foveate.methods.chain import Chain
+from foveate.registry import list_methods, load_reducer, register
 
 __version__ = "0.1.0"
 

@@ -9,15 +9,18 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
 import foveate
-from foveate.bench import arms, shapes
+import tiny
+from foveate.bench import arms, random_models
 from foveate.bench.memory import MemoryMeter
-from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, measure
-from foveate.bench.report import markdown, write_report
+from foveate.bench.model import arms_of, break_even, cache_bytes, comparisons, run_arms
+from foveate.bench.tables import markdown, write_report
 from foveate.core.errors import InputError, UnknownNameError, UnsupportedModelError
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attached
 from foveate.engines.transformers.caches import cache_of
-from foveate.measure.timing import STAGES, Clock, FirstToken, summary, threads
+from foveate.families import family_of
+from foveate.measure.job import Job
+from foveate.measure.timing import STAGES, Clock, FirstToken, median_p90, threads
 from foveate.methods import VisPruner
 from tiny_families.base import clip_config
 
@@ -42,27 +45,27 @@ def llava_next():
 @functools.cache
 def job():
     torch.manual_seed(0)
-    return shapes.random_job(shapes.random_model(llava(), layers=3, dtype="float32"), 9, 4)
+    return random_models.random_job(random_models.random_model(llava(), layers=3, dtype="float32"), 9, 4)
 
 
 def settings(method="vispruner", **config):
-    return Settings.make(method, None, "drop", config, job().family)
+    return Settings.make(foveate.load_reducer(method, **config), family=job().family)
 
 
 @pytest.mark.parametrize("config", [llava, llava_next])
 def test_a_tied_model_is_the_whole_model_with_equal_layers(config):
     torch.manual_seed(1)
-    tied = shapes.random_model(config(), layers=3, dtype="float32")
-    whole = shapes.random_model(config(), layers=3, tied=False, dtype="float32")
+    tied = random_models.random_model(config(), layers=3, dtype="float32")
+    whole = random_models.random_model(config(), layers=3, tied=False, dtype="float32")
     stack = tied.get_decoder().layers
     assert len({p.data_ptr() for layer in stack for p in layer.parameters()}) == len(list(stack[0].parameters()))
     weights = whole.state_dict()
     weights.update(tied.state_dict())
     whole.load_state_dict(weights)
-    prompt = shapes.random_job(tied, 7, 4)
+    prompt = random_models.random_job(tied, 7, 4)
     with torch.no_grad():
         a, b = (model(**prompt.inputs) for model in (tied, whole))
-        shallow = shapes.random_model(config(), layers=1, dtype="float32")
+        shallow = random_models.random_model(config(), layers=1, dtype="float32")
         shallow.load_state_dict(tied.state_dict(), strict=False)
         c = shallow(**prompt.inputs)
     torch.testing.assert_close(a.logits, b.logits)
@@ -74,13 +77,13 @@ def test_a_tied_model_is_the_whole_model_with_equal_layers(config):
 
 def test_jobs_hold_the_pictures_that_fill_the_tower():
     assert (job().visual_tokens, job().text_tokens) == (64, 9)
-    tiled = shapes.random_job(shapes.random_model(llava_next(), layers=1, dtype="float32"), 5, 1)
+    tiled = random_models.random_job(random_models.random_model(llava_next(), layers=1, dtype="float32"), 5, 1)
     assert (tiled.visual_tokens, tiled.text_tokens) == (64 + 16 * 17, 5)
     assert len(tiled.spans[0].crops) == 5
 
 
 def test_shapes_are_those_of_the_models():
-    config, _ = shapes.load_shape("llava-1.5-13b")
+    config, _ = random_models.load_shape("llava-1.5-13b")
     assert (config.text_config.num_hidden_layers, config.text_config.hidden_size) == (40, 5120)
     vision = config.vision_config
     assert (vision.num_hidden_layers, vision.hidden_size, vision.image_size) == (24, 1024, 336)
@@ -88,13 +91,18 @@ def test_shapes_are_those_of_the_models():
 
 def test_unusable_shapes_are_refused():
     with pytest.raises(UnknownNameError, match=r"no shape is called 'llava-9', or|llava-1.5-7b"):
-        shapes.random_model("llava-9")
+        random_models.random_model("llava-9")
     with pytest.raises(InputError, match="at least one layer"):
-        shapes.random_model(llava(), layers=0)
+        random_models.random_model(llava(), layers=0)
     with pytest.raises(InputError, match="not 'int8'"):
-        shapes.random_model(llava(), dtype="int8")
+        random_models.random_model(llava(), dtype="int8")
     with pytest.raises(InputError, match="at least two text tokens"):
-        shapes.random_job(job().model, text_tokens=1)
+        random_models.random_job(job().model, text_tokens=1)
+
+
+def test_noise_takes_the_place_of_no_pictures_that_a_processor_cuts():
+    with pytest.raises(InputError, match="where no processor cuts or scales them"):
+        random_models.random_job(tiny.model("idefics3"))
 
 
 def clock():
@@ -134,9 +142,9 @@ def test_the_oracle_neither_probes_nor_decides(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("the oracle got its tokens for free")
 
-    monkeypatch.setattr("foveate.measure.run.encode_reduced", fail)
+    monkeypatch.setattr("foveate.bench.arms.reduce_with", fail)
     monkeypatch.setattr("foveate.bench.arms.apply", fail)
-    monkeypatch.setattr("foveate.bench.arms.encode_reduced", fail)
+    monkeypatch.setattr("foveate.engines.pipeline.look", fail)
     monkeypatch.setattr(type(own.reducer), "select", fail)
     seen = []
     encode = type(job().family).encode
@@ -152,6 +160,15 @@ def test_other_methods_have_no_naive_way():
     assert [arm.name for arm in arms_of(job(), settings("divprune", keep=9))][-1] == "oracle"
     with pytest.raises(UnsupportedModelError, match="not that of divprune on llava"):
         arms.naive(job(), settings("divprune", keep=9), 9)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "vipllava", "paligemma", "internvl"])
+def test_other_models_than_llava_with_clip_have_no_naive_way(name):
+    net, inputs = tiny.model(name), tiny.collate([tiny.sample(3, tiny.VISUALS[name][0], 4)])
+    family = family_of(net)
+    there = Job(net, None, family, inputs, family.spans(net, inputs), 4)
+    assert not arms.naive_runs(there, VisPruner(keep=9))
+    assert arms.naive_runs(job(), VisPruner(keep=9))
 
 
 @pytest.mark.parametrize("method", ["downsample", "tome", "pool", "visionzip"])
@@ -172,7 +189,7 @@ def test_attached_arms_are_measured_beside_an_attached_oracle():
     found = [arms.unpruned(job())]
     for name, method in (("method", "vispruner"), ("oracle", "random")):
         found.append(arms.attached(name, job(), settings(method, keep=9), (9,) * 3))
-    result = measure(found, 2)
+    result = run_arms(found, 2)
     assert [row["kv_bytes"] for row in result["arms"]] == [2 * 3 * (n + 3) * 16 * 4 for n in (73, 18, 18)]
     assert set(result["comparisons"]) == {"first_token_of_oracle", "first_token", "total"}
     assert attached(job().model) is None
@@ -183,7 +200,7 @@ def test_methods_inside_the_llm_have_an_oracle_at_their_layers():
     assert [(arm.name, arm.received) for arm in found] == [
         ("unpruned", (64,) * 3), ("ratio 1", (64,) * 3), ("method", (64, 10, 10)), ("oracle", (64, 10, 10))
     ]  # fmt: skip
-    result = measure(found, 2)
+    result = run_arms(found, 2)
     rows = {row["arm"]: row for row in result["arms"]}
     held = (73 + 3) + 2 * (19 + 3)
     assert rows["method"]["kv_bytes"] == rows["oracle"]["kv_bytes"] == 2 * held * 16 * 4
@@ -197,9 +214,8 @@ def test_methods_inside_the_llm_have_an_oracle_at_their_layers():
 
 def test_the_oracle_inside_the_llm_reads_nothing():
     (_, _, _, free) = arms_of(job(), settings("fastv", keep=10, layer=1))
-    assert free.reducer.llm_probes() == ()
     assert free.reducer.needs == ()
-    with arms.attach(job().model, free.reducer) as handle:
+    with foveate.attach(job().model, free.reducer) as handle:
         job().model.generate(**job().inputs, max_new_tokens=2)
         (kept,) = handle.selections[0]
     assert len(kept) == 10
@@ -230,13 +246,13 @@ def test_memory_is_the_peak_of_each_stage():
 
 def test_a_run_that_fails_leaves_no_profiler_behind():
     with pytest.raises(InputError, match="scores from elsewhere"):
-        measure(arms_of(job(), settings("sgl", keep=9, layer=1)), 1)
+        run_arms(arms_of(job(), settings("sgl", keep=9, layer=1)), 1)
     assert not torch.autograd._profiler_enabled()
 
 
 def test_the_result_says_what_was_measured():
     said = []
-    result = measure(arms_of(job(), settings(keep=9)), 2, say=said.append)
+    result = run_arms(arms_of(job(), settings(keep=9)), 2, say=said.append)
     assert said[-1] == "turn 2 of 2"
     assert result["config"] == {
         "visual_tokens": 64, "text_tokens": 9, "answer_tokens": 4, "layers": 3, "dtype": "float32",
@@ -313,8 +329,8 @@ def test_break_even_of_methods_that_come_late():
 
 
 def test_summaries():
-    assert summary([0.3, 0.1, 0.2]) == {"median_ms": 200.0, "p90_ms": 300.0}
-    assert summary([i / 1000 for i in range(1, 21)]) == {"median_ms": 10.5, "p90_ms": 19.0}
+    assert median_p90([0.3, 0.1, 0.2]) == {"median_ms": 200.0, "p90_ms": 300.0}
+    assert median_p90([i / 1000 for i in range(1, 21)]) == {"median_ms": 10.5, "p90_ms": 19.0}
 
 
 def test_processor_time_leaves_waiting_out():
@@ -325,9 +341,9 @@ def test_processor_time_leaves_waiting_out():
     assert wall.seconds["vision"] >= 0.2
     assert own.seconds["vision"] < 0.1
     with threads(2), pytest.raises(InputError, match="use 1 thread"):
-        measure([arms.unpruned(job())], clock="cpu")
+        run_arms([arms.unpruned(job())], clock="cpu")
     with threads(1):
-        assert measure([arms.unpruned(job())], 1, "cpu")["config"]["clock"] == "cpu"
+        assert run_arms([arms.unpruned(job())], 1, "cpu")["config"]["clock"] == "cpu"
 
 
 def test_threads_are_restored():

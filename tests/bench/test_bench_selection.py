@@ -11,8 +11,8 @@ from foveate.bench.naive import plain_selection
 from foveate.bench.selection import against_plain, selection
 from foveate.cli import app
 from foveate.core.probes import Attention, ClsToken, Features, Keys, Query
-from foveate.core.reducer import load_reducer
 from foveate.methods import VisPruner
+from foveate.registry import load_reducer
 
 
 def test_plain_loop_follows_its_steps():
@@ -50,7 +50,7 @@ def test_random_tokens_have_the_shapes_of_their_probes():
     assert shapes == {Features: [(24, 1024)] * 6, Attention: [(24, 2)] * 6, Keys: [(24, 64)] * 6}
     assert tokens.cls
     assert len(tokens.queries) == 2
-    (one, _) = VisPruner(keep=9).select(random_tokens(VisPruner(keep=9).probes(), (4, 6), batch=2))
+    (one, _) = VisPruner(keep=9).select(random_tokens(VisPruner(keep=9).needs, (4, 6), batch=2))
     assert len(one) == 9
 
 
@@ -68,7 +68,7 @@ def test_methods_get_what_they_need_or_are_left_out(monkeypatch):
     monkeypatch.setattr("foveate.bench.selection.GRIDS", ((8, 8),))
     monkeypatch.setattr("foveate.bench.selection.against_plain", lambda **_: {})
     monkeypatch.setattr(
-        "foveate.core.reducer.list_methods", lambda: ["chain", "codebook", "dyvte", "evs", "fastv", "uniform"]
+        "foveate.registry.list_methods", lambda: ["chain", "codebook", "dyvte", "evs", "fastv", "uniform"]
     )
     result = CliRunner().invoke(app, ["bench", "selection", "--keep", "9", "--repeats", "1", "--json"])
     assert result.exit_code == 0, result.output

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from foveate.bench import shapes
+from foveate.bench import random_models
 from tiny_families import TINIES
 
 FAST = ("--repeats", 1, "--max-new-tokens", 2)
@@ -24,7 +24,7 @@ def test_a_model_with_weights(foveate, folder, photo, tmp_path):
 
 
 def test_a_shape(foveate, monkeypatch):
-    monkeypatch.setattr(shapes, "load_shape", lambda _: (TINIES["llava"].build().config, None))
+    monkeypatch.setattr(random_models, "load_shape", lambda _: (TINIES["llava"].build().config, None))
     given = ("--model", "llava-1.5-7b", "--layers", 2, "--method", "fastervlm", "--keep", "0.25", "--no-tied")
     result = foveate("bench", "model", *given, "--text-tokens", 5, "--threads", 1, *FAST, "--json")
     assert result.code == 0, result.err

@@ -46,15 +46,15 @@ def test_families(foveate: Any) -> None:
 
 def test_table(foveate: Any) -> None:
     from foveate.cli.compatibility import MARKS
-    from foveate.core.reducer import by_default
-    from foveate.families import FAMILIES
+    from foveate.families import all_families
+    from foveate.registry import by_default
 
     data = foveate("table", "--json").json
     assert [f["name"] for f in data["families"]] == library.list_families()
     assert [m["name"] for m in data["methods"]] == [n for n in library.list_methods() if n != "chain"]
     for row in data["methods"]:
         method = by_default(row["name"])
-        for name, family in FAMILIES.items():
+        for name, family in all_families().items():
             refused = family.lacks(method) is not None or (method.video_only and "video" not in family.kinds)
             assert (row["families"][name] == "no") == refused
             assert (row["families"][name] == "some") == (not refused and method.reads_grid and name == "generic")

@@ -14,11 +14,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate as library
 from foveate.core.budget import parse_keep
-from foveate.core.reducer import load_reducer
 from foveate.cost import kv_bytes
 from foveate.engines.transformers.caches import cache_of
+from foveate.measure.job import prepare
 from foveate.measure.loading import encoder_view, load_model, open_image, prompt_for
-from foveate.measure.run import measure, prepare
+from foveate.measure.run import run_methods
+from foveate.registry import load_reducer
 
 FAST = ("--repeats", 1, "--max-new-tokens", 4)
 
@@ -104,7 +105,7 @@ def test_compare_lists_the_baselines(foveate: Any, folder: Path, photo: Path) ->
 def test_kv_bytes_are_those_of_the_cache(folder: Path, photo: Path) -> None:
     model, processor = load_model(str(folder))
     job = prepare(model, processor, open_image(photo), "what is this ?")
-    (arm,) = measure(job, [library.VisPruner(keep=16)], repeats=1)
+    (arm,) = run_methods(job, [library.VisPruner(keep=16)], repeats=1)
     reduced = library.reduce(model, job.inputs, library.VisPruner(keep=16))
     with torch.no_grad():
         layers = cache_of(model(**reduced, use_cache=True)).layers

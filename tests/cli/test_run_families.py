@@ -9,10 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 import tiny
-from foveate.core.reducer import load_reducer
-from foveate.families import FAMILIES, family_of
-from foveate.measure.run import Job, baselines, measure
-from foveate.measure.summary import report
+from foveate.families import all_families, family_of
+from foveate.measure.baselines import baselines
+from foveate.measure.job import Job
+from foveate.measure.run import run_methods
+from foveate.measure.summary import summarize
+from foveate.registry import load_reducer
 
 
 def _job(name: str, *parts: tiny.Part) -> Job:
@@ -31,12 +33,12 @@ COUNTED = [
     for name in tiny.FAMILIES
     if name != "qwen3_5"  # torch's reference for its recurrent layers works in chunks, which cost more than the steps
     for method in ("unpruned", "vispruner", "pool", "downsample")
-    if method == "unpruned" or FAMILIES[name].lacks(load_reducer(method, keep=0.25)) is None
+    if method == "unpruned" or all_families()[name].lacks(load_reducer(method, keep=0.25)) is None
 ]
 
 
 def _picture(name: str) -> Any:
-    keys = {key for key, kind in FAMILIES[name].inputs.items() if kind == "image"}
+    keys = {key for key, kind in all_families()[name].inputs.items() if kind == "image"}
     return next(visual.what for visual in tiny.VISUALS[name] if keys & tiny.sample(visual).keys())
 
 
@@ -45,7 +47,7 @@ def test_every_family_answers_as_generate_does(name: str) -> None:
     job = _job(name, _picture(name))
     reducer = foveate.VisPruner(keep=24)
     methods = [reducer, *baselines(job, reducer)]
-    stock, *pruned = measure(job, [None, *methods], repeats=1)
+    stock, *pruned = run_methods(job, [None, *methods], repeats=1)
     prompt = job.inputs["input_ids"].shape[1]
     plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)
     assert stock.answer == " ".join(map(str, plain[0, prompt:].tolist()))
@@ -56,7 +58,7 @@ def test_every_family_answers_as_generate_does(name: str) -> None:
         assert arm.kept <= 24
         assert arm.cost is not None
         assert arm.cost.total < stock.cost.total
-    assert report(job, stock, pruned[0])["kept"] == [span.kept.tolist() for span in pruned[0].selection]
+    assert summarize(job, stock, pruned[0])["kept"] == [span.kept.tolist() for span in pruned[0].selection]
     assert pruned[0].saliency is not None
     assert [len(x) for x in pruned[0].saliency] == [len(crop) for crop in job.spans[0].crops]
 
@@ -67,7 +69,7 @@ def test_families_with_any_method(name: str) -> None:
     reducer, said = foveate.methods.Random(keep=7), []
     methods = [reducer, *baselines(job, reducer, said.append)]
     assert len(methods) + len(said) == 4
-    stock, *pruned = measure(job, [None, *methods], repeats=1)
+    stock, *pruned = run_methods(job, [None, *methods], repeats=1)
     prompt = job.inputs["input_ids"].shape[1]
     plain = job.model.generate(**job.inputs, max_new_tokens=5, do_sample=False)
     assert stock.answer == " ".join(map(str, plain[0, prompt:].tolist()))
@@ -81,7 +83,7 @@ def test_families_with_any_method(name: str) -> None:
         assert arm.cost.prefill < stock.cost.prefill
         assert arm.kv_bytes < stock.kv_bytes
         assert arm.seconds["vision"] > 0
-    data = report(job, stock, pruned[0], pruned[1:])
+    data = summarize(job, stock, pruned[0], pruned[1:])
     assert data["flops"]["after"] < data["flops"]["before"]
     assert data["kept"] == [span.kept.tolist() for span in pruned[0].selection]
     located = job.family.located(job.spans, (30, 60))
@@ -102,7 +104,7 @@ def test_baselines_that_do_not_run_are_named() -> None:
 def test_flops_are_those_that_run(name: str, method: str) -> None:
     job = _job(name, _picture(name))
     reducer = None if method == "unpruned" else load_reducer(method, keep=0.25)
-    (arm,) = measure(job, [reducer], repeats=1)
+    (arm,) = run_methods(job, [reducer], repeats=1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         ready = job.inputs if reducer is None else foveate.reduce(job.model, job.inputs, reducer)
         job.model(**ready, logits_to_keep=1)
@@ -119,12 +121,12 @@ def _clip(name: str) -> Any:
 def test_videos_beside_images(name: str) -> None:
     job = _job(name, _picture(name), _clip(name))
     assert [span.kind for span in job.spans] == ["image", "video"]
-    stock, pruned = measure(job, [None, foveate.methods.Random(keep={"image": 4, "video": 9})], repeats=1)
+    stock, pruned = run_methods(job, [None, foveate.methods.Random(keep={"image": 4, "video": 9})], repeats=1)
     prompt = job.inputs["input_ids"].shape[1]
     for ready, arm in ((job.inputs, stock), (foveate.reduce(job.model, job.inputs, pruned.reducer), pruned)):
         out = job.model.generate(**ready, max_new_tokens=5, do_sample=False)
         assert arm.answer == " ".join(map(str, out[0, ready["input_ids"].shape[1] :].tolist()))
     assert prompt == job.text_tokens + job.visual_tokens
-    data = report(job, stock, pruned)
+    data = summarize(job, stock, pruned)
     assert [(span["kind"], span["after"]) for span in data["tokens"]["spans"]] == [("image", 4), ("video", 9)]
     assert [len(kept) for kept in data["kept"]] == [4, 9]

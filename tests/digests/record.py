@@ -115,9 +115,9 @@ def of_families() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lacking(family: str, reducer: Any) -> str | None:
-    from foveate.families import FAMILIES as KNOWN
+    from foveate.families import all_families
 
-    return KNOWN[family].lacks(reducer)
+    return all_families()[family].lacks(reducer)
 
 
 def _flat(value: Any) -> Iterable[Any]:

@@ -11,8 +11,8 @@ import torch
 
 import foveate
 from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import get_method
 from foveate.core.selection import Selection, SpanSelection
+from foveate.registry import get_method
 from tiny import (
     IN_LLM,
     IN_LLM_FAMILIES,
@@ -38,7 +38,7 @@ def make(inside):
 
 
 def positions_of(reducer, family):
-    return "original" if foveate.families.FAMILIES[family].keeps_positions else reducer.positions
+    return "original" if foveate.families.all_families()[family].keeps_positions else reducer.positions
 
 
 def generate(net, inputs, **kwargs):
@@ -79,6 +79,7 @@ class Replay(InLlmReducer):
 
     name = "replay"
     adaptive = True
+    merges = "embeddings"
 
     def boundaries(self, depth: int) -> Sequence[int]:
         return tuple(boundary for boundary, _ in self.cuts)

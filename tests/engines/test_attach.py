@@ -187,6 +187,17 @@ def test_a_cache_that_was_cut_inside_the_llm_needs_a_method_inside_it():
         net.generate(input_ids=out, attention_mask=mask, **GREEDY, **{CACHE: cache})
 
 
+@pytest.mark.parametrize("reducer", [Uniform(keep=9), FastV(keep=5, layer=2)], ids=["before", "inside"])
+def test_a_cache_that_was_emptied_is_as_good_as_new(reducer):
+    net, inputs, cache = deep_model("llava"), collate(samples("llava")), DynamicCache()
+    with foveate.attach(net, FastV(keep=9, layer=1)):
+        net.generate(**inputs, **GREEDY, **{CACHE: cache})
+    cache.reset()
+    with foveate.attach(net, reducer):
+        expected = net.generate(**inputs, **GREEDY)
+        assert torch.equal(net.generate(**inputs, **GREEDY, **{CACHE: cache}), expected)
+
+
 @every_family_in_depth
 @pytest.mark.parametrize("entry", of_each_kind(METHODS), ids=method_id)
 @pytest.mark.parametrize("positions", [None, "original", "compact"])
@@ -260,6 +271,53 @@ def test_selections_are_those_of_the_last_call_with_images():
         assert [len(row) for row in handle.selections] == [1, 2, 1]
         net(**collate([sample(4, "image", 2)]))
         assert [len(row) for row in handle.selections] == [1]
+
+
+@torch.no_grad()
+def test_what_a_call_that_failed_was_to_show_is_forgotten():
+    net, text = deep_model("llava"), collate([sample(9, seed=7)])
+    expected = net(**text).logits
+    with foveate.attach(net, FastV(keep=9, layer=1)):
+        with pytest.raises(ValueError, match="no_such_option"):
+            net.generate(**collate([sample(4, "image", 2)]), no_such_option=1)
+        assert torch.equal(net(**text).logits, expected)
+
+
+@torch.no_grad()
+def test_a_pass_that_failed_is_over():
+    net, inputs = deep_model("llava"), collate(samples("llava"))
+    decoder = net.get_decoder()
+    states = torch.randn(1, 9, decoder.config.hidden_size)
+    expected = decoder(inputs_embeds=states, use_cache=False).last_hidden_state
+
+    def fail(*_):
+        raise FaultError
+
+    with foveate.attach(net, FastV(keep=9, layer=1)) as handle:
+        net(**inputs)
+        hook = net.lm_head.register_forward_pre_hook(fail)
+        with pytest.raises(FaultError):
+            net(**collate([sample(4, "image", 2)]))
+        hook.remove()
+        assert handle.selections == []
+        assert torch.equal(decoder(inputs_embeds=states, use_cache=False).last_hidden_state, expected)
+
+
+def test_text_alone_leaves_the_results_of_a_chain():
+    net = deep_model("llava")
+    with foveate.attach(net, Chain(Uniform(keep=30), FastV(keep=9, layer=1))) as handle:
+        net.generate(**collate(samples("llava")), **GREEDY)
+        before = handle.received
+        net.generate(**collate([sample(4)]), **GREEDY)
+        assert [len(row) for row in handle.selections] == [1, 2, 1]
+        assert handle.received == before
+
+
+def test_a_least_length_below_what_was_dropped_asks_for_nothing():
+    net, inputs = model("llava"), collate(samples("llava"))
+    with foveate.attach(net, Uniform(keep=9)):
+        expected = net.generate(**inputs, **GREEDY)
+        assert torch.equal(net.generate(**inputs, **GREEDY, min_length=5), expected)
 
 
 def test_threads_share_an_attached_model():

@@ -15,8 +15,9 @@ from foveate import Budget, Chain, VisPruner, load_reducer
 from foveate.core.budget import Coverage, check
 from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.errors import BudgetError
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.engines.transformers.reduce import look
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
+from foveate.engines.pipeline import look
 from foveate.families import family_of
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform
 from tiny import VISUALS, collate, model, sample, samples, visual_tokens

@@ -9,8 +9,9 @@ import torch
 from layered import layered
 
 import foveate
-from foveate import FoveateError, gate_training
+from foveate import FoveateError
 from foveate.core.exit_gates import Gates
+from foveate.fit import gates as gate_training
 from foveate.fit.gates import Examples, fit, may_leave, observe
 from foveate.methods import VisualExit
 from tiny import collate, deep_model, sample

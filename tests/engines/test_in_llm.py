@@ -25,12 +25,12 @@ from oracle import visible_columns
 
 import foveate
 from foveate import Chain
-from foveate.core.reducer import get_method
 from foveate.core.selection import SpanSelection
 from foveate.cost import kv_bytes
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import FastV, VisPruner
+from foveate.registry import get_method
 from tiny import (
     TINIES,
     VISUALS,

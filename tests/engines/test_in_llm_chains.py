@@ -20,10 +20,10 @@ import foveate
 from foveate import Budget, Chain, FoveateError
 from foveate.core.errors import BudgetError, UnsupportedModelError
 from foveate.core.in_llm import received
-from foveate.core.reducer import get_method
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import FastV, PyramidDrop, ToDREExit, TopV, VisPruner
+from foveate.registry import get_method
 from tiny import (
     STAGED,
     VISUALS,
@@ -256,3 +256,14 @@ def test_rows_that_see_a_token_are_not_told_from_others_where_tokens_see_each_ot
         foveate.attach(deep_model("paligemma"), "visiondrop_all", keep=9, rows="visible")
     with pytest.raises(BudgetError, match="leave one of them out"):
         get_method("sparsevlm")(keep=9, equivalent=9)
+
+
+@pytest.mark.parametrize("keep", [9, 1])
+@torch.no_grad()
+def test_the_last_token_of_a_prompt_stays_even_of_an_image(keep):
+    net = deep_model("llava")
+    with foveate.attach(net, FastV(keep=keep, layer=1)) as handle:
+        net(**collate([sample(4, "image")]))
+    (span,) = handle.selections[0]
+    assert len(span) == keep
+    assert int(span.kept[-1]) == span.length - 1

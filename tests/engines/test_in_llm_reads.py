@@ -15,11 +15,13 @@ from inside import (
     methods,
 )
 from layered import layered_answer
+from transformers import DynamicCache
 
 import foveate
 from foveate import Chain
-from foveate.core.reducer import get_method
+from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.methods import FastV, TopV, VisPruner, topv
+from foveate.registry import get_method
 from tiny import (
     collate,
     deep_model,
@@ -148,3 +150,45 @@ def test_topv_behind_a_method_before_the_llm():
         assert sum(map(len, row)) == 8 * len(row)
         for span, whole in zip(row, first, strict=True):
             assert set(span.kept.tolist()) <= set(whole.kept.tolist())
+
+
+@torch.no_grad()
+def test_text_behind_the_last_image_may_be_none(monkeypatch):
+    net, reducer, found = deep_model("llava"), get_method("visual_exit")(rule="mass", threshold=0.9, keep=0.25), []
+    select = type(reducer).select
+
+    def recorded(self, tokens):
+        found.append(([len(x) for x in tokens.text], [len(x) for x in tokens.text_before], tokens.behind))
+        return select(self, tokens)
+
+    monkeypatch.setattr(type(reducer), "select", recorded)
+    with foveate.attach(net, reducer):
+        net(**collate([sample(4, "image"), sample(2, "image", 6)]))
+    assert found
+    assert all(entry == ([0, 6], [0, 6], (0, 6)) for entry in found)
+
+
+@torch.no_grad()
+def test_attention_in_a_later_turn_is_that_of_its_own_image():
+    net, cache = deep_model("llava", "eager"), DynamicCache()
+    first, second = sample(4, "image", 9), sample(2, "image", 5, seed=3)
+    turn = {key: x for key, x in collate([second]).items() if key != "attention_mask"}
+    with foveate.attach(net, FastV(keep=9, layer=2)) as handle:
+        net(**collate([first]), **{CACHE: cache})
+        net(**turn, **{CACHE: cache})
+        found = handle.selections[0][0].kept.tolist()
+    before = collate([first])
+    whole = {key: torch.cat([before[key], x], dim=int(key == "input_ids")) for key, x in turn.items()}
+    attention = net(**whole, output_attentions=True).attentions[1][0, :, -1, 79:143].mean(dim=0)
+    assert found == attention.topk(9).indices.sort().values.tolist()
+
+
+@torch.no_grad()
+def test_merging_leaves_the_states_that_the_model_hands_out():
+    net, inputs = deep_model("llava"), collate([sample(4, "image", 9)])
+    reducer = get_method("sparsevlm")(keep=16)
+    expected = net(**inputs, output_hidden_states=True).hidden_states[: reducer.boundaries(DEPTH)[0] + 1]
+    with foveate.attach(net, reducer):
+        states = net(**inputs, output_hidden_states=True).hidden_states
+    for plain, found in zip(expected, states, strict=False):
+        assert torch.equal(plain, found)

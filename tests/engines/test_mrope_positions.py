@@ -153,7 +153,7 @@ def test_a_second_image_behind_one_that_stayed_whole(name, by_hand):
             answer = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         (whole_one,) = handle.selections[0]
         assert whole_one.is_identity
-        handle.settings = type(handle.settings)(Uniform(keep=5), "original")
+    with foveate.attach(net, Uniform(keep=5)) as handle, torch.no_grad():
         row = {**second, "ids": first["ids"] + answer + second["ids"]}
         turn = collate([row])
         new = {k: x for k, x in turn.items() if k != "mm_token_type_ids"}
@@ -245,3 +245,21 @@ def test_compact_positions_are_refused():
     net, inputs = model("qwen2_vl"), collate(samples("qwen2_vl"))
     with pytest.raises(InputError, match="several axes: use positions='original'"):
         foveate.reduce(net, inputs, Uniform(keep=9), positions="compact")
+
+
+@pytest.mark.parametrize("name", QWEN)
+@torch.no_grad()
+def test_a_first_image_is_numbered_behind_text_whatever_ran_in_between(name):
+    """The model remembers where the batch that ran last goes on, which says nothing about one of another size."""
+    net, found = model(name), []
+    text, row = sample(7), sample(2, Visual(name, ("image", 1, 4, 3)), 3, seed=3)
+    for between in (False, True):
+        cache = TINIES[name].cache(net)
+        net(**collate([text]), **{CACHE: cache})
+        if between:
+            net(**collate(samples(name)[:2]))
+        with foveate.attach(net, Uniform(keep=5)):
+            turn = collate([{**row, "ids": text["ids"] + row["ids"]}])
+            turn.pop("mm_token_type_ids", None)
+            found.append(net(**{**turn, "input_ids": turn["input_ids"][:, 7:]}, **{CACHE: cache}).logits)
+    close(found[0], found[1])

@@ -21,8 +21,9 @@ from oracle import (
 
 import foveate
 from foveate.core.reducer import identity
+from foveate.engines.pipeline import decide, look
 from foveate.engines.settings import Settings
-from foveate.engines.transformers.reduce import Reduced, decide, look
+from foveate.engines.transformers.reduce import Reduced
 from foveate.methods import Downsample, FasterVLM, Random, Uniform, VisPruner
 from tiny import (
     FAMILIES,
@@ -136,7 +137,7 @@ def test_methods_that_share_a_pass_do_not_disturb_each_other(family):
         for a, b in zip(whole, alone, strict=True):
             torch.testing.assert_close(a, b)
         for reducer in reducers:
-            together = decide(tokens, Settings(reducer, "compact"))
+            together = decide(tokens, Settings.make(reducer, "compact"))
             reduced = foveate.reduce(net, inputs, reducer)
             assert [s.kept.tolist() for s in together] == [s.kept.tolist() for s in reduced.selection]
             embeds = family_of.embed(net, tokens, together, reducer.merges)
@@ -166,7 +167,7 @@ def test_downsample_equals_smaller_pictures(positions):
         close(net(**reduced).logits, net(inputs_embeds=embedded, position_ids=at).logits)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if foveate.families.FAMILIES[f].resizes])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if foveate.families.all_families()[f].resizes])
 def test_downsample_through_every_tower(family):
     """Of a crop whose grid stays whole, the resized picture is the picture."""
     net, inputs = model(family), collate(samples(family))

@@ -7,8 +7,7 @@ from transformers import LlamaForCausalLM
 import foveate
 from foveate import Budget
 from foveate.core.errors import UnsupportedModelError
-from foveate.families import FAMILIES as FAMILIES_BY_NAME
-from foveate.families import family_of
+from foveate.families import all_families, family_of
 from foveate.methods import Downsample, Random, Uniform, VisPruner
 from tiny import FAMILIES, IMAGE, collate, model, sample, samples
 
@@ -106,7 +105,7 @@ def test_feature_layer_and_strategy_of_the_call(layer, strategy):
     assert net(**reduced).logits.shape[1] == inputs["input_ids"].shape[1] - chosen.length + len(chosen)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES_BY_NAME[f].resizes])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if all_families()[f].resizes])
 def test_downsample_runs_everywhere(family):
     net, inputs = model(family), collate(samples(family))
     for keep in (9, Budget(0.25, per="crop")):

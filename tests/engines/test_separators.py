@@ -5,6 +5,8 @@ import torch
 
 import foveate
 from foveate import Budget, Reducer
+from foveate.core.reducer import identity
+from foveate.engines.transformers.priors import priors_of
 from foveate.families import family_of
 from foveate.methods import FasterVLM, Pool, Random, Uniform, VisPruner
 from tiny import collate, model, samples
@@ -81,3 +83,21 @@ def test_separators_equal_the_oracle(family, separators, reducer, positions):
     expected = rebuilt(net, inputs, reduced.selection.by_prompt(2), positions)
     for got, row in zip(logits, expected, strict=True):
         torch.testing.assert_close(got[-len(row) :], row, atol=1e-4, rtol=1e-4)
+
+
+def test_separators_outrank_whatever_a_prior_scores():
+    class Thousands:
+        """What `priors_of` asks of a method inside the LLM."""
+
+        def prior(self, tokens):
+            return [torch.arange(len(crop)) + 1000.0 for span in tokens.spans for crop in span.crops]
+
+    net, inputs, method = model("llava_next"), collate(samples("llava_next")), Thousands()
+    family = family_of(net)
+    spans = family.spans(net, inputs)
+    found = priors_of([method], family.encode(net, inputs, spans, ()), identity(spans))[method]
+    assert any(len(span.separators()) for span in spans)
+    for span, scores in zip(spans, found, strict=True):
+        assert torch.equal((scores == torch.inf).nonzero().flatten(), span.separators())
+        for crop in span.crops:
+            assert torch.equal(scores[crop.index], torch.arange(len(crop)) + 1000.0)

@@ -196,6 +196,17 @@ def test_caches_that_were_emptied_or_cropped(family, positions, cut):
         assert first.sequences.shape[0] == 1
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_cache_cropped_by_the_last_token_of_the_prompt(family):
+    net, cache, inputs = model(family), DynamicCache(), collate([sample(4, VISUALS[family][0], 9)])
+    with foveate.attach(net, Random(keep=9)):
+        expected = generate(net, inputs)
+        generate(net, inputs, max_new_tokens=1, **{CACHE: cache})
+        cache.crop(-1)
+        again = generate(net, {k: inputs[k] for k in ("input_ids", "attention_mask")}, **{CACHE: cache})
+    close(torch.stack(again.logits), torch.stack(expected.logits))
+
+
 def test_a_cache_cropped_into_an_image_is_refused():
     net, cache, inputs = model("llava"), DynamicCache(), collate([sample(4, "image", 9), sample(9, "image", 2)])
     ids = {k: inputs[k] for k in ("input_ids", "attention_mask")}
@@ -211,3 +222,63 @@ def test_a_cache_cropped_into_an_image_is_refused():
         cache.crop(-8)
         with pytest.raises(InputError, match="cropped to where an image is"):
             net(input_ids=ids["input_ids"][:, -1:], **{CACHE: cache})
+
+
+@both_positions
+def test_an_image_that_stays_whole_behind_one_that_was_reduced(positions):
+    net, cache, first, second = model("llava"), DynamicCache(), [sample(4, "image", 9)], [sample(2, "image", 4, seed=5)]
+    inputs = collate(first)
+    with foveate.attach(net, Random(keep=9), positions=positions) as handle:
+        one = generate(net, inputs, max_new_tokens=4, **{CACHE: cache})
+        (before,) = handle.selections
+    whole = collate(joined(first, answer_of(one, inputs), second))
+    turn = {**whole, "pixel_values": collate(second)["pixel_values"]}
+    with foveate.attach(net, Uniform(keep=1000), positions=positions) as handle:
+        two = generate(net, turn, **{CACHE: cache})
+        (after,) = handle.selections
+    assert after[0].is_identity
+    expected = answer_logits(net, whole, [before + after], answer_of(two, turn), positions)
+    close(torch.stack(two.logits, 1), expected)
+
+
+def test_a_turn_goes_on_alike_when_the_one_before_returned_ids_alone():
+    net, inputs, found = model("llava"), collate(samples("llava")), []
+    rest = torch.arange(15).reshape(3, 5) + 20
+    for full in (True, False):
+        cache = DynamicCache()
+        with foveate.attach(net, Uniform(keep=9)):
+            one = net.generate(
+                **inputs, do_sample=False, max_new_tokens=4, return_dict_in_generate=full, **{CACHE: cache}
+            )
+            turn = {"input_ids": torch.cat([one.sequences if full else one, rest], dim=1)}
+            turn["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 9), value=1)
+            found.append(torch.stack(generate(net, turn, **{CACHE: cache}).logits))
+    close(found[0], found[1])
+
+
+@torch.no_grad()
+def test_ids_without_a_mask_that_are_as_long_as_the_cache_are_new():
+    net, inputs = model("llava"), collate([sample(4, "image", 9)])
+    new = collate([sample(4, "image", 9, seed=5)])
+    masked, bare = ({**x, "attention_mask": mask} for x, mask in ((new, torch.ones(1, 154)), (new, None)))
+    found = []
+    for turn in (masked, bare):
+        with foveate.attach(net, Uniform(keep=9)):
+            cache = cache_of(net(**inputs, use_cache=True))
+            found.append(net(**turn, **{CACHE: cache}).logits)
+    assert new["input_ids"].shape[1] == inputs["input_ids"].shape[1] == 77
+    close(found[0], found[1])
+
+
+@torch.no_grad()
+def test_one_row_of_own_position_ids_stands_for_all_prompts():
+    net, inputs = model("llava"), collate([sample(4, "image", 9), sample(4, "image", 9, seed=1)])
+    new = {"input_ids": torch.cat([collate([sample(5, seed=i)])["input_ids"] for i in (2, 3)])}
+    new["attention_mask"] = torch.ones(2, 82, dtype=torch.long)
+    found = []
+    for rows in (1, 2):
+        with foveate.attach(net, Uniform(keep=9), positions="original"):
+            cache = cache_of(net(**inputs, use_cache=True))
+            own = torch.arange(77, 82).expand(rows, -1)
+            found.append(net(**new, position_ids=own, **{CACHE: cache}).logits)
+    close(found[0], found[1])

@@ -9,12 +9,13 @@ import torch
 
 from foveate import Budget, nano
 from foveate.core.errors import FoveateError, InputError
-from foveate.core.reducer import Chain, list_methods
 from foveate.eval import leaderboard, scenes
 from foveate.eval.plot import plot
-from foveate.measure.run import prepare
+from foveate.measure.job import prepare
 from foveate.methods import CDPruner, FastV, FlowCut, Pool, Random, ToMe, VisPruner
+from foveate.methods.chain import Chain
 from foveate.nano.runner import Runner
+from foveate.registry import list_methods
 
 pytestmark = pytest.mark.skipif(not (nano.WEIGHTS / "config.json").is_file(), reason="nano is not trained yet")
 

@@ -8,22 +8,24 @@ import json
 import pytest
 
 from foveate import VisPruner
+from foveate.core.budget import parse_keep
 from foveate.core.errors import BudgetError, FoveateError, InputError, UnknownNameError
 from foveate.eval import lmms
+from foveate.eval.lmms_arguments import make_reducer
 
 
 @pytest.mark.parametrize("keep", [64, "64", "0.25", 0.25, "coverage:0.9"])
 def test_budgets_of_command_lines_are_understood(keep):
-    made = lmms.make_reducer("vispruner", keep, important_ratio=0.3)
+    made = make_reducer("vispruner", keep, important_ratio=0.3)
     assert made.important_ratio == 0.3
-    assert made == VisPruner(keep=lmms.parse_keep(str(keep)), important_ratio=0.3)
+    assert made == VisPruner(keep=parse_keep(str(keep)), important_ratio=0.3)
 
 
 def test_a_method_can_come_from_a_file(tmp_path):
     VisPruner(keep=7).save(tmp_path / "method.json")
-    assert lmms.make_reducer(str(tmp_path / "method.json")) == VisPruner(keep=7)
-    assert lmms.make_reducer(VisPruner(keep=7)) == VisPruner(keep=7)
-    assert lmms.make_reducer(None) is None
+    assert make_reducer(str(tmp_path / "method.json")) == VisPruner(keep=7)
+    assert make_reducer(VisPruner(keep=7)) == VisPruner(keep=7)
+    assert make_reducer(None) is None
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_a_method_can_come_from_a_file(tmp_path):
 )
 def test_wrong_methods_are_named(given, kind, fault):
     with pytest.raises(kind, match=fault):
-        lmms.make_reducer(*given)
+        make_reducer(*given)
 
 
 def test_without_lmms_eval_the_extra_is_named(monkeypatch):

@@ -24,7 +24,8 @@ from foveate.core.errors import FoveateError, InputError, UnknownNameError
 from foveate.eval import lmms
 from foveate.eval.lmms_model import ChatFoveate, SimpleFoveate
 from foveate.methods.fastv import FastV
-from foveate.nano.evaluate import Condition, Runner, Tally, evaluate
+from foveate.nano.evaluate import Tally, evaluate
+from foveate.nano.runner import Condition, Runner
 
 TASKS = Path(__file__).resolve().parents[2] / "examples/lmms-eval"
 SCENES, BATCH = 4, 8

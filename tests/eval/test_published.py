@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from foveate.core.errors import InputError, UnknownNameError
-from foveate.core.reducer import list_methods
 from foveate.eval import published
 from foveate.eval.published import KNOWN, beside, numbers, of_method, read
+from foveate.registry import list_methods
 
 FILES = sorted(published.FOLDER.glob("*.json"))
 

@@ -8,7 +8,7 @@ import foveate
 from foveate.core.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.reduce import reduce_with
-from foveate.families import FAMILIES, family_of
+from foveate.families import all_families, family_of
 from foveate.families.generic import Generic, missing
 from foveate.methods import Downsample, FasterVLM, Random, Uniform, VisPruner
 from tiny import IMAGE, Visual, collate, model, sample, samples
@@ -16,7 +16,7 @@ from tiny import IMAGE, Visual, collate, model, sample, samples
 
 def generic(net, inputs, reducer, positions="original"):
     family = Generic.of(net)
-    return reduce_with(net, family, inputs, Settings.make(reducer, positions, "drop", {}, family))
+    return reduce_with(net, family, inputs, Settings.make(reducer, positions, family=family))
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mistral3", "pixtral", "lfm2_vl"])
@@ -148,4 +148,4 @@ def test_messages_say_what_there_is_and_what_would_be_needed():
 
 def test_named_families_come_first():
     assert type(family_of(model("generic"))) is Generic
-    assert family_of(model("llava")) is FAMILIES["llava"]
+    assert family_of(model("llava")) is all_families()["llava"]

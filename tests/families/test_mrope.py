@@ -18,7 +18,8 @@ from foveate.core.errors import InputError
 from foveate.core.probes import Attention, Embeddings, Features, Keys
 from foveate.families import family_of
 from foveate.families.qwen2_5_vl import window_order
-from foveate.measure.run import Job, measure
+from foveate.measure.job import Job
+from foveate.measure.run import run_methods
 from foveate.methods import VTCCLS, Downsample, FasterVLM, HiPrune, Pool, Random, Uniform, VisPruner
 from tiny import Visual, collate, model, sample, samples
 from tiny_families.base import spread
@@ -103,7 +104,7 @@ def test_layers_named_by_depth_attend_to_the_whole_picture():
     net = spread(type(model("qwen2_5_vl"))(config)).eval()
     family, inputs = family_of(net), collate([sample(3, Visual("qwen2_5_vl", ("image", 1, 5, 7)), 4)])
     spans = family.spans(net, inputs)  # windows of 2 x 2 tokens: those at the edges are smaller
-    (summed,), (middle, _) = VTCCLS(keep=9, start=0.25).probes(), HiPrune(keep=9).probes()
+    (summed,), (middle, _) = VTCCLS(keep=9, start=0.25).needs, HiPrune(keep=9).needs
     counted = Attention(layers=(-5, -1))
     with torch.no_grad():
         tokens = family.encode(net, inputs, spans, (summed, middle, counted, Attention(layers=(-6,))))
@@ -264,7 +265,7 @@ def test_runs_are_measured(name):
     tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
     job = Job(net, SimpleNamespace(tokenizer=tokenizer), family, inputs, family.spans(net, inputs), 5)
     reducers = [VisPruner(keep=9), Pool(keep=9), Downsample(keep=9)]
-    stock, *pruned = measure(job, [None, *reducers], repeats=0)
+    stock, *pruned = run_methods(job, [None, *reducers], repeats=0)
     plain = net.generate(**inputs, max_new_tokens=5, do_sample=False)
     assert stock.answer == " ".join(map(str, plain[0, inputs["input_ids"].shape[1] :].tolist()))
     for reducer, arm in zip(reducers, pruned, strict=True):

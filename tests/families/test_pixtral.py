@@ -4,7 +4,7 @@ from by_hand import check_boxes, merged, received, saliency
 
 import foveate
 from foveate.core.errors import BudgetError, InputError, UnsupportedModelError
-from foveate.families import FAMILIES, family_of
+from foveate.families import all_families, family_of
 from foveate.methods import Downsample, Random
 from tiny import collate, model, samples
 
@@ -67,8 +67,8 @@ def test_smaller_pictures(name):
 
 
 def test_llava_with_this_tower_is_no_llava():
-    assert family_of(model("pixtral")) is FAMILIES["pixtral"]
-    assert family_of(model("llava")) is FAMILIES["llava"]
+    assert family_of(model("pixtral")) is all_families()["pixtral"]
+    assert family_of(model("llava")) is all_families()["llava"]
 
 
 def test_what_is_refused():

@@ -6,9 +6,9 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from foveate import list_families
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.tokens import Span
-from foveate.families import FAMILIES, family_of
-from foveate.families.base import joined_outputs, placeholder_columns
+from foveate.core.spans import Span
+from foveate.families import all_families, family_of
+from foveate.families.batches import joined_outputs, placeholder_columns
 from foveate.families.tower import crop_rows
 from foveate.methods import VisPruner
 from tiny import IMAGE, VIDEO, Visual, collate, model, sample, samples
@@ -94,8 +94,8 @@ def test_probes_are_those_of_the_span_in_the_encoder(name):
     family = family_of(net)
     spans = family.spans(net, inputs)
     with torch.no_grad():
-        tokens = family.encode(net, inputs, spans, VisPruner(keep=1).probes())
-    features, attention = (tokens.probe(p) for p in VisPruner(keep=1).probes())
+        tokens = family.encode(net, inputs, spans, VisPruner(keep=1).needs)
+    features, attention = (tokens.probe(p) for p in VisPruner(keep=1).needs)
     crop = 0
     for span, hidden in zip(tokens.spans, tokens.hidden, strict=True):
         assert hidden.shape == (len(span), 32)
@@ -143,7 +143,7 @@ def test_joined_outputs_have_one_row_per_token():
 
 
 def test_names():
-    assert list_families() == list(FAMILIES)
+    assert list_families() == list(all_families())
     assert {"llava", "llava_next", "video_llava"} <= set(list_families())
-    for family in FAMILIES.values():
+    for family in all_families().values():
         assert set(family.inputs.values()) <= {"image", "video"}

@@ -9,8 +9,8 @@ import foveate
 from foveate.core.errors import InputError
 from foveate.core.probes import Attention, Keys
 from foveate.families import family_of
+from foveate.families.layout import WHOLE, nearest_arrangement
 from foveate.families.smolvlm import BLOCKWISE
-from foveate.families.tiled import WHOLE, nearest_arrangement
 from tiny import VISUALS, collate, model, sample, samples
 from tiny_families.base import Visual
 from tiny_processors import IMAGE_TOKENS, PROCESSORS

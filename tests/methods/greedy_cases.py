@@ -5,7 +5,7 @@ import operator
 
 import torch
 
-from foveate.core.tokens import CropBatch
+from foveate.core.crops import CropBatch
 
 
 def wave(n, c, s, p):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.core.in_llm import LayerTokens
 from foveate.core.probes import LlmProbe
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 
 
 def layer_tokens(

@@ -5,7 +5,7 @@ import math
 import torch
 from greedy_cases import cosines
 
-from foveate.core.tokens import CropBatch
+from foveate.core.crops import CropBatch
 
 
 def wave_keys(n, heads, d):

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 import foveate
 from foveate import Chain, VisPruner
 from foveate.core.codebook import Codebook, projector_hash
+from foveate.core.crops import CropBatch
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.probes import Embeddings
-from foveate.core.tokens import CropBatch
 from foveate.families import family_of
 from foveate.methods import CodebookPruner
 from tiny import codebook_file, collate, model, samples, visual_tokens

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from foveate import Chain
-from foveate.core.reducer import get_method, list_methods
 from foveate.methods import EVS, FasterVLM, Uniform
+from foveate.registry import get_method, list_methods
 from tiny import METHODS, VIDEO_METHODS, make, method_id, visual_tokens
 
 LAYOUT = [(0, [(3, 4)]), (1, [(3, 4), (3, 4)])]

@@ -90,7 +90,7 @@ def test_exact_ties_go_to_the_lower_index():
 def test_both_ends_of_the_closest_pair_tie(monkeypatch):
     """Two tokens tie if each is the other's nearest: the lower one is first, whatever order products are summed in."""
     noise = 2e-7 * (torch.rand(120, 120) - 0.5)
-    monkeypatch.setattr("foveate.methods.divprune.cosine_matrix", lambda features: cosine_matrix(features) + noise)
+    monkeypatch.setattr("foveate.core.ranking.cosine_matrix", lambda features: cosine_matrix(features) + noise)
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         one = torch.randn(60, 300, generator=generator)

@@ -13,7 +13,8 @@ import foveate
 from foveate import FoveateError
 from foveate.core.errors import BudgetError
 from foveate.core.exit_gates import Gate, Gates, feature
-from foveate.core.in_llm import LayerAttention, schedule
+from foveate.core.in_llm import schedule
+from foveate.core.probes import LayerAttention
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import DyVTE, VisualExit
 from tiny import collate, deep_model, sample, samples

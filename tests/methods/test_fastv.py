@@ -11,9 +11,9 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.core.in_llm import LayerAttention
+from foveate.core.probes import LayerAttention
 from foveate.core.rows import Rows
-from foveate.core.tokens import Crop
+from foveate.core.spans import Crop
 from foveate.methods import FastV
 from tiny import collate, deep_model, sample
 

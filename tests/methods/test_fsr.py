@@ -168,7 +168,7 @@ def test_batch_equals_loop_over_crops():
 
 def test_weights_sum_to_one_at_their_anchors():
     reducer = FSR(keep=20)
-    assert Query() in reducer.probes()
+    assert Query() in reducer.needs
     (span,) = reducer.select(visual_tokens(reducer, [(0, [(8, 8)])]))
     span.check()
     torch.testing.assert_close(span.apply(torch.ones(65, 1)), torch.ones(20, 1))

@@ -7,8 +7,9 @@ import torch
 from greedy_cases import SALIENCY64, cases
 
 from foveate import Budget
+from foveate.core.crops import CropBatch
 from foveate.core.errors import FoveateError, InputError
-from foveate.core.tokens import CropBatch
+from foveate.core.probes import Attention
 from foveate.methods import HiPrune
 from tiny import visual_tokens
 
@@ -16,7 +17,7 @@ from tiny import visual_tokens
 def pick(reducer, middle, last, grid, count):
     """Run the method on attention ``[B, N]`` of both layers."""
     batch, size = middle.shape
-    planes = dict(zip(reducer.probes(), (middle, last), strict=True))
+    planes = dict(zip(reducer.needs, (middle, last), strict=True))
     return reducer.pick(CropBatch(grid, tuple(range(batch)), size, middle.device, planes), count)
 
 
@@ -124,14 +125,14 @@ def test_what_is_no_number_comes_last():
 
 
 def test_layers():
-    middle, last = HiPrune(keep=8).probes()
+    middle, last = HiPrune(keep=8).needs
     assert (middle.numbers(24, 22), last.numbers(24, 22)) == ([8], [22])
-    middle, _ = HiPrune(keep=8, object_layer=15 / 32).probes()
+    middle, _ = HiPrune(keep=8, object_layer=15 / 32).needs
     assert middle.numbers(32, 31) == middle.numbers(32, 31, [7, 15, 23, 31]) == [15]
-    middle, last = HiPrune(keep=8).probes()
+    middle, last = HiPrune(keep=8).needs
     assert (middle.numbers(32, 31, [7, 15, 23, 31]), last.numbers(32, 31, [7, 15, 23, 31])) == ([7], [31])
-    assert HiPrune(keep=8, object_layer=11 / 32).probes()[0].numbers(32, 31, [7, 15, 23, 31]) == [7]  # as near as 15
-    assert HiPrune(keep=8).probes() == HiPrune.needs
+    assert HiPrune(keep=8, object_layer=11 / 32).needs[0].numbers(32, 31, [7, 15, 23, 31]) == [7]  # as near as 15
+    assert HiPrune(keep=8).needs[0] == Attention(of="received", layers=(1 / 3,))
 
 
 def test_the_grid_is_needed():

@@ -342,5 +342,5 @@ def test_fastervlm_keeps_the_highest():
     reducer = FasterVLM(keep=10)
     tokens = visual_tokens(reducer, LAYOUT[:1])
     (span,) = reducer.select(tokens)
-    values = tokens.probe(reducer.probes()[0])[0]
+    values = tokens.probe(reducer.needs[0])[0]
     assert values[span.kept].min() > values[[i for i in range(64) if i not in span.kept]].max()

@@ -13,7 +13,7 @@ from foveate.methods import PruMerge, PruMergePlus
 from foveate.methods.prumerge import _salient
 from tiny import visual_tokens
 
-ATTENTION, KEYS = PruMerge(keep=1).probes()
+ATTENTION, KEYS = PruMerge(keep=1).needs
 SIXTEEN = [0.01, 0.02, 0.02, 0.03, 0.01, 0.30, 0.02, 0.03, 0.25, 0.02, 0.01, 0.03, 0.02, 0.20, 0.02, 0.01]
 
 
@@ -67,9 +67,9 @@ def planes(a, keys):
 
 def test_reads_the_layer_behind_with_all_heads_as_one():
     expected = (Attention(joint=True, layers=(0,)), Keys(joint=True, layers=(0,)))
-    assert PruMerge(keep=9).probes() == PruMergePlus(keep=9).probes() == expected
+    assert PruMerge(keep=9).needs == PruMergePlus(keep=9).needs == expected
     own = (Attention(joint=True, layers=(-1,)), Keys(joint=True, layers=(-1,)))
-    assert PruMergePlus(keep=9, layer=-1).probes() == own
+    assert PruMergePlus(keep=9, layer=-1).needs == own
 
 
 def test_outliers_of_sixteen():

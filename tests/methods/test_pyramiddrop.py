@@ -6,7 +6,7 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate.core.errors import BudgetError, FoveateError
-from foveate.core.in_llm import LayerAttention
+from foveate.core.probes import LayerAttention
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import PyramidDrop
 from tiny import collate, deep_model, sample

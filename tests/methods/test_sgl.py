@@ -8,9 +8,10 @@ from layer_cases import layer_tokens
 
 from foveate import FoveateError
 from foveate.core.errors import BudgetError
-from foveate.core.in_llm import Prior, schedule
+from foveate.core.in_llm import schedule
+from foveate.core.probes import Prior
 from foveate.core.rows import Rows
-from foveate.engines.transformers.given import Given
+from foveate.engines.transformers.prompt_tokens import PromptTokens
 from foveate.guided.attention_sum import AttentionSum
 from foveate.guided.guide import Answer, Outcome
 from foveate.methods import SGL
@@ -36,9 +37,9 @@ def attending(rows, first):
 
 def toy(decode=True, **config):
     """Run the toy: four visual tokens, two of text, and one token of the answer that is read."""
-    given = Given(0, (), (), torch.arange(4), behind=2)
+    prompt = PromptTokens(0, (), (), torch.arange(4), behind=2)
     ids = torch.arange(6)[None]
-    total = AttentionSum([given], None, ids, torch.tensor([99]), SGL(**config))
+    total = AttentionSum([prompt], None, ids, torch.tensor([99]), SGL(**config))
     total.begin(ids)
     for prefill, last in zip(PREFILL, LAST_VISUAL, strict=True):
         total.add(attending([last, *prefill], 3))
@@ -74,8 +75,8 @@ def test_normalised_scores_are_the_mean_of_two_means():
 
 
 def test_rows_behind_the_end_of_an_answer_do_not_count():
-    given = Given(0, (), (), torch.arange(4), behind=2)
-    total = AttentionSum([given], None, torch.arange(6)[None], torch.tensor([7]), SGL())
+    prompt = PromptTokens(0, (), (), torch.arange(4), behind=2)
+    total = AttentionSum([prompt], None, torch.arange(6)[None], torch.tensor([7]), SGL())
     total.begin(torch.arange(6)[None])
     for prefill in PREFILL:
         total.add(attending(prefill, 4))

@@ -6,10 +6,10 @@ from layer_cases import layer_tokens
 
 from foveate.core.clustering import density_peaks, dpc_knn
 from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.core.in_llm import LayerAttention, LayerStates
-from foveate.core.reducer import load_reducer
+from foveate.core.probes import LayerAttention, LayerStates
 from foveate.methods import SparseVLM, SparseVLMPlus
 from foveate.methods.sparsevlm import gravity, priority_scores
+from foveate.registry import load_reducer
 
 JUDGES, STATES, HEADS = LayerAttention("judges"), LayerStates(), LayerAttention("judges", over="nothing")
 IMAGE = [("image", 576)]

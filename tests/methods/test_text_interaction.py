@@ -8,8 +8,7 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate import Budget, FoveateError
-from foveate.core.in_llm import LayerAttention
-from foveate.core.probes import ClsSimilarity
+from foveate.core.probes import ClsSimilarity, LayerAttention
 from foveate.core.ranking import cosine_matrix
 from foveate.methods import FastV, TextInteraction, TextInteractionImage, TextInteractionLLM
 from foveate.methods.text_interaction import knee
@@ -103,7 +102,7 @@ def test_cosine():
 @pytest.mark.parametrize("family", ["llava", "llava_next", "video_llava", "qwen2_5_vl", "internvl"])
 def test_similarity_is_that_of_the_features_with_cls(family):
     from foveate.core.probes import ClsToken, Features
-    from foveate.engines.transformers.reduce import look
+    from foveate.engines.pipeline import look
     from foveate.families import family_of
 
     net, inputs = model(family), collate(samples(family))

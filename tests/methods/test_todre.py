@@ -112,8 +112,8 @@ def test_batch_equals_loop_over_crops():
 
 
 def test_the_question_does_not_matter():
-    assert not ToDRE.query_aware
-    assert ToDRE(keep=8).probes() == (Embeddings(), Attention())
+    assert not ToDRE(keep=8).query_aware
+    assert ToDRE(keep=8).needs == (Embeddings(), Attention())
 
 
 def test_unknown_criteria_are_refused():

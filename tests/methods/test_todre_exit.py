@@ -7,7 +7,8 @@ from layer_cases import layer_tokens
 import foveate
 from foveate import Chain
 from foveate.core.errors import FoveateError, UnsupportedModelError
-from foveate.core.in_llm import LayerAttention, schedule
+from foveate.core.in_llm import schedule
+from foveate.core.probes import LayerAttention
 from foveate.methods import ToDRE, ToDREAll, ToDREExit
 from tiny import collate, deep_model, sample, samples
 

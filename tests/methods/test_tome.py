@@ -12,7 +12,7 @@ from foveate.core.encoder import Inside, merged
 from foveate.core.errors import BudgetError, FoveateError, InputError, UnsupportedModelError
 from foveate.core.probes import Keys
 from foveate.cost import anatomy_of, work_of
-from foveate.cost.arms import encoder_rows
+from foveate.cost.prefill import encoder_rows
 from foveate.families import family_of
 from foveate.families.llava import Llava
 from foveate.methods import ToMe, Uniform
@@ -265,7 +265,7 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     with pytest.raises(UnsupportedModelError, match="reads 2 layers at once"):
         foveate.reduce(net, {**inputs, "vision_feature_layer": [-2, -1]}, ToMe(keep=9))
     with pytest.raises(InputError, match="look for it alone"):
-        foveate.engines.transformers.reduce.look(net, family_of(net), inputs, (), [ToMe(keep=9), Uniform(keep=9)])
+        foveate.engines.pipeline.look(net, family_of(net), inputs, (), [ToMe(keep=9), Uniform(keep=9)])
     net.model.vision_tower.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="proportional=False"):
         foveate.reduce(net, inputs, ToMe(keep=9))

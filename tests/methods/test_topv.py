@@ -7,8 +7,8 @@ import torch
 from layer_cases import layer_tokens
 
 from foveate.core.errors import BudgetError, FoveateError
-from foveate.core.in_llm import LayerStates
-from foveate.core.tokens import Crop, Span
+from foveate.core.probes import LayerStates
+from foveate.core.spans import Crop, Span
 from foveate.methods import TopV
 from foveate.methods.topv import sent, visual_cost, with_recovery
 
@@ -115,7 +115,7 @@ def test_order_of_tokens_does_not_matter():
 
 def test_scores_are_not_the_marginals():
     tokens = grid_tokens(9)
-    source, target = (tokens.planes[p][0] for p in TopV(keep=9).llm_probes())
+    source, target = (tokens.planes[p][0] for p in TopV(keep=9).needs)
     unit = [torch.nn.functional.normalize(x, dim=1) for x in (source, target)]
     importance = sent(visual_cost(torch.cdist(*unit), tokens.spans[0].crops[0].places()))
     assert importance.std() > 1e-3 * importance.mean()

@@ -6,7 +6,8 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate.core.errors import BudgetError, FoveateError, UnknownNameError, UnsupportedModelError
-from foveate.core.in_llm import Prior, schedule
+from foveate.core.in_llm import of_encoder, schedule
+from foveate.core.probes import Prior
 from foveate.fit.vflowopt import last_ratio, mean_share
 from foveate.methods import VFlowOpt, VFlowOptAll, VFlowOptLlm
 from foveate.methods.vflowopt import Judged
@@ -153,7 +154,7 @@ def test_it_survives_its_json(tmp_path):
 
 def test_stages_share_the_map():
     before, inside = VFlowOptAll(keep=8, t=1.3, a=2.0, exact=False).stages()
-    assert before.probes() == inside.probes() == (Judged(1.3),)
+    assert before.needs == of_encoder(inside) == (Judged(1.3),)
     assert isinstance(before, VFlowOpt)
     assert (before.a, before.exact) == (2.0, False)
 

@@ -146,7 +146,7 @@ def test_visiondrop_is_visionzip_with_another_share():
     other = applied(VisionZip(keep=20, contextual_ratio=0.14).pick(batch, 20), x)
     assert one_way[0] == other[0]
     assert torch.equal(one_way[1], other[1])
-    assert VisionDrop(keep=20).probes() == VisionZip(keep=20).probes()
+    assert VisionDrop(keep=20).needs == VisionZip(keep=20).needs
 
 
 def test_toy_of_the_merge_rule():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from foveate import VisPruner
+from foveate.core.crops import CropBatch
 from foveate.core.errors import FoveateError
 from foveate.core.probes import Attention, Features
-from foveate.core.tokens import CropBatch
 from foveate.methods import FasterVLM
 
 NEAR_COPY = 1e-6  # float32 decides as float64 does if scores lie further apart than this
@@ -226,7 +226,7 @@ def test_ratio_one_is_fastervlm_and_reads_no_features(count):
     crops = CropBatch(None, (0, 1, 2), 40, saliency.device, {Attention(): saliency})
     got = reducer.pick(crops, count).sort(dim=1).values.tolist()
     assert got == [sorted(sorted(range(40), key=lambda i, r=row: -r[i])[:count]) for row in saliency.tolist()]
-    assert reducer.probes() == FasterVLM(keep=count).probes() == (Attention(),)
+    assert reducer.needs == FasterVLM(keep=count).needs == (Attention(),)
 
 
 def test_salient_part_is_kept():

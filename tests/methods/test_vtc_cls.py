@@ -26,7 +26,7 @@ def planes(layers):
 
 
 def pick(reducer, values, count):
-    (probe,) = reducer.probes()
+    (probe,) = reducer.needs
     return reducer.pick(crop_batch({probe: values}), count)
 
 
@@ -58,14 +58,14 @@ def test_published_picks(layers, kept, gap):
 
 def test_the_layers_of_clip():
     """The projector of LLaVA reads the output of layer 22; the last layer must not count."""
-    (probe,) = VTCCLS(keep=8).probes()
+    (probe,) = VTCCLS(keep=8).needs
     assert probe.numbers(24, 22) == list(range(16, 23))
-    assert VTCCLS(keep=8).probes() == VTCCLS.needs
-    (probe,) = VTCCLS(keep=8, start=0).probes()
+    assert VTCCLS(keep=8).needs == (Attention(layers=2 / 3),)
+    (probe,) = VTCCLS(keep=8, start=0).needs
     assert probe.numbers(24, 22) == list(range(23))
-    (probe,) = VTCCLS(keep=8, start=22 / 24).probes()
+    (probe,) = VTCCLS(keep=8, start=22 / 24).needs
     assert probe.numbers(24, 22) == [22]
-    (probe,) = VTCCLS(keep=8, start=0.99).probes()
+    (probe,) = VTCCLS(keep=8, start=0.99).needs
     with pytest.raises(UnsupportedModelError, match=r"starts at layer 23, but .* 22, .* up to 22 / 24$"):
         probe.numbers(24, 22)
 
@@ -73,9 +73,9 @@ def test_the_layers_of_clip():
 def test_layers_that_attend_within_windows_are_left_out():
     """Qwen2.5-VL has 32 layers, of which 4 attend to the whole picture."""
     whole = [7, 15, 23, 31]
-    (probe,) = VTCCLS(keep=8).probes()
+    (probe,) = VTCCLS(keep=8).needs
     assert probe.numbers(32, 31, whole) == [23, 31]
-    (probe,) = VTCCLS(keep=8, start=0.99).probes()
+    (probe,) = VTCCLS(keep=8, start=0.99).needs
     assert probe.numbers(32, 31, whole) == [31]
     with pytest.raises(UnsupportedModelError, match=r"layers \[7, 15\] attend to whole pictures"):
         probe.numbers(32, 31, whole[:2])

@@ -16,13 +16,13 @@ import torch
 import foveate
 from foveate import nano
 from foveate.core.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
-from foveate.families import FAMILIES
+from foveate.families import all_families
 from foveate.methods import Random
+from foveate.tune.asking import Asker, divergence
 from foveate.tune.candidates import BUDGETS, CONTROLS, METHODS, candidates
+from foveate.tune.findings import HEADER, findings, markdown, table, verdict
 from foveate.tune.journal import Journal
-from foveate.tune.measure import Bench, divergence
 from foveate.tune.prompts import Prompt
-from foveate.tune.report import HEADER, markdown, report, table, verdict
 from foveate.tune.search import Wish, pareto, rung_sizes, search, standing
 from foveate.viz.front import save
 
@@ -34,8 +34,8 @@ TRUTH = {
 """Loss and cost of each candidate."""
 
 
-class Known(Bench):
-    """A bench that draws answers instead of running a model."""
+class Known(Asker):
+    """An asker that draws answers instead of running a model."""
 
     def ask(self, prompt: Prompt, names: Any, *, count: bool = False) -> dict[str, Any]:
         counts[prompt.line] += len(names)
@@ -86,7 +86,7 @@ def test_finds_the_most_loyal_that_is_fast(tmp_path: Path) -> None:
     assert found.standings["good 0.6"][-1].prompts == 16, "too slow"
     assert found.controls == ("random 0.4",)
     assert found.standings["random 0.4"][-1].prompts == len(PROMPTS), "the control is asked everything in the end"
-    data = report(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, Wish(speedup=2))
+    data = findings(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, Wish(speedup=2))
     (control,) = data["controls"]
     assert control["ahead"]["value"] == pytest.approx(0.8 * 0.36, abs=0.05)
     assert any("good 0.4 is ahead by at least" in line for line in verdict(data))
@@ -109,7 +109,7 @@ def test_says_when_nothing_fulfils_the_wish(tmp_path: Path, wish: Wish, closest:
     else:
         last = {name: s[-1].loss.high for name, s in found.standings.items()}
         assert last[found.closest] == min(last.values())
-    data = report(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
+    data = findings(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
     assert (data["fulfilled"], data["reducer"], data["closest"]) == (False, None, found.closest)
     assert verdict(data)[0].startswith("No candidate fulfils the wish")
 
@@ -146,7 +146,7 @@ def test_what_runs_nowhere_and_flops_that_are_unknown_are_told(tmp_path: Path, m
     wish = Wish(speedup=2, by="flops")
     found = run(tmp_path / "failed", wish)
     assert (found.winner, found.closest, set(found.failed)) == (None, None, set(TRUTH))
-    data = report(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
+    data = findings(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
     assert verdict(data) == ["No candidate ran on these prompts."]
     save(tmp_path / "empty.png", data)
     arm = {
@@ -219,18 +219,18 @@ def test_the_front_holds_what_nothing_equals() -> None:
 
 
 def test_the_defaults_run_on_the_families_or_are_left_out() -> None:
-    for family in FAMILIES.values():
+    for family in all_families().values():
         found, left_out = candidates(family)
         assert {key.split()[0] for key in found} | {key.split()[0] for key in left_out} == {*METHODS, *CONTROLS}
         for key, reducer in found.items():
             assert not family.lacks(reducer), key
         for control in CONTROLS:
             assert {f"{control} {keep}" for keep in BUDGETS} <= set(found)
-    assert not candidates(FAMILIES["llava"])[1]
+    assert not candidates(all_families()["llava"])[1]
 
 
 def test_candidates_by_name_and_file(tmp_path: Path) -> None:
-    llava = FAMILIES["llava"]
+    llava = all_families()["llava"]
     path = tmp_path / "mine.json"
     foveate.VisPruner(keep=9, order="rank").save(path)
     found, left_out = candidates(llava, ["pyramiddrop", str(path), "codebook"], ["64", "0.5"])
@@ -275,7 +275,7 @@ def test_measures_what_the_library_does(model: Any, tmp_path: Path) -> None:
         "vispruner 32": foveate.VisPruner(keep=32), "fastv 0.1": foveate.load_reducer("fastv", keep=0.1),
         "random 1": Random(keep=1), "all": Random(keep=1.0), "layer": foveate.load_reducer("fastv", keep=3, layer=9),
     }  # fmt: skip
-    row = Bench(*model, max_new_tokens=3).ask(prompt, arms, count=True)
+    row = Asker(*model, max_new_tokens=3).ask(prompt, arms, count=True)
     json.dumps(row)
     assert row["answer"] == about.answer
     assert row["right"] is True
@@ -308,11 +308,11 @@ def test_an_infinite_divergence_is_valid_json(model: Any, tmp_path: Path, monkey
         if len(passes) > 1:  # the pruned model's turn
             logits[..., int(passes[0][0, -1].argmax())] = -math.inf
 
-    bench = Bench(*model, max_new_tokens=1)
+    asker = Asker(*model, max_new_tokens=1)
     monkeypatch.setattr("random.Random.randint", lambda self, low, high: high)  # candidates first
     hook = head.register_forward_hook(rule_out)
     try:
-        row = bench.ask(prompt, {"random 9": Random(keep=9)})
+        row = asker.ask(prompt, {"random 9": Random(keep=9)})
     finally:
         hook.remove()
     assert row["arms"]["random 9"]["kl"] is None
@@ -333,7 +333,7 @@ def test_infinite_divergences_are_reported(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Known, "ask", infinite)
     found = run(tmp_path / "rows", wish)
-    data = report(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
+    data = findings(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {}, PROMPTS, wish)
     data = json.loads(json.dumps({**data, "config": {"clock": "wall"}}, allow_nan=False))
     assert found.winner == "good 0.2"
     assert {row[HEADER.index("KL")] for row in table(data)} == {"inf"}
@@ -349,7 +349,7 @@ def test_logits_that_are_no_numbers_are_refused(model: Any) -> None:
     hook = model[0].lm_head.register_forward_hook(overflow)
     try:
         with pytest.raises(InputError, match="another dtype"):
-            Bench(*model, max_new_tokens=1).ask(prompt, {})
+            Asker(*model, max_new_tokens=1).ask(prompt, {})
     finally:
         hook.remove()
 
@@ -357,15 +357,15 @@ def test_logits_that_are_no_numbers_are_refused(model: Any) -> None:
 def test_a_prompt_that_the_model_cannot_take_is_named(model: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"the prompt in line 4: .*not an image"):
-        Bench(*model).ask(Prompt(4, (tmp_path / "broken.png",), "what?", None), {})
+        Asker(*model).ask(Prompt(4, (tmp_path / "broken.png",), "what?", None), {})
     with pytest.raises(InputError, match=r"the prompt in line 5: .*placeholder"):
-        Bench(*model).ask(Prompt(5, (nano.SAMPLE,), "what <image>?", None), {})
+        Asker(*model).ask(Prompt(5, (nano.SAMPLE,), "what <image>?", None), {})
 
 
 def test_the_report_is_json_and_a_table(tmp_path: Path) -> None:
     wish = Wish(max_loss=0.02)
     found = run(tmp_path / "rows", wish)
-    data = report(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {"x": "why"}, PROMPTS, wish)
+    data = findings(found, dict.fromkeys(TRUTH, Random(keep=0.5)), {"x": "why"}, PROMPTS, wish)
     data = json.loads(json.dumps({**data, "config": {"clock": "wall"}}, allow_nan=False))
     assert data["fulfilled"]
     assert data["reducer"] == {"method": "random", "keep": 0.5, "seed": 0}

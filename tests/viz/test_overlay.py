@@ -10,7 +10,7 @@ from PIL import Image
 
 from foveate import FoveateError, Selection
 from foveate.core.selection import Merge, SpanSelection
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.viz import draw, save
 from foveate.viz.fate import Fate, fate
 from foveate.viz.overlay import highlight

@@ -15,16 +15,18 @@ from torch import Tensor
 
 from foveate.bench.naive import plain_selection
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.in_llm import Images, InLlmReducer, LayerTokens
-from foveate.core.reducer import Chain, Reducer
+from foveate.core.in_llm import InLlmReducer, LayerTokens
+from foveate.core.reducer import Method
+from foveate.core.schedules import Images
 from foveate.core.selection import Selection, SpanSelection
+from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
-from foveate.engines.transformers.attach import attach
-from foveate.engines.transformers.reduce import apply
-from foveate.families.llava import feature_layers
-from foveate.measure.run import Job, encode_reduced
-from foveate.measure.timing import FirstToken, Meter
+from foveate.engines.transformers.attach import attach_with
+from foveate.engines.transformers.reduce import apply, reduce_with
+from foveate.measure.job import Job
+from foveate.measure.timing import FirstToken, encoder_reports
 from foveate.methods import VisPruner
+from foveate.methods.chain import Chain
 
 M = TypeVar("M", bound=Meter)
 
@@ -53,7 +55,7 @@ class Arm:
     job: Job
     encode: Callable[[Meter], Mapping[str, Any]]
     received: Sequence[int]
-    reducer: Reducer | None = None
+    reducer: Method | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
@@ -78,32 +80,12 @@ class Arm:
         length = self.job.max_new_tokens
         with self.around():
             meter = start()
-            with _encoder_reports(self.job.model, meter):
+            with encoder_reports(self.job.model, meter):
                 out = self.job.model.generate(
                     **self.encode(meter), max_new_tokens=length, min_new_tokens=length, do_sample=False, num_beams=1,
                     return_dict_in_generate=True, streamer=FirstToken(meter),
                 )  # fmt: skip
         return meter, out
-
-
-@contextmanager
-def _encoder_reports(model: Any, meter: Meter) -> Iterator[None]:
-    """Let the model's own vision encoder report its end; what comes before it in a forward pass is prefill."""
-    owner = model.model if hasattr(model.model, "get_image_features") else model
-    encode = owner.get_image_features
-
-    @functools.wraps(encode)  # transformers reads its signature
-    def reporting(*args: Any, **kwargs: Any) -> Any:
-        meter.stop("prefill")
-        out = encode(*args, **kwargs)
-        meter.stop("vision")
-        return out
-
-    owner.get_image_features = reporting
-    try:
-        yield
-    finally:
-        del owner.get_image_features
 
 
 def unpruned(job: Job) -> Arm:
@@ -112,18 +94,12 @@ def unpruned(job: Job) -> Arm:
 
 
 def _throughout(job: Job, tokens: int) -> tuple[int, ...]:
-    return (tokens,) * depth_of(job)
-
-
-def depth_of(job: Job) -> int:
-    """Return the number of layers of a job's LLM."""
-    return int(job.model.config.get_text_config().num_hidden_layers)
+    return (tokens,) * job.depth
 
 
 def attached(name: str, job: Job, settings: Settings, received: Sequence[int]) -> Arm:
     """Make an arm of a method that is attached to the model, as those that act inside the LLM are."""
-    positions = settings.inside_positions if settings.inside else settings.positions
-    around = partial(attach, job.model, settings.reducer, positions=positions, separators=settings.separators)
+    around = partial(attach_with, job.model, job.family, settings)
     return replace(unpruned(job), name=name, received=received, reducer=settings.reducer, around=around)
 
 
@@ -134,7 +110,7 @@ def control(job: Job, settings: Settings) -> Arm:
     )
 
 
-def _whole(reducer: Reducer) -> Reducer:
+def _whole(reducer: Method) -> Method:
     if isinstance(reducer, Chain):
         return Chain(*map(_whole, reducer.reducers))
     other = {"equivalent": None} if hasattr(reducer, "equivalent") else {}  # the other way to give a budget
@@ -156,7 +132,7 @@ def inside(job: Job, settings: Settings) -> list[Arm]:
         raise UnsupportedModelError(
             f"{reducer.name} has no oracle: inside the LLM, single methods with a fixed number of tokens have one"
         )
-    received = reducer.schedule(depth_of(job), job.visual_tokens)
+    received = reducer.schedule(job.depth, job.visual_tokens)
     free = replace(settings, reducer=_Free(keep=None, like=reducer))  # type: ignore[arg-type]
     return [attached("method", job, settings, received), attached("oracle", job, free, received)]
 
@@ -188,17 +164,11 @@ def _ranks(size: int) -> Tensor:
 
 def method(job: Job, settings: Settings) -> tuple[Arm, Selection]:
     """Make the arm of a method that acts before the LLM, and return what it keeps of the job too."""
+    reduced = partial(reduce_with, job.model, job.family, job.inputs, settings)
     with torch.no_grad():
-        _, selection, _ = encode_reduced(job, settings, _Deaf())
-    encode = lambda meter: encode_reduced(job, settings, meter)[0]  # noqa: E731
-    return Arm("method", job, encode, _throughout(job, sum(map(len, selection))), settings.reducer), selection
-
-
-class _Deaf(Meter):
-    """A meter that measures nothing."""
-
-    def stop(self, stage: str) -> None:
-        return
+        selection = reduced().selection
+    assert selection is not None
+    return Arm("method", job, reduced, _throughout(job, sum(map(len, selection))), settings.reducer), selection
 
 
 @torch.no_grad()
@@ -253,7 +223,8 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
             f"of {reducer.name} on {family.name}"
         )
     assert isinstance(reducer, VisPruner)
-    tower, layer = model.model.vision_tower, feature_layers(model, job.inputs)[0]
+    tower: Any = family.encoder(model)
+    layer = family.read_layer(model)
     own = tower.config._attn_implementation
 
     @contextmanager
@@ -267,7 +238,7 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
     def encode(meter: Meter) -> Mapping[str, Any]:
         spans = family.spans(model, job.inputs)
         seen = tower(job.inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
-        features = seen.hidden_states[layer][:, 1:]
+        features = seen.hidden_states[layer + 1][:, 1:]
         saliency = seen.attentions[layer][:, :, 0, 1:].mean(dim=1)
         meter.stop("vision")
         kept = plain_selection(features, saliency, count, reducer.important_ratio, reducer.step or features.shape[1])
@@ -282,9 +253,12 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
     return Arm("naive", job, encode, _throughout(job, count * len(job.spans)), reducer, eager)
 
 
-def naive_runs(job: Job, reducer: Reducer) -> bool:
+def naive_runs(job: Job, reducer: Method) -> bool:
     """Return whether `naive` can run a method on a job."""
-    return isinstance(reducer, VisPruner) and job.family.name == "llava" and bool(job.family.cls(job.model))  # type: ignore[attr-defined]
+    family, model = job.family, job.model
+    plain = all(len(span.crops) == 1 and not len(span.separators()) for span in job.spans)
+    clip = family.projects_kept and family.features_read(model) == 1 and family.lead(model) == 1
+    return isinstance(reducer, VisPruner) and plain and clip
 
 
 def _projected(job: Job, features: Tensor, kept: Tensor) -> list[Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from foveate.core.codebook import Codebook
 from foveate.core.probes import ClsSimilarity, ClsToken, Embeddings, Features, Heads, LayerProbe, Probe, Query
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 
 # CLIP-L/336 before a 7B language model.
 HEADS, HEAD_SIZE, DEPTH, READ = 16, 64, 24, 22

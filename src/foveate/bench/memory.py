@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from foveate.measure.timing import STAGES, Meter
+from foveate.engines.pipeline import Meter
+from foveate.measure.timing import STAGES
 
 _MARK = "foveate/"
 

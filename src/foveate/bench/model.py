@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -18,13 +18,12 @@ from foveate.core.errors import UnsupportedModelError
 from foveate.cost import prefill_flops
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import cache_of
+from foveate.measure.job import Job, Say
 from foveate.measure.provenance import machine, versions
-from foveate.measure.run import Job
-from foveate.measure.timing import STAGES, Clock, check_clock, summary
+from foveate.measure.timing import STAGES, Clock, check_clock, median_p90
 
 FIRST_TOKEN = ("vision", "select", "prefill")
 ClockName: TypeAlias = Literal["wall", "cpu"]
-Say = Callable[[str], None]
 Times = Mapping[str, Sequence[Mapping[str, float]]]
 """Seconds by stage, of each turn, of each arm."""
 
@@ -46,7 +45,7 @@ def arms_of(job: Job, settings: Settings) -> list[Arm]:
     return found
 
 
-def measure(
+def run_arms(
     arms: Sequence[Arm], repeats: int = 5, clock: ClockName = "wall", say: Say = lambda _: None
 ) -> dict[str, Any]:
     """Measure arms of one job.
@@ -86,7 +85,7 @@ def measure(
     return {
         "config": {
             "visual_tokens": job.visual_tokens, "text_tokens": job.text_tokens, "answer_tokens": job.max_new_tokens,
-            "layers": ways.depth_of(job),
+            "layers": job.depth,
             "dtype": str(job.model.dtype).removeprefix("torch."),
             "attention": job.model.config._attn_implementation, "turns": repeats, "clock": clock,
         },
@@ -120,7 +119,7 @@ def _row(arm: Arm, times: Sequence[Mapping[str, float]], memory: Mapping[str, in
         "arm": arm.name,
         "method": None if arm.reducer is None else repr(arm.reducer),
         "tokens": round(arm.tokens, 1),
-        "time": {stage: summary([t[stage] for t in sums]) for stage in (*STAGES, "first_token", "total")},
+        "time": {stage: median_p90([t[stage] for t in sums]) for stage in (*STAGES, "first_token", "total")},
         "peak_bytes": dict(memory),
         "kv_bytes": cache,
         "prefill_flops": _prefill_flops(arm),

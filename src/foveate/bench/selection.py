@@ -12,11 +12,12 @@ from torch import Tensor
 
 from foveate.bench.inputs import random_tokens
 from foveate.bench.naive import plain_selection
+from foveate.core.crops import CropBatch
 from foveate.core.probes import Attention, Features
-from foveate.core.reducer import Reducer
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.core.reducer import Method, Reducer
+from foveate.core.tokens import VisualTokens
 from foveate.measure.provenance import machine, versions
-from foveate.measure.timing import summary
+from foveate.measure.timing import median_p90
 from foveate.measure.timing import threads as torch_threads
 from foveate.methods import VisPruner
 
@@ -94,8 +95,8 @@ def _times(reducers: Sequence[Reducer], grid: tuple[int, int], batch: int, repea
 
 def _tokens(reducer: Reducer, grid: tuple[int, int], batch: int) -> VisualTokens:
     if reducer.video_only:
-        return random_tokens(reducer.probes(), (grid[0] // FRAMES, grid[1]), batch, FRAMES)
-    return random_tokens(reducer.probes(), grid, batch)
+        return random_tokens(reducer.needs, (grid[0] // FRAMES, grid[1]), batch, FRAMES)
+    return random_tokens(reducer.needs, grid, batch)
 
 
 def _time(reducer: Reducer, tokens: VisualTokens) -> float:
@@ -105,7 +106,7 @@ def _time(reducer: Reducer, tokens: VisualTokens) -> float:
 
 
 def _row(
-    reducer: Reducer, grid: tuple[int, int], batch: int, seconds: Sequence[float], reference: float
+    reducer: Method, grid: tuple[int, int], batch: int, seconds: Sequence[float], reference: float
 ) -> dict[str, Any]:
     return {
         "method": reducer.name,
@@ -113,7 +114,7 @@ def _row(
         "tokens": grid[0] * grid[1],
         "grid": list(grid),
         "batch": batch,
-        **summary(seconds),
+        **median_p90(seconds),
         "runs": len(seconds),
         "of_vispruner": round(statistics.median(seconds) / reference, 2),
     }

@@ -84,14 +84,16 @@ def run(
     with contextlib.redirect_stdout(sys.stderr):
         reducer = reducer_from(method, keep, set_ or [])
         from foveate.engines.settings import Settings
-        from foveate.measure import run as job_module
+        from foveate.measure.baselines import baselines
+        from foveate.measure.job import prepare
         from foveate.measure.loading import open_image, prompt_for
         from foveate.measure.provenance import machine, versions
-        from foveate.measure.summary import report
+        from foveate.measure.run import run_methods
+        from foveate.measure.summary import summarize
         from foveate.measure.video import open_video
 
         where, between = cast("Positions | None", positions), cast("Separators", separators)
-        Settings.make(reducer, where, between, {})
+        Settings.make(reducer, where, between)
         *images, question = asked
         if not images and video is None:
             raise InputError(f"one argument, {question!r}: pass an image or --video, and a question")
@@ -100,12 +102,12 @@ def run(
         if prompt_template is not None:
             prompt_for(None, question, prompt_template, len(images), video is not None)
         loaded, processor = load(model, dtype, device_map, attn)
-        job = job_module.prepare(loaded, processor, pictures, question, prompt_template, max_new_tokens, clip)
-        others = job_module.baselines(job, reducer, ERRORS.print) if compare else []
+        job = prepare(loaded, processor, pictures, question, prompt_template, max_new_tokens, clip)
+        others = baselines(job, reducer, ERRORS.print) if compare else []
         with ERRORS.status("running") as status:
             arms = [None, reducer, *others]
-            unpruned, pruned, *rest = job_module.measure(job, arms, where, between, repeats, status.update)
-            data = report(job, unpruned, pruned, rest)
+            unpruned, pruned, *rest = run_methods(job, arms, where, between, repeats, status.update)
+            data = summarize(job, unpruned, pruned, rest)
             status.update("drawing")
             folder = make_folder(out, f"{Path(images[0] if images else str(video)).stem}-{reducer.name}")
             drawn = all(crop.grid for span in job.spans for crop in span.crops)
@@ -203,7 +205,7 @@ def _change(before: float, after: float) -> str:
 @guarded
 def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")] = "*", as_json: Json = False) -> None:
     """List the methods and their parameters."""
-    from foveate.core.reducer import get_method, list_methods
+    from foveate.registry import get_method, list_methods
 
     names = list_methods(pattern)
     if not names:
@@ -229,18 +231,19 @@ def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")]
 
 def _method_row(cls: Any) -> dict[str, Any]:
     from foveate.cli.compatibility import NO, reads, runs
-    from foveate.core.reducer import by_default
-    from foveate.families import FAMILIES
+    from foveate.core.reducer import declared
+    from foveate.families import all_families
+    from foveate.registry import by_default
 
     parameters = {
         p.name: {} if p.default is p.empty else {"default": p.default}
         for p in inspect.signature(cls).parameters.values()
     }
-    merges = isinstance(cls.merges, str)
+    merges = declared(cls, "merges") is not None
     return {
-        "name": cls.name, "stage": cls.stage, "query_aware": cls.query_aware, "trained": cls.trained,
+        "name": cls.name, "stage": cls.stage, "query_aware": declared(cls, "query_aware"), "trained": cls.trained,
         "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(by_default(cls.name)),
-        "families": [name for name, family in FAMILIES.items() if runs(cls, family) != NO],
+        "families": [name for name, family in all_families().items() if runs(cls, family) != NO],
         "positions": cls.positions, "parameters": parameters,
         "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),
     }  # fmt: skip
@@ -250,11 +253,11 @@ def _method_row(cls: Any) -> dict[str, Any]:
 @guarded
 def families(as_json: Json = False) -> None:
     """List the supported families of models."""
-    from foveate.families import FAMILIES
+    from foveate.families import all_families
 
     rows: list[dict[str, Any]] = [
         {"name": f.name, "model_types": list(f.model_types), "inputs": dict(f.inputs), "notes": f.notes}
-        for f in FAMILIES.values()
+        for f in all_families().values()
     ]
     if as_json:
         print_json(rows)

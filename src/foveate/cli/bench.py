@@ -43,7 +43,8 @@ def selection(
     """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
     from foveate.bench import selection as bench
     from foveate.bench.inputs import random_codebook
-    from foveate.core.reducer import get_method, list_methods, load_reducer, parameters_without_default
+    from foveate.core.reducer import Reducer
+    from foveate.registry import get_method, list_methods, load_reducer, parameters_without_default
 
     known = list_methods()
     left_out = {name: "stage in_llm" for name in known if get_method(name).stage == "in_llm"}
@@ -59,7 +60,8 @@ def selection(
     ):  # fmt: skip
         random_codebook().save(book := f"{folder}/random.safetensors")
         needed = {"codebook": {"codebook": book}}
-        reducers = [load_reducer(name, keep=keep, **needed.get(name, {})) for name in names]
+        loaded = (load_reducer(name, keep=keep, **needed.get(name, {})) for name in names)
+        reducers = [reducer for reducer in loaded if isinstance(reducer, Reducer)]
         result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)
         for row in result["rows"]:
             row["reducer"] = row["reducer"].replace(repr(book), "'random.safetensors'")  # where it lay says nothing
@@ -81,7 +83,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Put the results of `bench model` into a page."""
-    from foveate.bench.report import write_report
+    from foveate.bench.tables import write_report
 
     fill_page(page, lambda: write_report(results, page), "not results of `foveate bench model`", as_json)
 
@@ -141,23 +143,23 @@ def model(
 ) -> None:
     """Time a model unpruned, with a method, and with as many tokens for free; measure memory; say when it pays."""
     from foveate.bench import model as bench
-    from foveate.bench.shapes import SHAPES
+    from foveate.bench.random_models import LLAVA_SHAPES
     from foveate.engines.settings import Settings
     from foveate.measure.timing import threads as torch_threads
 
     with contextlib.redirect_stdout(sys.stderr), torch_threads(threads or (1 if clock is Clocks.cpu else None)):
         reducer = reducer_from(method, keep, set_ or [])
-        if model in SHAPES:
+        if model in LLAVA_SHAPES:
             refuse(context, ("image", "question"), f"{model!r} has random weights and no processor")
             job = _shape_job(model, layers or LAYERS, tied, dtype, attn, text_tokens, max_new_tokens)
         else:
-            refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(SHAPES)})")
+            refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(LLAVA_SHAPES)})")
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
-        arms = bench.arms_of(job, Settings.make(reducer, None, "drop", {}, job.family))
+        arms = bench.arms_of(job, Settings.make(reducer, family=job.family))
         with ERRORS.status("starting") as status:
-            measured = bench.measure(arms, repeats, clock.value, status.update)
+            measured = bench.run_arms(arms, repeats, clock.value, status.update)
         result = {"command": _command(context), "model": model, **measured}
-        if model in SHAPES:
+        if model in LLAVA_SHAPES:
             result["config"]["tied"] = tied
         if out is not None:
             write_json(out, result)
@@ -172,7 +174,7 @@ def model(
 def _shape_job(
     shape: str, layers: int, tied: bool, dtype: str, attn: str | None, text_tokens: int, max_new_tokens: int
 ) -> Any:
-    from foveate.bench.shapes import random_job, random_model
+    from foveate.bench.random_models import random_job, random_model
 
     ERRORS.print(f"making a random {shape} with {layers} layers", highlight=False)
     made = random_model(shape, layers, tied, "bfloat16" if dtype == "auto" else dtype, attn)
@@ -180,8 +182,8 @@ def _shape_job(
 
 
 def _real_job(name: str, dtype: str, attn: str | None, image: Path | None, question: str, max_new_tokens: int) -> Any:
+    from foveate.measure.job import prepare
     from foveate.measure.loading import open_image
-    from foveate.measure.run import prepare
     from foveate.nano import SAMPLE
 
     picture = open_image(image or SAMPLE)

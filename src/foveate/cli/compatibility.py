@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.core.in_llm import LayerAttention, LayerKeys, LayerStates, Prior
-from foveate.core.probes import Attention, ClsSimilarity, ClsToken, Embeddings, Features, Keys, Query
-from foveate.core.reducer import Reducer, by_default, list_methods
-from foveate.families import FAMILIES, Family
+from foveate.core.probes import (
+    Attention,
+    ClsSimilarity,
+    ClsToken,
+    Embeddings,
+    Features,
+    Keys,
+    LayerAttention,
+    LayerKeys,
+    LayerStates,
+    Prior,
+    Query,
+)
+from foveate.core.reducer import Method, all_needs, declared
+from foveate.families import Family, all_families
 from foveate.measure.pages import markdown_table
+from foveate.registry import by_default, list_methods
 
 YES, SOME, NO = "yes", "some", "no"
 MARKS = {YES: "✓", SOME: "(✓)", NO: "-"}
@@ -42,11 +54,11 @@ encoder.
 """
 
 
-def runs(method: Reducer | type[Reducer], family: Family) -> str:
+def runs(method: Method | type[Method], family: Family) -> str:
     """Return whether a method runs on a family: ``"yes"``, ``"no"``, or on ``"some"`` images."""
     if family.lacks(method) or (method.video_only and "video" not in family.kinds):
         return NO
-    return SOME if method.reads_grid and not family.has_grid else YES
+    return SOME if declared(method, "reads_grid") and not family.has_grid else YES
 
 
 def table() -> dict[str, Any]:
@@ -64,19 +76,20 @@ def table() -> dict[str, Any]:
                 "resizes": family.resizes,
                 "positions": ["original"] if family.keeps_positions else ["original", "compact"],
             }
-            for family in FAMILIES.values()
+            for family in all_families().values()
         ],
         "methods": [
-            {"name": name, "families": {f.name: runs(by_default(name), f) for f in FAMILIES.values()}} for name in names
+            {"name": name, "families": {f.name: runs(by_default(name), f) for f in all_families().values()}}
+            for name in names
         ],
     }
 
 
-def reads(method: Reducer | type[Reducer]) -> list[str]:
+def reads(method: Method | type[Method]) -> list[str]:
     """Return what a method reads, in words."""
-    probes = method.cues() if isinstance(method, Reducer) else method.needs
+    probes = all_needs(method) if isinstance(method, Method) else declared(method, "needs")
     words = dict.fromkeys(_WORDS.get(type(probe), "attention layers") for probe in probes)
-    return [*words, *["the grid"] * bool(method.reads_grid)]
+    return [*words, *["the grid"] * bool(declared(method, "reads_grid"))]
 
 
 _WORDS: dict[type, str] = {
@@ -92,7 +105,7 @@ def _facts(name: str) -> list[str]:
     paper = method.paper.removeprefix("arXiv:")
     link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else "-"
     read = ", ".join(reads(method)) or "nothing"
-    return [f"`{name}`", link, method.stage, read, method.merges or "no", method.complexity]
+    return [f"`{name}`", link, method.stage, read, declared(method, "merges") or "no", method.complexity]
 
 
 def page() -> str:

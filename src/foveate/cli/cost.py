@@ -54,8 +54,8 @@ def cost(
         refuse(context, ("image_size",), "the number of visual tokens is given, whatever the size of the images")
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("counting"):
         from foveate.cost import anatomy_of
+        from foveate.cost.figures import deciding, report
         from foveate.cost.imagined import imagine
-        from foveate.cost.report import deciding, report
         from foveate.cost.shapes import load_shape
         from foveate.measure.provenance import versions
 

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from foveate.core.errors import FoveateError, InputError
+from foveate.measure.files import write_text
 
 if TYPE_CHECKING:
-    from foveate.core.reducer import Reducer
+    from foveate.core.reducer import Method
 
 P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -72,17 +73,13 @@ def make_folder(out: Path | None, name: str) -> Path:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, and its folder if need be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
+def reducer_from(method: str, keep: str | None, settings: list[str]) -> Method:
     """Build a method from a name or a JSON file, a budget and ``name=value`` settings."""
     from foveate.core.budget import parse_keep
-    from foveate.core.reducer import get_method, load_reducer
+    from foveate.registry import get_method, load_reducer
 
     config: dict[str, Any] = dict(map(_setting, settings))
     if "method" in config:
@@ -94,7 +91,7 @@ def reducer_from(method: str, keep: str | None, settings: list[str]) -> Reducer:
     return load_reducer(method, **config)
 
 
-def _has_budget(cls: type[Reducer], config: dict[str, Any]) -> bool:
+def _has_budget(cls: type[Method], config: dict[str, Any]) -> bool:
     """Return whether a method does without a default of the command line: it takes no budget, or knows its own."""
     if not cls.budgets or config.keys() & {*cls.budgets}:
         return True

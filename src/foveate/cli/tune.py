@@ -85,9 +85,9 @@ def tune(
             _check_template(prompt_template, asked)
         loaded, processor = load(model, dtype, device_map, attn)
         from foveate.families import family_of
+        from foveate.tune.asking import Asker
         from foveate.tune.candidates import candidates
-        from foveate.tune.measure import Bench
-        from foveate.tune.report import report
+        from foveate.tune.findings import findings
         from foveate.tune.search import search
 
         found, left_out = candidates(family_of(loaded), names, budgets)
@@ -108,12 +108,12 @@ def tune(
         ERRORS.print(f"{len(found)} candidates, {len(asked)} prompts; rows go to {folder}", highlight=False)
         if len(journal):
             ERRORS.print(f"going on behind {len(journal)} prompts that were asked before", highlight=False)
-        bench = Bench(loaded, processor, prompt_template, max_new_tokens, seed, CLOCKS[clock.value])
+        asker = Asker(loaded, processor, prompt_template, max_new_tokens, seed, CLOCKS[clock.value])
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=ERRORS) as progress:
             bar = progress.add_task("starting", total=None)
             outcome = search(
-                bench, asked, found, wish, journal, start=start,
+                asker, asked, found, wish, journal, start=start,
                 on_rung=lambda text, runs: progress.reset(bar, description=text, total=runs),
                 on_runs=lambda runs: progress.advance(bar, runs),
             )  # fmt: skip
@@ -121,7 +121,7 @@ def tune(
             ERRORS.print(f"{name} failed: {reason}", highlight=False, markup=False, soft_wrap=True)
         data = {
             "command": shlex.join(["foveate", *sys.argv[1:]]),
-            **report(outcome, found, left_out, asked, wish), "config": config,
+            **findings(outcome, found, left_out, asked, wish), "config": config,
         }  # fmt: skip
         files = _write(folder, data, found)
         data |= {"files": files}
@@ -152,7 +152,7 @@ def _check_template(template: str, prompts: list[Any]) -> None:
 
 def _write(folder: Path, data: dict[str, Any], found: dict[str, Any]) -> dict[str, str | None]:
     """Write what is worth keeping; returns the names of the files."""
-    from foveate.tune.report import markdown
+    from foveate.tune.findings import markdown
     from foveate.viz.front import save
 
     write_json(folder / "report.json", data)
@@ -174,7 +174,7 @@ def _write(folder: Path, data: dict[str, Any], found: dict[str, Any]) -> dict[st
 
 
 def _show(data: dict[str, Any]) -> None:
-    from foveate.tune.report import header, table, verdict
+    from foveate.tune.findings import header, table, verdict
 
     console = Console(highlight=False)
     shown = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")

@@ -55,8 +55,8 @@ def view(
             return
         if image is None or question is None:
             raise InputError("give an image file and a question, or --app to choose them in the browser")
+        from foveate.measure.job import prepare
         from foveate.measure.loading import open_image, prompt_for
-        from foveate.measure.run import prepare
         from foveate.viz.comparison import compare, reducers
         from foveate.viz.page import write_page
         from foveate.viz.sheet import save_sheet

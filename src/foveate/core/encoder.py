@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core.probes import LayerProbe, Members, Probe
+from foveate.core.crops import CropBatch, Groups
+from foveate.core.probes import Members, Probe
 from foveate.core.ranking import top
 from foveate.core.reducer import Reducer, Stage
 from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.core.tokens import VisualTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +89,11 @@ def merged(x: Tensor, into: Tensor, sizes: Tensor, count: int) -> tuple[Tensor, 
 class EncoderReducer(Reducer):
     """A method that acts inside the vision encoder, so that later layers have fewer tokens, too.
 
-    Its author declares what it reads of every layer and in which half of a layer it acts, and writes `schedule` and
-    `step`. Crops are reduced one by one; budgets are per image or per crop.
+    Its author declares in `needs` what it reads of every layer, and in which half of a layer it acts, and writes
+    `schedule` and `step`. Crops are reduced one by one; budgets are per image or per crop.
     """
 
     stage: ClassVar[Stage] = "encoder"
-    needs = (Members(),)
-    reads: ClassVar[tuple[LayerProbe, ...]] = ()
-    """What `step` reads of every layer."""
     after: ClassVar[Literal["attention", "mlp"]] = "mlp"
     """The half of a layer behind which `step` acts."""
 

@@ -23,5 +23,9 @@ class InputError(FoveateError, ValueError):
     """Model inputs that do not fit together, such as placeholders without an image."""
 
 
+class ContractError(FoveateError, TypeError):
+    """A method that declares or returns what no engine can apply, or other than what it promised."""
+
+
 class AttachError(FoveateError, RuntimeError):
     """A model that cannot be attached to now, for instance because it already is."""

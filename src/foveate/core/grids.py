@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core.budget import Keep, resolve
 from foveate.core.errors import InputError
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 
 
 @dataclass(frozen=True)

@@ -4,74 +4,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Budget, Keep, is_number, resolve
-from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
+from foveate.core.budget import Budget, resolve
+from foveate.core.crops import CropBatch, Groups, grouped, picked
+from foveate.core.errors import ContractError
 from foveate.core.probes import LlmProbe, Probe
-from foveate.core.reducer import Reducer, Stage, check_fields, split
+from foveate.core.reducer import Method, ModelFamily, Positions, Reducer, Stage, all_needs
+from foveate.core.schedules import Images, tokens_of
 from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens, merged_selection
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens, merged_selection
 
-if TYPE_CHECKING:
-    from foveate.families import Family
-
-Rows: TypeAlias = Literal["last", "text", "judges", "visual", "all"]
-Images: TypeAlias = Sequence[tuple[str, int]]
-"""The kind and the number of tokens of each image or video of a prompt."""
-
-
-@dataclass(frozen=True)
-class LayerAttention(LlmProbe):
-    """Attention that visual tokens get in a decoder layer, softmax over all keys, float32.
-
-    Parameters
-    ----------
-    rows
-        Whose attention: that of the ``"last"`` token of the prompt, of the ``"text"`` behind the last image (without
-        any, of the last token), of those among this text that `InLlmReducer.judges` chooses, of the ``"visual"``
-        tokens themselves, or of ``"all"`` tokens.
-    ahead
-        False: of the layer in front of the boundary, as it ran. True: what the layer behind the boundary would have,
-        from its projections of the hidden states at the boundary.
-    over
-        What is averaged over: ``"rows and heads"`` gives ``[n]`` per prompt, ``"rows"`` ``[n, H]``, ``"nothing"``
-        ``[n, H, R]`` with the rows in their order.
-    """
-
-    rows: Rows = "last"
-    ahead: bool = False
-    over: Literal["rows and heads", "rows", "nothing"] = "rows and heads"
-
-
-@dataclass(frozen=True)
-class LayerKeys(LlmProbe):
-    """Keys of visual tokens in the layer behind the boundary, rotated, mean over key heads, ``[n, d]`` float32."""
-
-
-@dataclass(frozen=True)
-class LayerStates(LlmProbe):
-    """Hidden states of visual tokens ``[n, D]``.
-
-    Parameters
-    ----------
-    at
-        ``"output"``: at the boundary. ``"input"``: where they go into the layer in front of the boundary. ``"mlp"``:
-        where they go into its feed-forward network.
-    """
-
-    at: Literal["output", "input", "mlp"] = "output"
-
-
-@dataclass(frozen=True)
-class Prior(LlmProbe):
-    """What `InLlmReducer.prior` made of the tokens before the LLM, or another model of them, ``[n]`` float32."""
+Unit: TypeAlias = Literal["prompt", "image", "crop"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +90,7 @@ class LayerTokens(VisualTokens):
             if share.settled and share.count:
                 kept[share.prompt].append(share.index)
         for shares, batch, count in self._stacked():
-            for share, row in zip(shares, pick(batch, count), strict=True):
+            for share, row in zip(shares, picked(pick(batch, count), batch, count), strict=True):
                 kept[share.prompt].append(share.index.index_select(0, row))
         return self.selection(kept)
 
@@ -153,7 +104,8 @@ class LayerTokens(VisualTokens):
                 weight = torch.ones(len(own), device=self.device)
                 parts[share.prompt].append((share.index, own, share.index, weight))
         for shares, batch, count in self._stacked():
-            for share, (kept, target, source, weight) in zip(shares, pick(batch, count).per_crop(), strict=True):
+            groups = grouped(pick(batch, count), batch, count)
+            for share, (kept, target, source, weight) in zip(shares, groups.per_crop(), strict=True):
                 index = share.index
                 parts[share.prompt].append((index.index_select(0, kept), target, index.index_select(0, source), weight))
                 merged.add(share.prompt)
@@ -199,7 +151,7 @@ class _Share:
 
 
 @dataclass(frozen=True)
-class InLlmReducer(Reducer):
+class InLlmReducer(Method):
     """A method that drops or merges visual tokens between layers of the LLM, once or several times.
 
     Its author writes `boundaries` and `counts`, which say where and how many tokens are left, and `select`, which is
@@ -208,22 +160,13 @@ class InLlmReducer(Reducer):
     """
 
     stage: ClassVar[Stage] = "in_llm"
-    positions: ClassVar[Literal["original", "compact"]] = "original"
-    reads: ClassVar[tuple[LlmProbe, ...]] = ()
-    """Probes of the LLM that `select` reads; `needs` are those of the vision encoder, for `prior`."""
-    reads_text: ClassVar[bool] = False
-    """Whether `select` reads the hidden states of the text."""
-    unit: ClassVar[Literal["prompt", "image", "crop"]] = "prompt"
-    """What the crops of `LayerTokens` are: all tokens of a prompt, those of each image, or the family's crops with
-    their grids, whose separators always stay."""
-    adaptive: ClassVar[bool] = False
-    """Whether `select` decides how many tokens stay, which makes the engine wait for the device."""
+    positions: ClassVar[Positions] = "original"
 
-    def __post_init__(self) -> None:
-        if self.keep is not None:
-            super().__post_init__()
-        else:
-            check_fields(self)
+    @property
+    def unit(self) -> Unit:
+        """What the crops of `LayerTokens` are: all tokens of a prompt, those of each image, or the family's crops with
+        their grids, whose separators always stay."""
+        return "prompt"
 
     @abstractmethod
     def boundaries(self, depth: int) -> Sequence[int]:
@@ -241,12 +184,9 @@ class InLlmReducer(Reducer):
             The images of the prompt.
         """
 
-    def cues(self) -> tuple[Probe, ...]:
-        return (*self.probes(), *self.llm_probes())
-
-    def llm_probes(self) -> tuple[LlmProbe, ...]:
-        """Return the probes of the LLM that this configuration reads."""
-        return self.reads
+    @abstractmethod
+    def select(self, tokens: LayerTokens) -> Selection:
+        """Decide which tokens of each prompt stay at a boundary."""
 
     def judges(self, visual: Tensor, text: Tensor) -> Tensor:
         """Choose the text tokens whose attention counts, for ``LayerAttention(rows="judges")``.
@@ -262,11 +202,13 @@ class InLlmReducer(Reducer):
         Tensor
             ``[M]`` bool.
         """
-        raise NotImplementedError
+        raise ContractError(
+            f"{self.name} needs the attention of judges, and has no judges(visual, text) to choose them"
+        )
 
     def prior(self, tokens: VisualTokens) -> list[Tensor]:
         """Return a score of each token of each crop before the LLM, ``[n]`` each, for the probe `Prior`."""
-        raise NotImplementedError
+        raise ContractError(f"{self.name} needs Prior(), and has no prior(tokens) to make it")
 
     def solved(self, depth: int, tokens: int) -> InLlmReducer:
         """Return the same method with the `keep` that `equivalent` comes to for an image of so many tokens, if any."""
@@ -279,36 +221,51 @@ class InLlmReducer(Reducer):
         """
         return received([self], depth, [("image", tokens)])
 
-    def keeps_all(self, spans: Any) -> bool:
+    def keeps_all(self, spans: Sequence[Span]) -> bool:
         """Return whether no boundary drops anything; what the method sees depends on the LLM, not on spans alone."""
         return False
 
 
 @dataclass(frozen=True)
-class StagedReducer(Reducer):
+class StagedReducer(Method):
     """A method with stages before and inside the LLM; its author writes `stages`."""
 
     stage: ClassVar[Stage] = "in_llm"
 
     @abstractmethod
-    def stages(self) -> tuple[Reducer, ...]:
+    def stages(self) -> tuple[Method, ...]:
         """Return the method of each stage."""
 
-    def cues(self) -> tuple[Probe, ...]:
-        return tuple(dict.fromkeys(probe for part in self.stages() for probe in part.cues()))
+    @property
+    def needs(self) -> tuple[Probe, ...]:
+        return all_needs(self)
 
-    def check(self, model: Any, family: Family) -> None:
+    def check(self, model: Any, family: ModelFamily) -> None:
         for part in self.stages():
             part.check(model, family)
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        raise FoveateError(f"{self.name} selects stage by stage: use foveate.attach(model, ...)")
-
-    def keeps_all(self, spans: Any) -> bool:
+    def keeps_all(self, spans: Sequence[Span]) -> bool:
         return all(reducer.keeps_all(spans) for reducer in self.stages())
 
 
-def schedule(reducer: Reducer, depth: int, tokens: int) -> tuple[int, ...]:
+def of_encoder(method: Method) -> tuple[Probe, ...]:
+    """Return what a method reads of the vision encoder and the prompt, before the LLM."""
+    return tuple(probe for probe in method.needs if not isinstance(probe, LlmProbe))
+
+
+def of_llm(method: Method) -> tuple[LlmProbe, ...]:
+    """Return what a method reads inside the LLM."""
+    return tuple(probe for probe in method.needs if isinstance(probe, LlmProbe))
+
+
+def split(stages: Iterable[Method]) -> tuple[tuple[Reducer, ...], tuple[InLlmReducer, ...]]:
+    """Tell the methods of a single stage that act before the LLM from those that act inside it."""
+    parts = tuple(stages)
+    before = tuple(part for part in parts if isinstance(part, Reducer))
+    return before, tuple(part for part in parts if isinstance(part, InLlmReducer))
+
+
+def schedule(method: Method, depth: int, tokens: int) -> tuple[int, ...]:
     """Return how many visual tokens each of `depth` layers receives of one image of so many tokens.
 
     Of adaptive methods: at most so many.
@@ -318,15 +275,46 @@ def schedule(reducer: Reducer, depth: int, tokens: int) -> tuple[int, ...]:
     BudgetError
         If the budget of a method before the LLM depends on what an image shows.
     """
-    before, inside = split(reducer.stages())
+    before, inside = split(method.stages())
     for part in before:
         tokens = resolve(part.keep, "image", 0).count(tokens)
-    return received(inside, depth, [("image", tokens)])  # type: ignore[arg-type]
+    return received(inside, depth, [("image", tokens)])
 
 
-def solved(reducer: Reducer, depth: int, images: Sequence[int]) -> Reducer:
+def solved(method: Method, depth: int, images: Sequence[int]) -> Method:
     """Return a method as reports name it: with the `keep` that its `equivalent` comes to for the only image."""
-    return reducer.solved(depth, images[0]) if isinstance(reducer, InLlmReducer) and len(images) == 1 else reducer
+    return method.solved(depth, images[0]) if isinstance(method, InLlmReducer) and len(images) == 1 else method
+
+
+def cuts(reducer: InLlmReducer, depth: int) -> tuple[int, ...]:
+    """Return the boundaries of a method in an LLM of `depth` layers.
+
+    Raises
+    ------
+    ContractError
+        If these are not ascending, or not all between two layers.
+    """
+    boundaries = reducer.boundaries(depth)
+    found = tuple(boundaries) if isinstance(boundaries, Sequence) else ()
+    if not isinstance(boundaries, Sequence) or any(
+        type(b) is not int or not a < b < depth for a, b in pairwise((0, *found))
+    ):
+        raise ContractError(
+            f"{reducer.name}.boundaries({depth}) returns {boundaries!r}, where whole numbers are due that ascend from "
+            f"1 to at most {depth - 1}: the layers in front of which tokens are dropped"
+        )
+    return found
+
+
+def _counts(reducer: InLlmReducer, depth: int, images: Images, boundaries: Sequence[int]) -> tuple[int, ...]:
+    counts, given = reducer.counts(depth, images), tokens_of(images)
+    found = tuple(counts) if isinstance(counts, Sequence) else ()
+    if len(found) != len(boundaries) or any(type(n) is not int or n < 0 for n in found):
+        raise ContractError(
+            f"{reducer.name}.counts({depth}, ...) returns {counts!r} of {given} tokens, where one whole number is due "
+            f"for each of the boundaries {list(boundaries)}: the tokens that are left behind it"
+        )
+    return found
 
 
 def planned(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> list[dict[int, int]]:
@@ -337,8 +325,8 @@ def planned(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> lis
     """
     plans: list[dict[int, int]] = []
     for reducer in reducers:
-        boundaries, given = reducer.boundaries(depth), tokens_of(images)
-        counts = reducer.counts(depth, images) if given else (0,) * len(boundaries)
+        boundaries, given = cuts(reducer, depth), tokens_of(images)
+        counts = _counts(reducer, depth, images, boundaries) if given else (0,) * len(boundaries)
         plans.append(dict(zip(boundaries, counts, strict=True)))
         if not reducer.adaptive and (left := min((given, *counts))) < given:
             sizes = Budget(left).split([n for _, n in images]) if left else [0] * len(images)
@@ -354,83 +342,3 @@ def received(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> tu
             behind |= plan
     given = tokens_of(images)
     return tuple(accumulate((behind.get(layer, given) for layer in range(depth)), min))
-
-
-def boundary_in(depth: int, boundary: int, name: str) -> int:
-    """Return a boundary if the LLM has it.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If it is not between two of `depth` layers.
-    """
-    if not 0 < boundary < depth:
-        raise UnsupportedModelError(
-            f"{name} drops tokens in front of layer {boundary}, but this LLM has the layers 0 to {depth - 1}: use a "
-            f"layer from 1 to {depth - 1}"
-        )
-    return boundary
-
-
-def budget_of(keep: Keep, images: Images) -> int:
-    """Return how many tokens a budget leaves of the images of a prompt together.
-
-    Raises
-    ------
-    BudgetError
-        If the budget counts per crop.
-    """
-    budgets = [resolve(keep, kind, i) for i, (kind, _) in enumerate(images)]
-    if any(budget.per == "crop" for budget in budgets):
-        raise BudgetError("inside the LLM the tokens of all crops compete: give a budget per image, not per crop")
-    return sum(budget.count(n) for budget, (_, n) in zip(budgets, images, strict=True))
-
-
-def tokens_of(images: Images) -> int:
-    """Return how many tokens the images of a prompt have together."""
-    return sum(n for _, n in images)
-
-
-def wanted_tokens(equivalent: int | float, images: Images) -> float:
-    """Return the mean number of tokens per layer that an `equivalent` stands for: so many per image, or a share."""
-    return equivalent * (tokens_of(images) if isinstance(equivalent, float) else len(images))
-
-
-def one_cut(
-    name: str, keep: Keep | None, equivalent: int | float | None, layer: int, depth: int, images: Images
-) -> int:
-    """Return how many tokens a method with a single cut in front of `layer` leaves of the images of a prompt.
-
-    Raises
-    ------
-    BudgetError
-        If the layers in front of the cut alone exceed the mean that `equivalent` asks for, or `keep` says otherwise.
-    """
-    if equivalent is None:
-        assert keep is not None
-        return budget_of(keep, images)
-    given, wanted = tokens_of(images), wanted_tokens(equivalent, images)
-    kept = round((depth * wanted - given * layer) / (depth - layer))
-    if keep is not None and budget_of(keep, images) != min(kept, given):
-        raise BudgetError(
-            f"{name}: keep={keep!r} and equivalent={equivalent:g} contradict each other, as the latter leaves {kept} "
-            f"of {given} tokens: leave one of them out"
-        )
-    if kept < 1:
-        raise BudgetError(
-            f"{name}(layer={layer}) cannot come down to {wanted:g} tokens per layer: the first {layer} of {depth} "
-            f"layers alone receive {given * layer / depth:g} on average; use an earlier layer"
-        )
-    return min(kept, given)
-
-
-def check_equivalent(name: str, keep: Keep | None, equivalent: int | float | None) -> None:
-    """Raise `FoveateError` unless a method has either of `keep` and `equivalent`, and the latter makes sense."""
-    if keep is None and equivalent is None:
-        raise FoveateError(f"{name} needs a budget: keep=, or equivalent=, the mean number of tokens over the layers")
-    if equivalent is None:
-        return
-    if not is_number(equivalent) or equivalent <= 0:
-        raise BudgetError(f"equivalent is a mean number of tokens such as 64 or a share such as 0.25: {equivalent!r}")
-    if isinstance(equivalent, float) and equivalent > 1.0:
-        raise BudgetError(f"a share of {equivalent} is not in (0, 1]: pass a share such as 0.25, or a whole number")

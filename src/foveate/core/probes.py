@@ -14,9 +14,20 @@ from foveate.core.errors import UnsupportedModelError
 
 _QUERY_CHUNK = 256
 
+Rows: TypeAlias = Literal["last", "text", "judges", "visual", "all"]
+
+
+class Probe:
+    """A cue that methods need besides the tokens; its values have the shape that its class says."""
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether the text of the prompt has a say in the values."""
+        return False
+
 
 @dataclass(frozen=True)
-class Features:
+class Features(Probe):
     """What methods compare tokens by, ``[N, C]`` per crop.
 
     The encoder features that the projector reads; in families whose tokens are merged from several patches, the merged
@@ -25,17 +36,17 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Embeddings:
+class Embeddings(Probe):
     """Visual tokens after the projector, in the space of the LLM, ``[N, D]`` per crop."""
 
 
 @dataclass(frozen=True)
-class ClsToken:
+class ClsToken(Probe):
     """The encoder's ``[CLS]`` token as one more row that merging may use; see `CropBatch.cls`."""
 
 
 @dataclass(frozen=True)
-class ClsSimilarity:
+class ClsSimilarity(Probe):
     """Cosine of each patch's feature with that of the crop's ``[CLS]`` token, ``[N]`` float32 per crop.
 
     Of the features that methods compare, see `Features`; where these have no such token, with their mean.
@@ -43,16 +54,20 @@ class ClsSimilarity:
 
 
 @dataclass(frozen=True)
-class Query:
+class Query(Probe):
     """The text of the prompt that follows its first image, as input embeddings ``[M, D]``; see `CropBatch.query`.
 
     Text before the image, where system prompts stand, counts only if none at all follows. What a chat template puts
     behind the last image is text, too: so a question counts only if it stands behind the first image.
     """
 
+    @property
+    def query_aware(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True)
-class Members:
+class Members(Probe):
     """What became of each patch inside the encoder, ``[N]`` int64 per crop.
 
     The first patch of the token that it is part of, or -1 if it was dropped. Only methods of the stage ``"encoder"``
@@ -61,7 +76,7 @@ class Members:
 
 
 @dataclass(frozen=True)
-class LayerProbe(ABC):
+class LayerProbe(Probe, ABC):
     """A cue that is computed from the queries, keys and values of attention layers of the vision encoder.
 
     Parameters
@@ -176,11 +191,68 @@ class Keys(LayerProbe):
         return key.transpose(1, 2).flatten(2) if self.joint else key.mean(dim=1)
 
 
-class LlmProbe:
-    """A cue inside the LLM, which methods of the stage ``"in_llm"`` read; see `foveate.core.in_llm`."""
+class LlmProbe(Probe):
+    """A cue inside the LLM, which methods of the stage ``"in_llm"`` read at a boundary between two layers."""
 
 
-Probe: TypeAlias = Features | Embeddings | ClsToken | ClsSimilarity | Query | Members | LayerProbe | LlmProbe
+@dataclass(frozen=True)
+class LayerAttention(LlmProbe):
+    """Attention that visual tokens get in a decoder layer, softmax over all keys, float32.
+
+    Parameters
+    ----------
+    rows
+        Whose attention: that of the ``"last"`` token of the prompt, of the ``"text"`` behind the last image (without
+        any, of the last token), of those among this text that `InLlmReducer.judges` chooses, of the ``"visual"``
+        tokens themselves, or of ``"all"`` tokens.
+    ahead
+        False: of the layer in front of the boundary, as it ran. True: what the layer behind the boundary would have,
+        from its projections of the hidden states at the boundary.
+    over
+        What is averaged over: ``"rows and heads"`` gives ``[n]`` per prompt, ``"rows"`` ``[n, H]``, ``"nothing"``
+        ``[n, H, R]`` with the rows in their order.
+    """
+
+    rows: Rows = "last"
+    ahead: bool = False
+    over: Literal["rows and heads", "rows", "nothing"] = "rows and heads"
+
+    @property
+    def query_aware(self) -> bool:
+        return self.rows != "visual"
+
+
+@dataclass(frozen=True)
+class LayerKeys(LlmProbe):
+    """Keys of visual tokens in the layer behind the boundary, rotated, mean over key heads, ``[n, d]`` float32."""
+
+
+@dataclass(frozen=True)
+class LayerStates(LlmProbe):
+    """Hidden states of visual tokens ``[n, D]``.
+
+    Parameters
+    ----------
+    at
+        ``"output"``: at the boundary. ``"input"``: where they go into the layer in front of the boundary. ``"mlp"``:
+        where they go into its feed-forward network.
+    """
+
+    at: Literal["output", "input", "mlp"] = "output"
+
+
+@dataclass(frozen=True)
+class TextStates(LlmProbe):
+    """Hidden states of the text behind the last image: `LayerTokens.text` and `LayerTokens.text_before`."""
+
+    @property
+    def query_aware(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Prior(LlmProbe):
+    """What `InLlmReducer.prior` made of the tokens before the LLM, or another model of them, ``[n]`` float32."""
 
 
 @dataclass(frozen=True, eq=False)

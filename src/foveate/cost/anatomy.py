@@ -18,18 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.families import Family, family_of
-from foveate.families.lfm2_vl import Lfm2Vl
-from foveate.families.llava import Llava, feature_layers
-from foveate.families.merged import MergedFamily
-from foveate.families.mrope import MRopeFamily
-from foveate.families.pixtral import Mistral3
-from foveate.families.tower import attention_of, encoder_layers, feature_indices
-from foveate.families.video_llava import VideoLlava
+from foveate.families.tower import EMBEDDINGS, MERGERS, attention_of
 
-_EMBEDDINGS = ("patch_embed", "embeddings", "patch_conv")
-"""Names of the part of a vision tower that makes tokens of patches."""
-_MERGERS = ("merger", "deepstack_merger_list", "downsample", "head_linear")
-"""Names of parts of a vision tower behind its layers that lead to the LLM."""
 _STATE = "linear_attention"
 
 
@@ -129,11 +119,6 @@ class Anatomy:
     decoder: tuple[Layer, ...]
     lm_head: int
 
-    @property
-    def projects_kept(self) -> bool:
-        """Whether foveate prunes before the projector, so that it maps the kept tokens alone."""
-        return isinstance(self.family, Llava | VideoLlava)
-
 
 def anatomy_of(config: Any, model_class: Any = None) -> Anatomy:
     """Take a model apart by its configuration.
@@ -171,12 +156,10 @@ def _anatomy(key: _Key) -> Anatomy:
     model = skeleton(key.config, key.model_class)
     family, config = family_of(model), model.config
     text = config.get_text_config()
-    encoder, merges = _llava_tower(family, model), 1
-    if isinstance(family, MergedFamily):
-        encoder, merges = family.encoder(model), family.patches_per_row(model)
+    encoder = family.encoder(model)
     return Anatomy(
         family, model, None if encoder is None else _tower(family, model, encoder),
-        _projector(family, model, encoder), merges,
+        _projector(family, model, encoder), family.patches_per_row(model),
         tuple(_decoder(model, text)), 2 * text.hidden_size * text.vocab_size,
     )  # fmt: skip
 
@@ -218,6 +201,7 @@ def _own(name: str, part: nn.Module, active: float) -> int:
     for parameter in part.parameters(recurse=False):
         if parameter.dim() == 2:  # a matrix of its own, such as a router's
             own += 2 * parameter.numel()
+        # transformers keeps the matrices of all experts of a mixture in one parameter.
         elif parameter.dim() == 3 and name.rpartition(".")[2] == "experts":
             own += round(2 * parameter.numel() * active)
     return own
@@ -225,12 +209,13 @@ def _own(name: str, part: nn.Module, active: float) -> int:
 
 def _decoder(model: Any, text: Any) -> Iterator[Layer]:
     query, _ = attention_widths(text)
+    # Each mixture of experts has a name of its own for their number.
     experts = next(
         (n for n in map(text.to_dict().get, ("num_experts", "n_routed_experts", "num_local_experts")) if n), 0
     )
     active = text.num_experts_per_tok / experts if experts else 1.0
     for layer, kind in zip(model.get_decoder().layers, layer_types(text), strict=True):
-        attends = kind.endswith("attention") and kind != _STATE
+        attends = kind.endswith("attention") and kind != _STATE  # linear attention has a state instead of pairs
         own = next((child for name, child in layer.named_children() if name == "self_attn"), None)
         attention = 0 if own is None else matrices(own)
         window = (getattr(text, "sliding_window", None) or 0) if kind == "sliding_attention" else 0
@@ -257,70 +242,40 @@ def _recurrence(text: Any) -> int:
     return int(6 * text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim)
 
 
-def _llava_tower(family: Family, model: Any) -> nn.Module | None:
-    if isinstance(family, VideoLlava):
-        return model.model.image_tower  # type: ignore[no-any-return]  # the tower of videos is its twin
-    return model.model.vision_tower if isinstance(family, Llava) else None
-
-
 def _tower(family: Family, model: Any, encoder: nn.Module) -> Tower:
-    stack = encoder_layers(encoder)
-    convolution = next(
-        (part for name, part in encoder.named_modules() if _within(name, _EMBEDDINGS) and hasattr(part, "kernel_size")),
-        None,
-    )
-    size = model.config.vision_config.patch_size if convolution is None else convolution.kernel_size[-2:]
-    patch = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    lead, read = _lead_and_read(family, model, stack)
-    vision = model.config.vision_config
-    window = getattr(vision, "window_size", 0) if hasattr(vision, "fullatt_block_indexes") else 0
     return Tower(
         sum(_own(name, part, 1.0) for name, part in encoder.named_modules() if _projects_patches(name, part)),
-        tuple(map(_vision_layer, stack)), lead, read, patch, window // patch[0],
-        frozenset(vision.fullatt_block_indexes) if window else frozenset(), isinstance(family, Mistral3),
-        None if isinstance(family, MRopeFamily | Mistral3 | Lfm2Vl) else _grid(encoder, vision, patch),
+        tuple(map(_vision_layer, family.layers(model))), family.lead(model), family.read_layer(model) + 1,
+        family.patch_size(model), family.window(model), frozenset(family.whole_layers(model) or ()),
+        family.packs_pictures, family.picture_grid(model),
     )  # fmt: skip
 
 
-def _grid(encoder: Any, vision: Any, patch: tuple[int, int]) -> tuple[int, int]:
-    if hasattr(encoder, "timm_model"):
-        rows, columns = encoder.timm_model.patch_embed.grid_size
-        return int(rows), int(columns)
-    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
-    return int(height // patch[0]), int(width // patch[1])
-
-
 def _projects_patches(name: str, part: nn.Module) -> bool:
-    return _within(name, _EMBEDDINGS) and isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)
+    return _within(name, EMBEDDINGS) and isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d)
 
 
 def _within(name: str, parts: tuple[str, ...]) -> bool:
     return not set(name.split(".")).isdisjoint(parts)
 
 
-def _lead_and_read(family: Family, model: Any, stack: nn.ModuleList) -> tuple[int, int]:
-    if isinstance(family, MergedFamily):
-        return family.lead(model), family.read_layer(model) + 1
-    if isinstance(family, Llava):
-        return int(family.cls(model)), max(feature_indices(stack, family.layers(model, {}))) + 1
-    return 1, max(feature_indices(stack, feature_layers(model, {}))) + 1
-
-
 def _vision_layer(layer: nn.Module) -> Layer:
     attention = attention_of(layer)
     own = matrices(attention)
     for name, part in attention.named_modules():
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in ("qkv", "q_proj"):
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in ("qkv", "q_proj"):  # Qwen's and timm's is one
             width = part.out_features // (3 if name.endswith("qkv") else 1)
             return Layer(own, matrices(layer) - own, width)
     raise UnsupportedModelError(f"no query projection found in {type(attention).__name__}: its costs are not known")
 
 
 def _projector(family: Family, model: Any, encoder: nn.Module | None) -> int:
-    if family.name == "generic":
+    if family.opaque:
         return 0
     module = family.projector(model)
+    # Ovis 2 multiplies its table of visual words with shares of each, where others look rows up.
     whole = 2 * module.weight.numel() if isinstance(module, nn.Embedding) else matrices(module)
     inside = set(module.modules())
     rest = () if encoder is None else encoder.named_modules()
-    return whole + sum(_own(name, m, 1.0) for name, m in rest if _within(name, _MERGERS) and m not in inside)
+    # Encoders that merge patches, and that of Ovis 2, keep a part of the way to the LLM inside.
+    return whole + sum(_own(name, m, 1.0) for name, m in rest if _within(name, MERGERS) and m not in inside)

@@ -87,7 +87,7 @@ def prefill_flops(
     windows
         Patches of each window, for encoders most of whose layers attend within windows; by default those of squares.
     vision
-        FLOPs of an encoder that is no stack of transformer layers, see `Work.measured`.
+        FLOPs of an encoder that is no stack of transformer layers, see `Work.encoder_flops`.
     projected
         Rows that go through the projector; by default the kept tokens where foveate prunes before it. Methods that
         merge project them all.
@@ -129,7 +129,7 @@ def prefill_flops(
         vision = _vision(tower, rows, windows, tower.read if early_exit else None)
     if projected is None:
         whole = sum(r for r in rows or () if isinstance(r, int)) // anatomy.merges
-        projected = counts[0] if anatomy.projects_kept or not whole else whole
+        projected = counts[0] if anatomy.family.projects_kept or not whole else whole
     return Cost(
         vision=vision,
         projector=projected * anatomy.projector,
@@ -190,7 +190,7 @@ def probe_flops(config: Any, probes: Sequence[Probe], rows: Sequence[int], windo
             for length in _sequences(tower, number, rows, windows):
                 count = length + tower.lead
                 flops += 2 * probe.rows(count, tower.lead) * count * tower.layers[number].width
-    if behind and anatomy.projects_kept:
+    if behind and anatomy.family.projects_kept:
         for number in range(tower.read, tower.read + behind):
             flops += sum(_layer(tower.layers[number], n + tower.lead, n + tower.lead) for n in rows)
     return flops

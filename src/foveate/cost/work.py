@@ -11,12 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.cost.anatomy import Anatomy
-from foveate.families.base import Grid
-from foveate.families.generic import Generic
-from foveate.families.mrope import MRopeFamily
-from foveate.families.raster import RasterFamily
+from foveate.families.layout import Grid
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,9 @@ class Work:
         Their visual tokens.
     padded
         Patches to which the encoder pads every picture; 0 if it does not.
-    measured
+    encoder_flops
         FLOPs of an encoder that is no stack of transformer layers, counted on a run without weights; else `None`. In
-        the generic family, the projector's are among them.
+        an opaque family, the projector's are among them.
     size
         Height and width of its pictures in pixels, if it is known.
     """
@@ -41,7 +38,7 @@ class Work:
     pictures: tuple[Grid, ...]
     spans: tuple[Span, ...]
     padded: int = 0
-    measured: int | None = None
+    encoder_flops: int | None = None
     size: tuple[int, int] = (0, 0)
 
     @property
@@ -63,7 +60,7 @@ class Work:
 
     def projected(self, anatomy: Anatomy) -> int:
         """Return the rows that the stock model sends through its projector."""
-        if anatomy.projects_kept:
+        if anatomy.family.projects_kept:
             # Crops are projected whole, also where padding is cut off afterwards; pooled frames are not.
             lead = bool(anatomy.tower and anatomy.tower.lead and any(s.extents for s in self.spans if _keeps_cls(s)))
             pooled = sum(len(s) for s in self.spans if s.kind == "video")
@@ -94,26 +91,25 @@ def work_of(anatomy: Anatomy, inputs: Mapping[str, Any], spans: Sequence[Span]) 
     spans
         As `Family.spans` returns them.
     """
-    family, padded = anatomy.family, 0
-    pictures: list[Grid] = []
-    shape: tuple[int, ...] = ()
+    family = anatomy.family
     given = {key: kind for key, kind in family.inputs.items() if inputs.get(key) is not None}
-    for key, kind in sorted(given.items(), key=lambda item: item[1] == "video"):  # stills first
-        shape = tuple(inputs[key].shape)
-        if isinstance(family, MRopeFamily):
-            pictures += [(h, w) for t, h, w in inputs[f"{kind}_grid_thw"].tolist() for _ in range(t)]
-        elif isinstance(family, RasterFamily):
-            pictures += family.grids(anatomy.model, inputs)
-            padded = shape[1] if len(shape) == 3 else 0  # patches cut out already, as many for each picture
-        elif anatomy.tower is not None:
-            patch = anatomy.tower.patch
-            pictures += [(shape[-2] // patch[0], shape[-1] // patch[1])] * math.prod(shape[:-3])
+    keys = sorted(given, key=lambda key: given[key] == "video")  # stills first
     if anatomy.tower is None:
-        return Work((), tuple(spans), 0, measured(anatomy, inputs), (shape[-2], shape[-1]))
-    return Work(tuple(pictures), tuple(spans), padded)
+        height, width = inputs[keys[-1]].shape[-2:]
+        return Work((), tuple(spans), 0, encoder_flops(anatomy, inputs), (height, width))
+    pictures = [grid for key in keys for grid in family.patch_grids(anatomy.model, inputs, key)]
+    return Work(tuple(pictures), tuple(spans), family.padded_patches(inputs))
 
 
-def measured(anatomy: Anatomy, inputs: Mapping[str, Any]) -> int:
+def together(works: Sequence[Work]) -> Work:
+    """Return the work of several parts of a prompt, of models whose encoder is a stack of layers, or of one part."""
+    if len(works) == 1:
+        return works[0]
+    pictures = [grid for work in works for grid in work.pictures]
+    return Work(tuple(pictures), tuple(span for work in works for span in work.spans))
+
+
+def encoder_flops(anatomy: Anatomy, inputs: Mapping[str, Any]) -> int:
     """Run an encoder on the meta device, which computes nothing, and count its FLOPs.
 
     Raises
@@ -122,12 +118,12 @@ def measured(anatomy: Anatomy, inputs: Mapping[str, Any]) -> int:
         If it needs more than shapes and sizes to run.
     """
     model, family = anatomy.model, anatomy.family
-    encode = model.get_image_features if isinstance(family, Generic) else model.model.vision_tower
     side = {key: inputs[key].cpu() for key in family.side_inputs if inputs.get(key) is not None}
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            encode(inputs["pixel_values"].to("meta", model.dtype), **side)
+            family.run_encoder(model, inputs["pixel_values"].to("meta", model.dtype), **side)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        # On the meta device, whatever asks for a value fails, in a way of its own.
         raise UnsupportedModelError(
             f"the vision FLOPs of {type(model).__name__} are not known: its encoder does not run without data"
         ) from error

@@ -1,23 +1,37 @@
-"""How the transformers engine applies a method."""
+"""How an engine applies a method: its parts before and inside the LLM, the positions of what is kept, separators."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
+from foveate.core.checks import check_declarations_of
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer
-from foveate.core.reducer import Chain, Positions, Reducer, by_default, list_methods, load_reducer, split
+from foveate.core.in_llm import InLlmReducer, of_encoder, split
+from foveate.core.reducer import Method, Positions, Reducer
+from foveate.core.spans import Span
 from foveate.families import Family
+from foveate.methods.chain import Chain
+from foveate.registry import by_default, list_methods
 
 Separators: TypeAlias = Literal["drop", "keep", "nonempty"]
 
 
+def before_llm(reducer: Method) -> Reducer | Chain | None:
+    """Return what of a method acts before the LLM, as one method; `None` if nothing does."""
+    before, _ = split(reducer.stages())
+    return (before[0] if len(before) == 1 else Chain(*before)) if before else None
+
+
+def inside_llm(reducer: Method) -> tuple[InLlmReducer, ...]:
+    """Return the parts of a method that act inside the LLM."""
+    return split(reducer.stages())[1]
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How an engine applies selections.
+    """How an engine applies a method; `make` works it out and refuses what does not go together.
 
     Attributes
     ----------
@@ -35,53 +49,66 @@ class Settings:
         boundary at which some are dropped.
     """
 
-    reducer: Reducer
+    reducer: Method
     positions: Positions
-    separators: Separators = "drop"
-    inside_positions: Positions = "original"
+    separators: Separators
+    inside_positions: Positions
 
     @property
-    def before(self) -> Reducer | None:
-        """The part of the method that acts before the LLM."""
-        before, _ = split(self.reducer.stages())
-        return (before[0] if len(before) == 1 else Chain(*before)) if before else None
-
-    @property
-    def inside_alone(self) -> Reducer:
-        """The method without the parts that act before the LLM."""
-        return self.inside[0] if len(self.inside) == 1 else Chain(*self.inside)
+    def before(self) -> Reducer | Chain | None:
+        """What acts before the LLM."""
+        return before_llm(self.reducer)
 
     @property
     def inside(self) -> tuple[InLlmReducer, ...]:
-        """The parts that act inside the LLM."""
-        return tuple(r for r in self.reducer.stages() if isinstance(r, InLlmReducer))
+        """The parts of the method that act inside the LLM."""
+        return inside_llm(self.reducer)
+
+    @property
+    def judging(self) -> tuple[InLlmReducer, ...]:
+        """Those parts inside the LLM that also read the vision encoder, for `InLlmReducer.prior`."""
+        return tuple(r for r in self.inside if of_encoder(r))
+
+    def leaves_alone(self, spans: Sequence[Span]) -> bool:
+        """Return whether nothing is to be done before the LLM, of which the model itself can encode these spans."""
+        return not self.judging and (self.before is None or self.before.keeps_all(spans))
 
     @classmethod
     def make(
         cls,
-        method: str | Path | Reducer,
-        positions: Positions | None,
-        separators: Separators,
-        config: Mapping[str, Any],
+        reducer: Method,
+        positions: Positions | None = None,
+        separators: Separators = "drop",
         family: Family | None = None,
     ) -> Settings:
-        reducer = load_reducer(method, **config)
-        stages = reducer.stages()
-        if strange := [r for r in stages if r.stage == "projector"]:
+        """Work out how a method is applied, on a family or, before a model is there, on any.
+
+        Parameters
+        ----------
+        positions
+            By default those of the method's paper, or those that the family can only keep.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the engine, or the family, lacks what the method needs.
+        InputError
+            If positions or separators are none of these, or do not go with the method or the family.
+        """
+        if strange := [r for r in reducer.stages() if r.stage == "projector"]:
             raise UnsupportedModelError(f"{strange[0].name} acts at the stage 'projector', which this engine lacks")
-        before, inside = split(stages)
-        if family is not None and (lacking := family.lacks(reducer)):
-            others = [name for name in list_methods() if name != "chain" and not family.lacks(by_default(name))]
-            raise UnsupportedModelError(
-                f"{reducer.name} needs {lacking}, which the family {family.name!r} does not give; methods that run on "
-                f"it are: {', '.join(others)}"
-            )
+        check_declarations_of(reducer)
+        if family is not None:
+            _check_family(reducer, family)
         if positions not in (None, "original", "compact"):
             raise InputError(f"positions are 'original' or 'compact', not {positions!r}")
         if separators not in ("drop", "keep", "nonempty"):
             raise InputError(f"separators are 'drop', 'keep' or 'nonempty', not {separators!r}")
+        before, inside = split(reducer.stages())
+        # A smaller picture is a grid of its own: the rows that separators would close are not there.
         if any(r.stage == "pixels" for r in before) and separators != "drop":
             raise InputError(f"{reducer.name} encodes smaller pictures, which have no separators: use 'drop'")
+        # M-RoPE: an image with holes has no compact numbering along three axes.
         fixed = family is not None and family.keeps_positions
         if family is not None and fixed and positions == "compact":
             raise InputError(f"tokens of {family.name} have positions along several axes: use positions='original'")
@@ -90,5 +117,16 @@ class Settings:
                 f"{' and '.join(r.name for r in inside)} give positions differently: pass positions='original' or "
                 "'compact'"
             )
+        # The last method's paper counts: it leaves the tokens that the LLM is given.
         own = [part[-1].positions if part and not fixed else "original" for part in (before, inside)]
         return cls(reducer, positions or own[0], separators, positions or own[1])
+
+
+def _check_family(reducer: Method, family: Family) -> None:
+    if (lacking := family.lacks(reducer)) is None:
+        return
+    others = [name for name in list_methods() if name != "chain" and not family.lacks(by_default(name))]
+    raise UnsupportedModelError(
+        f"{reducer.name} needs {lacking}, which the family {family.name!r} does not give; methods that run on "
+        f"it are: {', '.join(others)}"
+    )

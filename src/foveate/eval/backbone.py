@@ -18,21 +18,23 @@ from torch import Tensor, nn
 from foveate import nano
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.probes import Embeddings, Features, Probe
-from foveate.core.reducer import Reducer, list_methods, load_reducer
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.engines.transformers.reduce import probes_of
+from foveate.core.reducer import Method, Reducer
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
+from foveate.engines.pipeline import probes_of
 from foveate.eval import dinov2
 from foveate.eval.scenes import DRAWS, SPLIT, draws
 from foveate.eval.statistics import holm, sign_flip
 from foveate.families.tower import encoder_layers, resized_crops, run_tower, token_planes, with_cls
+from foveate.measure.baselines import BASELINES
 from foveate.measure.pages import markdown_table
 from foveate.measure.provenance import versions
-from foveate.measure.run import BASELINES
 from foveate.nano.evaluate import clustered
 from foveate.nano.labels import GRID, KIND, TOKENS, patch_labels
 from foveate.nano.runner import Condition, with_own_seed
 from foveate.nano.scenes import generator, plan_scene, render
 from foveate.nano.vocabulary import KINDS
+from foveate.registry import list_methods, load_reducer
 
 Result = dict[str, Any]
 TRAIN: Final = 250
@@ -121,7 +123,7 @@ def recall(
     }  # fmt: skip
 
 
-def _reducers(methods: Sequence[str], budgets: Sequence[int]) -> tuple[dict[tuple[str, int], Reducer], dict[str, str]]:
+def _reducers(methods: Sequence[str], budgets: Sequence[int]) -> tuple[dict[tuple[str, int], Method], dict[str, str]]:
     found, left_out = {}, {}
     for name in dict.fromkeys([*ALWAYS, *(methods or list_methods())]):
         try:
@@ -134,7 +136,7 @@ def _reducers(methods: Sequence[str], budgets: Sequence[int]) -> tuple[dict[tupl
     return found, left_out
 
 
-def _usable(reducer: Reducer) -> Reducer:
+def _usable(reducer: Method) -> Method:
     if reducer.video_only:
         raise InputError(f"{reducer.name} leaves images alone")
     if reducer.query_aware:
@@ -146,7 +148,7 @@ def _usable(reducer: Reducer) -> Reducer:
 
 @torch.inference_mode(False)
 def _on_tower(
-    tower: Tower, reducers: dict[tuple[str, int], Reducer], images: int, seed: int, progress: Callable[[int], None]
+    tower: Tower, reducers: dict[tuple[str, int], Method], images: int, seed: int, progress: Callable[[int], None]
 ) -> Result:
     probe = _linear_probe(tower, seed, progress)
     runs = {(name, budget, draw): r for (name, budget), one in reducers.items() for draw, r in enumerate(draws(one))}
@@ -224,7 +226,7 @@ def _linear_probe(tower: Tower, seed: int, progress: Callable[[int], None]) -> C
 
 @torch.no_grad()
 def _named(
-    tower: Tower, image: Any, index: int, runs: dict[Any, Reducer], probe: Callable[[Tensor], Tensor]
+    tower: Tower, image: Any, index: int, runs: dict[Any, Method], probe: Callable[[Tensor], Tensor]
 ) -> dict[Any, set[int]]:
     """Return the kinds that the tokens kept by each run name; under `None` those that all tokens name."""
     span = Span("image", 0, 0, torch.arange(TOKENS), (1, GRID, GRID), (Crop(torch.arange(TOKENS), (GRID, GRID)),))
@@ -237,7 +239,7 @@ def _named(
     named = {None: _kinds(probe(wide))}
     for key, reducer in runs.items():
         own = with_own_seed(Condition("", reducer), index).reducer
-        assert own is not None
+        assert isinstance(own, Reducer)
         if own.stage == "pixels":
             grids = [grid for grid, _ in own.plan(span)]  # type: ignore[attr-defined]
             kept = resized_crops(tower.module, pixels, span.crops, grids, tower.patch, layers)[0]

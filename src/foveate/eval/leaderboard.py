@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from foveate import nano
 from foveate.core.errors import InputError
+from foveate.eval.published import UNPRUNED
 from foveate.eval.scenes import (
     BLIND,
     BUDGETS,
     DRAWS,
     SPLIT,
-    UNPRUNED,
     Answers,
     Counts,
     Entry,
@@ -29,9 +29,11 @@ from foveate.eval.scenes import (
     weights_digest,
 )
 from foveate.eval.statistics import FLIPS, RESAMPLES, holm, relative_average, sign_flip
+from foveate.measure.baselines import BASELINES
+from foveate.measure.job import Job, prepare
 from foveate.measure.pages import markdown_table
 from foveate.measure.provenance import versions
-from foveate.measure.run import BASELINES, Arm, Job, measure, prepare
+from foveate.measure.run import Outcome, run_methods
 from foveate.nano.evaluate import Tally, clustered
 from foveate.nano.questions import ASKED_KINDS, QUESTION_KINDS
 
@@ -166,20 +168,21 @@ def _costs(jobs: Sequence[Job], found: Sequence[Entry]) -> dict[tuple[str, int |
     """Count the FLOPs and the KV cache of a prompt under each entry, means over a few scenes."""
     listed = [entry for entry in found if entry.method != BLIND]
     reducers = [entry.reducers[0] if entry.reducers else None for entry in listed]
-    arms = [measure(job, reducers, repeats=0) for job in jobs]
-    whole = [job_arms[0] for job_arms in arms]
+    measured = [run_methods(job, reducers, repeats=0) for job in jobs]
+    whole = [outcomes[0] for outcomes in measured]
     return {
-        (entry.method, entry.budget): _cost([job_arms[i] for job_arms in arms], whole) for i, entry in enumerate(listed)
+        (entry.method, entry.budget): _cost([outcomes[i] for outcomes in measured], whole)
+        for i, entry in enumerate(listed)
     }
 
 
-def _cost(arms: Sequence[Arm], whole: Sequence[Arm]) -> dict[str, Any]:
-    def flops(of: Sequence[Arm]) -> dict[str, float]:
-        parts = [arm.cost.to_dict() for arm in of if arm.cost is not None]
+def _cost(outcomes: Sequence[Outcome], whole: Sequence[Outcome]) -> dict[str, Any]:
+    def flops(of: Sequence[Outcome]) -> dict[str, float]:
+        parts = [outcome.cost.to_dict() for outcome in of if outcome.cost is not None]
         return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
 
-    own, base = flops(arms), flops(whole)
-    kv, kv_base = (sum(arm.kv_bytes for arm in of) / len(of) for of in (arms, whole))
+    own, base = flops(outcomes), flops(whole)
+    kv, kv_base = (sum(outcome.kv_bytes for outcome in of) / len(of) for of in (outcomes, whole))
     return {
         "flops": {name: round(value) for name, value in own.items()},
         "of_unpruned": round(own["total"] / base["total"], 4),

@@ -6,7 +6,6 @@ The model class for lmms-eval is in `foveate.eval.lmms_model`; this module can b
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import sys
@@ -16,11 +15,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.tools import write_json
-from foveate.core.budget import parse_keep
 from foveate.core.errors import FoveateError, InputError, UnknownNameError
-from foveate.core.reducer import Reducer, load_reducer
-from foveate.measure.provenance import machine, versions
+from foveate.core.reducer import Method
+from foveate.eval.lmms_arguments import make_reducer
+from foveate.measure.files import write_text
 
 if TYPE_CHECKING:
     from foveate.core.reducer import Positions
@@ -37,30 +35,10 @@ def manifest() -> Any:
     return ModelManifest(model_id="foveate", chat_class_path=chat, simple_class_path=simple)
 
 
-def make_reducer(method: str | Path | Reducer | None, keep: Any = None, **config: Any) -> Reducer | None:
-    """Return the reducer that words of a command line describe, or `None` for the unpruned model.
-
-    Parameters
-    ----------
-    method
-        A reducer, the name of one, or a JSON file that `Reducer.save` wrote.
-    keep
-        The budget, also as text such as ``"64"``, ``"0.25"`` or ``"coverage:0.9"``.
-    """
-    if method is None:
-        given = {**({} if keep is None else {"keep": keep}), **config}
-        if given:
-            raise InputError(f"{', '.join(given)} has no meaning without a method, as nothing is reduced: name one")
-        return None
-    if keep is not None:
-        config["keep"] = parse_keep(str(keep)) if isinstance(keep, str | int | float) else keep
-    return load_reducer(method, **config)
-
-
 def run(
     model: str,
     tasks: Sequence[str],
-    method: str | Path | Reducer | None = None,
+    method: str | Path | Method | None = None,
     keep: Any = None,
     *,
     config: Mapping[str, Any] | None = None,
@@ -143,9 +121,10 @@ def run(
     listed = results.pop("samples")
     document = {**results, "foveate": {**about, **summary(listed), "seconds": round(seconds, 3)}}
     if out is not None:
-        write_json(out, document)
+        write_text(out, json.dumps(document, indent=2) + "\n")
     if samples is not None:
-        _write_samples(samples, listed)
+        lines = [json.dumps({"task": name, **row}) + "\n" for name, rows in listed.items() for row in rows]
+        write_text(samples, "".join(lines))
     return document
 
 
@@ -223,17 +202,3 @@ def summary(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
             "model_seconds": round(sum(c["seconds"] for row in ordered for c in row["token_counts"]), 3),
         }
     return {"tasks": tasks}
-
-
-def provenance() -> dict[str, Any]:
-    """Return the versions, the commit and the machine of a run."""
-    return {"versions": {**versions(), "lmms_eval": importlib.metadata.version("lmms_eval")}, "machine": machine()}
-
-
-def _write_samples(path: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    lines = [json.dumps({"task": name, **row}) + "\n" for name, rows in samples.items() for row in rows]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error

@@ -23,13 +23,13 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from foveate.core.errors import FoveateError, InputError
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.core.selection import SpanSelection
 from foveate.engines.transformers.attach import attach
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
 from foveate.eval.conversations import Conversation, batch_inputs, conversation, pad_on_the_left
-from foveate.eval.lmms import make_reducer, provenance
+from foveate.eval.lmms_arguments import make_reducer, provenance
 from foveate.families import family_of
 from foveate.measure.loading import load_model
 
@@ -89,7 +89,7 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str,
-        method: str | Path | Reducer | None = None,
+        method: str | Path | Method | None = None,
         keep: Any = None,
         batch_size: int | str = 1,
         device: str | None = None,

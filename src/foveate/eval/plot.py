@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from foveate.core.errors import InputError
-from foveate.measure.run import BASELINES
+from foveate.measure.baselines import BASELINES
 
 INK, GRAY, PALE, ACCENT = "#222222", "#777777", "#c9ced6", "#5e35b1"
 ALWAYS: Final = "vispruner"

@@ -21,12 +21,16 @@ from numpy.typing import NDArray
 from foveate import nano
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.in_llm import schedule
-from foveate.core.reducer import Chain, Reducer, get_method, list_methods, load_reducer
+from foveate.core.reducer import Method
 from foveate.engines.transformers.attach import attach
+from foveate.measure.baselines import BASELINES
+from foveate.measure.job import Job
 from foveate.measure.provenance import versions
-from foveate.measure.run import BASELINES, Job, measure
+from foveate.measure.run import run_methods
+from foveate.methods.chain import Chain
 from foveate.nano.evaluate import Asked, ask_all, count_kinds
 from foveate.nano.runner import Condition
+from foveate.registry import get_method, list_methods, load_reducer
 
 SPLIT: Final = "test"
 BUDGETS: Final = (64, 32, 16)
@@ -54,7 +58,7 @@ class Entry:
 
     method: str
     budget: int | None = None
-    reducers: tuple[Reducer, ...] = ()
+    reducers: tuple[Method, ...] = ()
 
     def conditions(self) -> list[Condition]:
         """Return what the model is run with, one condition per draw."""
@@ -103,7 +107,7 @@ def entries(
     model
         Decides which methods can run.
     methods
-        Names, or JSON files that `Reducer.save` wrote.
+        Names, or JSON files that `Method.save` wrote.
     budgets
         Visual tokens to keep, of files instead of their own budgets.
     total
@@ -152,7 +156,7 @@ def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
     return Entry(name, budget, draws(reducer))
 
 
-def _check(model: Any, reducer: Reducer) -> None:
+def _check(model: Any, reducer: Method) -> None:
     if reducer.video_only:
         raise InputError(f"{reducer.name} leaves images alone")
     if reducer.guided:
@@ -184,8 +188,8 @@ def as_they_are(job: Job, methods: Sequence[str]) -> dict[str, Entry]:
     for name in dict.fromkeys(filter(_is_file, methods)):
         reducer = load_reducer(name)
         _check(job.model, reducer)
-        (arm,) = measure(job, [reducer], repeats=0)
-        found[name] = Entry(name, round(arm.equivalent), draws(reducer))
+        (outcome,) = run_methods(job, [reducer], repeats=0)
+        found[name] = Entry(name, round(outcome.equivalent), draws(reducer))
     return found
 
 
@@ -193,14 +197,14 @@ def _is_file(name: str) -> bool:
     return name.endswith(".json")
 
 
-def draws(reducer: Reducer) -> tuple[Reducer, ...]:
+def draws(reducer: Method) -> tuple[Method, ...]:
     """Return a method as often as it is run: one that draws once for each of `DRAWS` seeds."""
     if "seed" not in {field.name for field in fields(reducer)}:
         return (reducer,)
     return tuple(load_reducer(reducer, seed=seed) for seed in range(DRAWS))
 
 
-def equal_tokens(name: str, budget: int, total: int, depth: int) -> Reducer:
+def equal_tokens(name: str, budget: int, total: int, depth: int) -> Method:
     """Return a method with its defaults and `budget` equivalent tokens, the mean over the layers of the LLM.
 
     A method before the LLM keeps just that many. One inside the LLM shows its first layers more, and so keeps fewer

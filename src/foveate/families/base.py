@@ -2,74 +2,50 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.encoder import EncoderReducer
-from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Attention, Embeddings, LayerProbe, Probe
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method, declared
 from foveate.core.selection import Merging, Selection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
+from foveate.families.facts import Facts
+from foveate.families.layout import WHOLE, Grid, Layout, crop_layout, frames_layout, tile_boxes
 
-Grid = tuple[int, int]
-
+Size = tuple[int, int]
+"""Width and height in pixels."""
+Process = Callable[[int], dict[str, Any]]
+"""Runs a model's image processor on so many blank pictures of one size."""
 
 _PROJECTORS = (
     "multi_modal_projector", "merger", "connector", "aligner", "projector", "vision_projection",
     "visual_embeddings_table",
 )  # fmt: skip
+"""What the classes of transformers call the module between the encoder and the LLM."""
 
 
-class Family(ABC):
+class Family(Facts, ABC):
     """One VLM architecture: where its spans, grids and probes are, and how kept tokens reach the LLM."""
-
-    name: ClassVar[str]
-    model_types: ClassVar[tuple[str, ...]]
-    """Values of ``config.model_type`` that belong to the family."""
-    inputs: ClassVar[Mapping[str, str]]
-    """Model inputs that hold pixels, and the kind of span (``"image"``, ``"video"``) that each gives."""
-    side_inputs: ClassVar[tuple[str, ...]] = ()
-    """Further inputs that only the encoder reads."""
-    notes: ClassVar[str] = ""
-    keeps_positions: ClassVar[bool] = False
-    """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
-    has_cls: ClassVar[bool] = False
-    """Whether the vision encoder has a ``[CLS]`` token."""
-    has_attention: ClassVar[bool] = True
-    """Whether the attention layers of the vision encoder can be read."""
-    has_grid: ClassVar[bool] = True
-    """Whether the rows and columns of tokens are known."""
-    resizes: ClassVar[bool] = False
-    """Whether smaller pictures can be encoded, as methods of the stage ``"pixels"`` ask for."""
-    reduces_inside: ClassVar[bool] = False
-    """Whether methods can act inside the vision encoder, see `encode_inside`."""
-
-    answer_type: ClassVar[int] = 0
-    """What the ``token_type_ids`` of an answer's tokens are, where the model has these."""
-
-    recurrent: ClassVar[bool] = False
-    """Whether some layers of the LLM are convolutions or recurrent ones."""
-
-    two_way: ClassVar[bool] = False
-    """Whether the tokens of an image see each other in the LLM in both directions."""
 
     def matches(self, config: Any) -> bool:
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types
 
-    def lacks(self, method: Reducer | type[Reducer]) -> str | None:
+    def lacks(self, method: Method | type[Method]) -> str | None:
         """Say what a method needs that the family does not give, or return `None` if the method runs on it.
 
         Methods that read the grid count as running where it is known for some images only.
         """
-        if isinstance(method, Reducer) and len(parts := method.stages()) > 1:
+        if isinstance(method, Method) and len(parts := method.stages()) > 1:
             return next((lacking for part in parts if (lacking := self.lacks(part))), None)
         if method.stage == "in_llm" and self.recurrent:
             return "attention in every layer of the LLM"
@@ -77,8 +53,8 @@ class Family(ABC):
             return None if self.resizes else "an encoder that takes smaller pictures"
         if method.stage == "encoder":
             return None if self.reduces_inside else "a CLIP-like vision encoder, to act inside it"
-        probes = method.probes() if isinstance(method, Reducer) else method.needs
-        if not self.has_attention and isinstance(method, Reducer) and method.coverages():
+        probes = declared(method, "needs")
+        if not self.has_attention and isinstance(method, Method) and method.coverages():
             return "the attention of the vision encoder, which its adaptive budget follows"
         for probe in probes:
             if isinstance(probe, LayerProbe) and not self.has_attention:
@@ -86,11 +62,6 @@ class Family(ABC):
             if isinstance(probe, Attention) and probe.of == "cls" and not self.has_cls:
                 return "a vision encoder with a [CLS] token"
         return None
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of spans that the family reduces."""
-        return tuple(dict.fromkeys(self.inputs.values()))
 
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -113,6 +84,7 @@ class Family(ABC):
         key = next(k for k, v in self.inputs.items() if v == kind and inputs.get(k) is not None)
         side = {k: inputs[k] for k in self.side_inputs_of(kind) if inputs.get(k) is not None}
         name = f"get_{kind}_features"
+        # Not every class hands the methods of the model inside it up.
         encode = getattr(model, name, None) or getattr(model.model, name)
         return encode(inputs[key], **side, return_dict=True)
 
@@ -236,91 +208,35 @@ class Family(ABC):
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         """Wrap embeddings per span as the ``mm_encoder_outputs`` of the model."""
 
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        """Lay out images that nobody has seen, for counting costs.
 
-def placeholder_columns(ids: Tensor, token_id: int, lengths: Sequence[int], kind: str) -> Iterator[tuple[int, Tensor]]:
-    """Hand out the placeholders of a batch to images of known lengths.
+        Parameters
+        ----------
+        size
+            Width and height in pixels.
+        process
+            Raises `InputError` if there is no processor, or one that refuses the size.
 
-    Parameters
-    ----------
-    ids
-        ``[B, L]`` on the CPU.
-    token_id
-        The placeholder's id.
-    lengths
-        Visual tokens per image, in the order in which the images appear.
+        Returns
+        -------
+        tuple
+            The layouts, and inputs whose shapes and sizes are those of such images.
+        """
+        inputs = process(images)
+        shape, (h, w) = inputs["pixel_values"].shape, self.patch_size(model)
+        grid = self.tokens_of(model, (shape[-2] // h, shape[-1] // w))
+        tiles = math.prod(shape[:-3]) // images
+        boxes = tile_boxes(tiles, "last", None)
+        return [crop_layout(grid, i * tiles, boxes) for i in range(images)], inputs
 
-    Yields
-    ------
-    tuple
-        The row, and the columns ``[N]``, of each image.
-
-    Raises
-    ------
-    InputError
-        If the placeholders of a row are not those of a whole number of images.
-    """
-    i = 0
-    for row, found in enumerate(ids == token_id):
-        columns, start = found.nonzero().flatten(), 0
-        while start < len(columns):
-            if i == len(lengths) or start + lengths[i] > len(columns):
-                raise _mismatch(int((ids == token_id).sum()), lengths, kind)
-            yield row, columns[start : start + lengths[i]]
-            start, i = start + lengths[i], i + 1
-    if i < len(lengths):
-        raise _mismatch(int((ids == token_id).sum()), lengths, kind)
-
-
-def _mismatch(placeholders: int, lengths: Sequence[int], kind: str) -> InputError:
-    return InputError(
-        f"the prompts hold {placeholders} {kind} placeholder tokens, but the {len(lengths)} {kind}(s) passed make "
-        f"{sum(lengths)}: put one {kind} token per {kind} in the text and let the model's processor expand it"
-    )
-
-
-def one_row_per_token(embeds: Sequence[Tensor]) -> Tensor:
-    """Join embeddings ``[K, D]`` of images that keep different numbers of tokens to the one tensor that a model takes.
-
-    Returns
-    -------
-    Tensor
-        ``[sum of K, 1, D]``: as if each token were an image, so that beam search can repeat those of each prompt.
-    """
-    return torch.cat(list(embeds))[:, None]
-
-
-def joined_outputs(spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
-    """Wrap embeddings ``[K, D]`` per span as ``mm_encoder_outputs`` of a model that takes one tensor per kind."""
-    outputs = {}
-    for kind in dict.fromkeys(span.kind for span in spans):
-        rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
-        outputs[kind] = BaseModelOutputWithPooling(pooler_output=one_row_per_token(rows))
-    return outputs
-
-
-def in_reading_order(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Sort spans of several kinds, prompt by prompt and left to right, and number those of each prompt."""
-    ordered: list[Span] = []
-    for span in sorted(spans, key=lambda s: (s.sample, int(s.columns[0]))):
-        ordered.append(replace(span, ordinal=sum(s.sample == span.sample for s in ordered)))
-    return tuple(ordered)
-
-
-def interleaved(spans: Sequence[Span], kinds: Mapping[str, VisualTokens]) -> VisualTokens:
-    """Put the tokens of several kinds of spans together, each kind in the order in which its spans appear."""
-    parts = list(kinds.values())
-    if len(parts) == 1:
-        return parts[0]
-    hidden = {kind: iter(tokens.hidden) for kind, tokens in kinds.items()}
-    embedded = {kind: iter(tokens.embedded or ()) for kind, tokens in kinds.items()}
-    planes: dict[Probe, list[Tensor]] = {}
-    for probe in parts[0].planes:
-        values = {kind: iter(tokens.planes[probe]) for kind, tokens in kinds.items()}
-        planes[probe] = [next(values[span.kind]) for span in spans for _ in span.crops]
-    return replace(
-        parts[0],
-        spans=tuple(spans),
-        planes=planes,
-        hidden=[next(hidden[span.kind]) for span in spans],
-        embedded=None if parts[0].embedded is None else [next(embedded[span.kind]) for span in spans],
-    )
+    def imagined_video(self, model: Any, frames: int, process: Process) -> tuple[list[Layout], dict[str, Any]]:
+        """Lay out a video of so many frames, as `imagined_images` does images; the frames may be images."""
+        grid = self.picture_grid(model)
+        assert grid is not None
+        tokens = self.tokens_of(model, grid)
+        if self.frames_are_images:
+            return [crop_layout(tokens, 0, [WHOLE])] * frames, {"pixel_values": self.blank_pictures(model, frames)}
+        return [frames_layout(tokens, frames)], {"pixel_values_videos": self.blank_pictures(model, 1, frames)}

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import Grid, joined_outputs
-from foveate.families.merged import Layout, MergedFamily
+from foveate.core.spans import Crop, Span
+from foveate.families.base import Process, Size
+from foveate.families.batches import joined_outputs
+from foveate.families.layout import WHOLE, Grid, Layout, crop_layout
+from foveate.families.merged import MergedFamily
 
 
 class FastVlm(MergedFamily):
@@ -24,11 +26,17 @@ class FastVlm(MergedFamily):
     resizes = True
     notes = "one grid per image; no attention to read: methods that need it are refused"
 
-    def encoder(self, model: Any) -> nn.Module | None:
-        return None
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = process(images)
+        features = self.run_encoder(model, inputs["pixel_values"].to("meta", model.dtype)).last_hidden_state
+        grid = (features.shape[-2], features.shape[-1])
+        return [crop_layout(grid, i, [WHOLE]) for i in range(images)], inputs
 
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         images, _, height, width = inputs["pixel_values"].shape
+        # By how much the encoder scales a picture down is not in timm's configuration; the prompt tells.
         placeholders = int((inputs["input_ids"] == self.token_id(model, kind)).sum())
         size = placeholders // images
         rows = max(1, round((size * height / width) ** 0.5))

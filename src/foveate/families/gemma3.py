@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.core.tokens import Span
-from foveate.families.base import Grid, joined_outputs
+from foveate.core.spans import Span
+from foveate.families.base import Process, Size
+from foveate.families.batches import joined_outputs
+from foveate.families.layout import Grid, Layout
 from foveate.families.merged import mean_of_blocks
 from foveate.families.raster import RasterFamily
 from foveate.families.tower import resized
@@ -29,6 +31,15 @@ class Gemma3(RasterFamily):
 
     def grids(self, model: Any, inputs: Mapping[str, Any]) -> list[Grid]:
         return [(_side(model),) * 2] * len(inputs["pixel_values"])
+
+    def picture_grid(self, model: Any) -> Grid:
+        return (_side(model),) * 2
+
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = {"pixel_values": self.blank_pictures(model, images)}
+        return self.layouts(model, inputs, "image"), inputs
 
     def block(self, model: Any) -> int:
         return _side(model) // int(model.config.mm_tokens_per_image**0.5)

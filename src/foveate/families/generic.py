@@ -14,8 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Embeddings, Features, Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.families.base import Family, Grid, one_row_per_token, placeholder_columns
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
+from foveate.families.base import Family
+from foveate.families.batches import one_row_per_token, placeholder_columns
+from foveate.families.layout import Grid
 
 _PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")
 
@@ -49,6 +52,7 @@ class Generic(Family):
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
     has_attention = False
     has_grid = False
+    opaque = True
     notes = "any other model that takes mm_encoder_outputs; no probes of the encoder; the grid if it is a square"
 
     @property
@@ -71,6 +75,7 @@ class Generic(Family):
             raise UnsupportedModelError(
                 f"{type(model).__name__} needs a family of its own: its images have {', '.join(further)} beside tokens"
             )
+        # Classes return one tensor of all images, stacked or joined, or a list with one tensor per image.
         rows, ids, token = output.pooler_output, inputs["input_ids"].cpu(), model.config.image_token_id
         dims = rows.dim() if isinstance(rows, Tensor) else 0
         parts = list(torch.split(rows, _runs(ids == token))) if dims == 2 and len(rows) else list(rows)
@@ -100,6 +105,9 @@ class Generic(Family):
     ) -> list[list[Tensor]]:
         raise UnsupportedModelError(f"{type(model).__name__} has no family that can encode smaller pictures")
 
+    def run_encoder(self, model: Any, pixels: Tensor, **side: Any) -> Any:
+        return model.get_image_features(pixels, **side)
+
     def project(self, model: Any, features: Tensor) -> Tensor:
         return features
 
@@ -123,6 +131,7 @@ def missing(model_class: type) -> str | None:
 
 def missing_parts(model: Any) -> str | None:
     """Say what a model lacks for the generic family beside what its class does."""
+    # Positions along three axes are worked out from the full prompt, as families that know them do.
     if hasattr(getattr(model, "model", model), "get_rope_index"):
         return "positions along one axis"
     return None if getattr(model.config, "image_token_id", None) is not None else "image_token_id in its configuration"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.families.base import Grid
+from foveate.families.layout import Grid
 from foveate.families.tiled import TiledFamily
 
 

@@ -16,6 +16,7 @@ class InternVL(TiledFamily):
     name = "internvl"
     model_types = ("internvl",)
     has_cls = True
+    frames_are_images = True
     notes = "tiles, overview and frames are crops; pruned behind pixel shuffle and projector"
 
     def lead(self, model: Any) -> int:
@@ -31,6 +32,7 @@ class InternVL(TiledFamily):
         return vision_layer(model)
 
     def patches(self, model: Any, pixels: Tensor) -> Tensor:
+        # As the model does: -1 stands for the normed output, any other number for a hidden state.
         layer = model.config.vision_feature_layer
         output = model.model.vision_tower(pixels, output_hidden_states=layer != -1)
         features = output.last_hidden_state if layer == -1 else output.hidden_states[layer]

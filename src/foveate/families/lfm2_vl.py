@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.families.base import Grid
+from foveate.families.layout import Grid
 from foveate.families.raster import RasterFamily
 from foveate.families.tower import resized
 
@@ -31,6 +31,9 @@ class Lfm2Vl(RasterFamily):
 
     def block(self, model: Any) -> int:
         return int(model.config.downsample_factor)
+
+    def padded_patches(self, inputs: Mapping[str, Any]) -> int:
+        return int(inputs["pixel_values"].shape[1])  # patches cut out already, as many for each picture
 
     def encode_smaller(self, model: Any, inputs: Mapping[str, Any], picture: int, grid: Grid) -> Tensor:
         patch, block = model.config.vision_config.patch_size, self.block(model)

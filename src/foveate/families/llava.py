@@ -12,10 +12,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.families.base import Family, Grid, placeholder_columns
-from foveate.families.inside import run_tower_inside
-from foveate.families.tower import resized_crops, run_tower, token_planes, with_cls
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
+from foveate.families.base import Family, Process, Size
+from foveate.families.batches import placeholder_columns
+from foveate.families.layout import Grid, Layout, frames_layout
+from foveate.families.thinning import run_tower_inside
+from foveate.families.tower import feature_indices, resized_crops, run_tower, token_planes, with_cls
 
 
 class Llava(Family):
@@ -32,6 +35,7 @@ class Llava(Family):
     resizes = True
     notes = "one grid per image; pruned between the vision tower and the projector"
     reduces_inside = True
+    projects_kept = True
 
     def matches(self, config: Any) -> bool:
         return super().matches(config) and config.vision_config.model_type != "pixtral"
@@ -55,13 +59,32 @@ class Llava(Family):
             )
         return cls and full
 
-    def layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
+    def feature_layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
         """Return the indices of the hidden states that the projector reads."""
         return feature_layers(model, inputs)
 
     def final(self, model: Any) -> nn.Module | None:
-        """Return the norm behind the tower's last layer, if the projector reads its output."""
+        """Return the norm behind the tower's last layer, if the projector reads what is behind it."""
         return None
+
+    def encoder(self, model: Any) -> nn.Module:
+        return model.model.vision_tower  # type: ignore[no-any-return]
+
+    def lead(self, model: Any) -> int:
+        return int(self.cls(model))
+
+    def read_layer(self, model: Any) -> int:
+        return max(feature_indices(self.layers(model), self.feature_layers(model, {})))
+
+    def features_read(self, model: Any) -> int:
+        return len(self.feature_layers(model, {}))
+
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = {"pixel_values": self.blank_pictures(model, images)}
+        grid, lead = patch_grid(model, inputs["pixel_values"]), int(self.projects_cls(model, {}))
+        return [frames_layout(grid, 1, lead)] * images, inputs
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         pixels, ids = inputs["pixel_values"], inputs["input_ids"].cpu()
@@ -79,14 +102,14 @@ class Llava(Family):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
-        pixels, layers = self.pixels(model, inputs), self.layers(model, inputs)
+        pixels, layers = self.pixels(model, inputs), self.feature_layers(model, inputs)
         seen = run_tower(model.model.vision_tower, pixels, layers, self.cls(model), probes, final=self.final(model))
         return self.tokens(model, inputs, spans, probes, *seen)
 
     def encode_inside(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: EncoderReducer
     ) -> VisualTokens:
-        pixels, layers, lead = self.pixels(model, inputs), self.layers(model, inputs), int(self.cls(model))
+        pixels, layers, lead = self.pixels(model, inputs), self.feature_layers(model, inputs), int(self.cls(model))
         grid = patch_grid(model, pixels)
         features, values = run_tower_inside(model.model.vision_tower, pixels, layers, lead, grid, spans, reducer)
         if (final := self.final(model)) is not None:
@@ -120,7 +143,7 @@ class Llava(Family):
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], grids: Sequence[Sequence[Grid]]
     ) -> list[list[Tensor]]:
         patch = model.config.vision_config.patch_size
-        layers, cls, final = self.layers(model, inputs), self.cls(model), self.final(model)
+        layers, cls, final = self.feature_layers(model, inputs), self.cls(model), self.final(model)
         pixels = self.pixels(model, inputs)
         return [
             resized_crops(model.model.vision_tower, pixels, span.crops, sizes, patch, layers, cls, final)

@@ -10,11 +10,15 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.probes import Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.families.base import Grid, in_reading_order, interleaved, placeholder_columns
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
+from foveate.families.base import Process
+from foveate.families.batches import in_reading_order, interleaved, placeholder_columns
+from foveate.families.layout import Grid, Layout, frames_layout
 from foveate.families.llava import feature_layers
 from foveate.families.llava_next import LlavaNext
 from foveate.families.merged import mean_of_blocks
+from foveate.families.mosaic import side_of
 from foveate.families.tower import resized_crops, run_tower, token_planes, with_cls
 
 
@@ -34,7 +38,7 @@ class LlavaNextVideo(LlavaNext):
         spans = [] if inputs.get("pixel_values") is None else list(super().spans(model, inputs))
         if inputs.get("pixel_values_videos") is not None:
             videos, frames = inputs["pixel_values_videos"].shape[:2]
-            side = _side(model) // model.config.spatial_pool_stride
+            side = side_of(model) // model.config.spatial_pool_stride
             size, ids = side * side, inputs["input_ids"].cpu()
             lengths = [frames * size] * videos
             placed = placeholder_columns(ids, model.config.video_token_id, lengths, "video")
@@ -45,6 +49,13 @@ class LlavaNextVideo(LlavaNext):
                 )
                 spans.append(Span("video", sample, 0, columns, (frames, side, side), crops))
         return in_reading_order(spans)
+
+    def pooled_side(self, model: Any, kind: str) -> int:
+        return int(model.config.spatial_pool_stride) if kind == "video" else 1
+
+    def imagined_video(self, model: Any, frames: int, process: Process) -> tuple[list[Layout], dict[str, Any]]:
+        side = side_of(model) // self.pooled_side(model, "video")
+        return [frames_layout((side, side), frames)], {"pixel_values_videos": self.blank_pictures(model, 1, frames)}
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
@@ -61,7 +72,7 @@ class LlavaNextVideo(LlavaNext):
     ) -> VisualTokens:
         frames = inputs["pixel_values_videos"].flatten(0, 1)
         features, values = run_tower(model.model.vision_tower, frames, feature_layers(model, inputs), True, probes)
-        side, stride = _side(model), model.config.spatial_pool_stride
+        side, stride = side_of(model), model.config.spatial_pool_stride
         pooled = _pool(model, features[:, 1:], (side, side))
         values = {probe: _mean(x, side, stride) for probe, x in values.items()}
         planes = token_planes([c for s in spans for c in s.crops], spans[0].grid[1:], pooled, values)
@@ -94,11 +105,6 @@ class LlavaNextVideo(LlavaNext):
             rows = [x for x, span in zip(embeds, spans, strict=True) if span.kind == kind]
             outputs[kind] = BaseModelOutputWithPooling(pooler_output=rows)
         return outputs
-
-
-def _side(model: Any) -> int:
-    vision = model.config.vision_config
-    return int(vision.image_size // vision.patch_size)
 
 
 def _pool(model: Any, features: Tensor, grid: Grid) -> Tensor:

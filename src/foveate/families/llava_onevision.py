@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,25 +12,16 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import Grid, joined_outputs
+from foveate.core.spans import Crop, Span
+from foveate.families.base import Process, Size
+from foveate.families.batches import joined_outputs
+from foveate.families.layout import Grid, Layout
 from foveate.families.llava import feature_layers
-from foveate.families.llava_next import mosaic, tiles_of, unpadded, without_fillers
-from foveate.families.merged import Layout, MergedFamily
+from foveate.families.merged import MergedFamily
+from foveate.families.mosaic import side_of, tiles_of, without_fillers
+from foveate.families.scaled_mosaic import Picture, pictures_of
 from foveate.families.tiled import vision_layer
 from foveate.families.tower import resized_crops
-
-
-@dataclass(frozen=True, eq=False)
-class _Picture:
-    """Rows and columns of tiles, of the patches that show the picture, of their tokens; `plain` are unscaled crops."""
-
-    tiles: Grid
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    shape: Grid
-    plain: tuple[Crop, ...]
-    layout: Layout
 
 
 class LlavaOnevision(MergedFamily):
@@ -55,13 +46,32 @@ class LlavaOnevision(MergedFamily):
     def read_layer(self, model: Any) -> int:
         return vision_layer(model)
 
+    def pooled_side(self, model: Any, kind: str) -> int:
+        return 2 if kind == "video" else 1
+
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        width, height = size
+        tiles = tiles_of(model, (height, width)) if images == 1 else (0, 0)  # several images are not tiled
+        inputs = {
+            "pixel_values": self.blank_pictures(model, images, 1 + math.prod(tiles)),
+            "image_sizes": torch.tensor([[height, width]] * images),
+            "batch_num_images": torch.tensor([images]),
+        }
+        return self.layouts(model, inputs, "image"), inputs
+
+    def imagined_video(self, model: Any, frames: int, process: Process) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = {"pixel_values_videos": self.blank_pictures(model, 1, frames)}
+        return self.layouts(model, inputs, "video"), inputs
+
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         if model.config.vision_feature_select_strategy != "full":
             raise UnsupportedModelError("LLaVA-OneVision is supported with vision_feature_select_strategy='full'")
         if kind == "image":
-            return [picture.layout for picture in _pictures(model, inputs)]
+            return [picture.layout for picture in pictures_of(model, inputs)]
         videos, frames = inputs["pixel_values_videos"].shape[:2]
-        side = math.ceil(_side(model) / 2)
+        side = math.ceil(side_of(model) / 2)
         size = side * side
         starts = [f * size for f in range(frames + 1)]
         crops = [Crop(torch.arange(start, start + size), (side, side)) for start in starts[:-1]]
@@ -76,13 +86,13 @@ class LlavaOnevision(MergedFamily):
         ]
 
     def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
-        side = _side(model)
+        side = side_of(model)
         maps = values.float().reshape(len(values), side, side, -1).movedim(-1, 1)  # [R, channels, side, side]
         if kind == "video":
             half = math.ceil(side / 2)
             tokens = _scaled(maps, (half, half)).flatten(2).transpose(1, 2).flatten(0, 1)
         else:
-            tokens = torch.cat(list(_image_tokens(_pictures(model, inputs), maps)))
+            tokens = torch.cat(list(_image_tokens(pictures_of(model, inputs), maps)))
         return tokens.reshape(len(tokens), *values.shape[2:])
 
     def encode_at(
@@ -91,7 +101,7 @@ class LlavaOnevision(MergedFamily):
         pixels: dict[str, Tensor] = {}
         plain: dict[int, Crop] = {}
         if inputs.get("pixel_values") is not None:
-            pictures = _pictures(model, inputs)
+            pictures = pictures_of(model, inputs)
             given = inputs["pixel_values"]
             pixels["image"] = given if given.dim() == 4 else without_fillers(given, [p.tiles for p in pictures])
             plain = {crop.encoder_row: crop for picture in pictures for crop in picture.plain}
@@ -115,11 +125,6 @@ class LlavaOnevision(MergedFamily):
         return {**outputs, **({"image": BaseModelOutputWithPooling(pooler_output=images)} if images else {})}
 
 
-def _side(model: Any) -> int:
-    vision = model.config.vision_config
-    return int(vision.image_size // vision.patch_size)
-
-
 def _scaled(maps: Tensor, shape: Grid) -> Tensor:
     """Scale maps ``[R, channels, h, w]`` as the models scale features."""
     if maps.shape[-2:] == shape:
@@ -133,7 +138,7 @@ def _halved(tokens: Tensor, grid: Grid) -> Tensor:
     return _scaled(maps, grid)[0].flatten(1).T
 
 
-def _image_tokens(pictures: Sequence[_Picture], maps: Tensor) -> Iterator[Tensor]:
+def _image_tokens(pictures: Sequence[Picture], maps: Tensor) -> Iterator[Tensor]:
     """Yield the values ``[n, channels]`` of the tokens of each crop, from those of patches of all tiles."""
     row = 0
     for picture in pictures:
@@ -151,49 +156,3 @@ def _image_tokens(pictures: Sequence[_Picture], maps: Tensor) -> Iterator[Tensor
             place = crop.index.to(tokens.device) - start
             yield tokens[place // stride * picture.shape[1] + place % stride]
         row += height * width
-
-
-def _pictures(model: Any, inputs: Mapping[str, Any]) -> list[_Picture]:
-    counts = inputs.get("batch_num_images")
-    sizes = inputs["image_sizes"].tolist()
-    # Several images in a prompt are not tiled, where the processor says how many there are.
-    tiled = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
-    side, row, pictures = _side(model), 0, []
-    limit = int(model.config.vision_aspect_ratio.rpartition("_")[2])
-    for size, cut in zip(sizes, tiled, strict=True):
-        tiles = tiles_of(model, size) if cut else (0, 0)
-        pictures.append(_picture(side, tiles, size, row, limit))
-        row += 1 + tiles[0] * tiles[1]
-    return pictures
-
-
-def _picture(side: int, tiles: Grid, size: Sequence[int], first_row: int, limit: int) -> _Picture:
-    length, crops, extents = mosaic(side, tiles, size, first_row)
-    if not tiles[0] * tiles[1]:
-        return _Picture((0, 0), (0, 0), (0, 0), (0, 0), crops, Layout(length, (1, side, side), crops, extents))
-    rows, columns = unpadded(size, tiles[0] * side, tiles[1] * side)
-    height, width = rows[1] - rows[0], columns[1] - columns[0]
-    ratio = math.sqrt(height * width / (limit * side**2))
-    if ratio <= 1.1:
-        layout = Layout(length, (len(crops), side, side), crops, extents)
-        return _Picture(tiles, rows, columns, (height, width), crops, layout)
-    shape = (int(height // ratio), int(width // ratio))
-    position = side * side + torch.arange(shape[0])[:, None] * (shape[1] + 1) + torch.arange(shape[1])
-    scaled = [crops[0]]
-    for crop in crops[1:]:
-        assert crop.box is not None
-        left, top, right, bottom = crop.box
-        (c0, c1), (r0, r1) = _inside(left, right, shape[1]), _inside(top, bottom, shape[0])
-        if r0 < r1 and c0 < c1:
-            box = (c0 / shape[1], r0 / shape[0], c1 / shape[1], r1 / shape[0])
-            index = position[r0:r1, c0:c1].flatten()
-            scaled.append(replace(crop, index=index, grid=(r1 - r0, c1 - c0), box=box, offset=(0, 0)))
-    starts = [side * side + r * (shape[1] + 1) for r in range(shape[0] + 1)]
-    extents = tuple((start, start + shape[1]) for start in starts[:-1])
-    layout = Layout(starts[-1], (len(scaled), side, side), tuple(scaled), extents)
-    return _Picture(tiles, rows, columns, shape, crops, layout)
-
-
-def _inside(start: float, stop: float, count: int) -> Grid:
-    """Return the first and the last + 1 of so many equal parts of 1 whose middle lies between two shares."""
-    return math.ceil(start * count - 0.5), math.ceil(stop * count - 0.5)

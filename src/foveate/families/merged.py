@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,32 +11,13 @@ from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.probes import Embeddings, Features, LayerProbe, Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.families.base import Family, Grid, placeholder_columns
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
+from foveate.families.base import Family
+from foveate.families.batches import placeholder_columns
+from foveate.families.layout import Grid, Layout
 from foveate.families.taps import tap
-from foveate.families.tower import attention_of, encoder_layers
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """One image or video of the inputs, before it is known in which prompt it stands.
-
-    Attributes
-    ----------
-    length
-        Its number of visual tokens.
-    grid
-        Frames or crops, rows, columns.
-    crops
-        What methods select from; `Crop.encoder_row` counts what the encoder sees of all images of the kind.
-    extents
-        See `Span.extents`.
-    """
-
-    length: int
-    grid: tuple[int, int, int]
-    crops: tuple[Crop, ...]
-    extents: tuple[tuple[int, int], ...] = ()
+from foveate.families.tower import attention_of
 
 
 class MergedFamily(Family):
@@ -50,10 +30,6 @@ class MergedFamily(Family):
     @abstractmethod
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         """List the images (or videos) of the inputs in the order of their placeholders."""
-
-    @abstractmethod
-    def encoder(self, model: Any) -> nn.Module | None:
-        """Return the vision encoder whose attention probes read, or `None` if it has no attention."""
 
     @abstractmethod
     def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
@@ -74,14 +50,6 @@ class MergedFamily(Family):
         """Return the patches of each picture, if the encoder packs pictures under a mask or pads them; else `None`."""
         return None
 
-    def patches_per_row(self, model: Any) -> int:
-        """Return how many patches are merged before the projector, to one row of it."""
-        return 1
-
-    def lead(self, model: Any) -> int:
-        """Return how many tokens stand before the patches of a picture in the encoder, such as ``[CLS]``."""
-        return 0
-
     def token_id(self, model: Any, kind: str) -> int:
         """Return the id of the placeholder of a kind of span."""
         return int(getattr(model.config, f"{kind}_token_id"))
@@ -89,24 +57,6 @@ class MergedFamily(Family):
     def placeholders(self, model: Any, ids: Tensor, kind: str) -> Tensor:
         """Mark the placeholders of a kind of span among the ids ``[B, L]``."""
         return ids == self.token_id(model, kind)
-
-    def read_layer(self, model: Any) -> int:
-        """Return the index of the encoder layer whose output the projector reads."""
-        return len(self.layers(model)) - 1
-
-    def whole_layers(self, model: Any) -> Sequence[int] | None:
-        """Return which encoder layers attend to whole pictures, where others attend within windows; else `None`."""
-        return None
-
-    def layers(self, model: Any) -> nn.ModuleList:
-        """Return the layers of the vision encoder."""
-        encoder = self.encoder(model)
-        if encoder is None:
-            raise UnsupportedModelError(
-                f"the vision encoder of {self.name} has no attention to read: use a method that needs only token "
-                "features, such as 'divprune', 'uniform' or 'random'"
-            )
-        return encoder_layers(encoder)
 
     def rows(self, model: Any, output: Any, layouts: Sequence[Layout]) -> list[Tensor]:
         """Return what the LLM gets of each image, from the output of `image_features`.
@@ -127,6 +77,7 @@ class MergedFamily(Family):
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         found: list[tuple[int, int, str, Tensor, Layout]] = []
         ids = inputs["input_ids"].cpu()
+        # `read_layer` and `layouts` look into the configuration; an option of one call would not reach them.
         for option in ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio"):
             if inputs.get(option) is not None:
                 raise InputError(f"{self.name} takes {option} from the model's configuration, not from the inputs")
@@ -179,7 +130,7 @@ class MergedFamily(Family):
                 planes[Features()].append(embeddings.index_select(0, crop.index.to(tokens.device)))
                 for probe, x in parts[span.kind].items():
                     planes.setdefault(probe, []).append(next(x))
-        if Embeddings() in probes:
+        if Embeddings() in probes:  # what comes out of the projector is both
             planes[Embeddings()] = planes[Features()]
         return VisualTokens(tuple(spans), planes, own[0].device, own)
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import Grid
-from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
+from foveate.core.spans import Crop, Span
+from foveate.families.base import Process, Size
+from foveate.families.layout import Grid, Layout
+from foveate.families.merged import MergedFamily, mean_of_blocks
 
 TYPES = {"image": 1, "video": 2}
 """What ``mm_token_type_ids`` says of the placeholders of each kind; text is 0."""
@@ -37,6 +38,27 @@ class MRopeFamily(MergedFamily):
 
     def patches_per_row(self, model: Any) -> int:
         return _merge(model) ** 2
+
+    def picture_grid(self, model: Any) -> None:
+        return None
+
+    def patch_grids(self, model: Any, inputs: Mapping[str, Any], key: str) -> list[Grid]:
+        return [(h, w) for t, h, w in inputs[f"{self.inputs[key]}_grid_thw"].tolist() for _ in range(t)]
+
+    def steps(self, model: Any, frames: int) -> int:
+        return -(-frames // int(model.config.vision_config.temporal_patch_size))
+
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = process(images)
+        return self.layouts(model, inputs, "image"), inputs
+
+    def imagined_video(self, model: Any, frames: int, process: Process) -> tuple[list[Layout], dict[str, Any]]:
+        _, height, width = process(1)["image_grid_thw"][0].tolist()  # a frame is scaled as an image would be
+        grids = torch.tensor([[self.steps(model, frames), height, width]])
+        inputs = {"pixel_values_videos": torch.empty(0), "video_grid_thw": grids}
+        return self.layouts(model, inputs, "video"), inputs
 
     def side_inputs_of(self, kind: str) -> tuple[str, ...]:
         return (f"{kind}_grid_thw",)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import one_row_per_token
-from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
+from foveate.core.spans import Crop, Span
+from foveate.families.batches import one_row_per_token
+from foveate.families.layout import Layout
+from foveate.families.merged import MergedFamily, mean_of_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,7 @@ class Ovis2(MergedFamily):
         return tuple(MarkedSpan(**vars(span), markers=markers) for span in super().spans(model, inputs))
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
+        # Imported where it is needed: it brings the whole model along.
         from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures as Output
 
         (markers,) = {span.markers for span in spans if isinstance(span, MarkedSpan)}

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate.core.tokens import Span
-from foveate.families.base import joined_outputs
+from foveate.core.spans import Span
+from foveate.families.batches import joined_outputs
 from foveate.families.llava import Llava
 
 
@@ -29,7 +29,8 @@ class PaliGemma(Llava):
     def projects_cls(self, model: Any, inputs: Mapping[str, Any]) -> bool:
         return False
 
-    def layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
+    # The projector reads the tower's last_hidden_state: the last layer, normed.
+    def feature_layers(self, model: Any, inputs: Mapping[str, Any]) -> list[int]:
         return [-1]
 
     def final(self, model: Any) -> nn.Module | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import BudgetError, InputError, UnsupportedModelError
-from foveate.core.tokens import Span
-from foveate.families.base import Grid
+from foveate.core.spans import Span
+from foveate.families.layout import Grid
 from foveate.families.llava import feature_layers, strategy
 from foveate.families.raster import RasterFamily
 from foveate.families.tower import resized
@@ -25,6 +25,7 @@ class Mistral3(RasterFamily):
     name = "mistral3"
     model_types = ("mistral3",)
     side_inputs: ClassVar[tuple[str, ...]] = ("image_sizes", "vision_feature_layer")
+    packs_pictures = True
     squeezes: ClassVar[bool] = True
     """Whether `get_image_features` takes the dimension of a lone token for one of size 1 to squeeze away."""
     notes = "pictures of any size, tokens of 2 x 2 patches; [IMG_BREAK] and [IMG_END] are text and stay"

@@ -22,10 +22,14 @@ class Qwen2_5Vl(MRopeFamily):  # noqa: N801  the model's own name
     def whole_layers(self, model: Any) -> Sequence[int]:
         return sorted(model.config.vision_config.fullatt_block_indexes)
 
+    def window(self, model: Any) -> int:
+        vision = model.config.vision_config
+        return int(vision.window_size // vision.patch_size)
+
     def to_tokens(self, model: Any, inputs: Mapping[str, Any], kind: str, values: Tensor) -> Tensor:
         tokens = super().to_tokens(model, inputs, kind, values)
         vision = model.config.vision_config
-        window = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        window = vision.window_size // vision.spatial_merge_size // vision.patch_size  # in tokens
         grids = [c.grid for layout in self.layouts(model, inputs, kind) for c in layout.crops if c.grid is not None]
         order, start = [], 0
         for grid in grids:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from foveate.families.merged import Layout
+from foveate.families.layout import Layout
 from foveate.families.mrope import MRopeFamily
 
 
@@ -36,7 +35,8 @@ class Qwen3Vl(MRopeFamily):
         return rows[:, 0]
 
     def output(self, embeds: Sequence[Tensor]) -> Any:
+        # Imported where it is needed: it brings the whole model along.
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures as Output
+
         embeddings, *planes = zip(*(x.unbind(dim=1) for x in embeds), strict=True)
-        return BaseModelOutputWithDeepstackFeatures(
-            pooler_output=list(embeddings), deepstack_features=[list(plane) for plane in planes]
-        )
+        return Output(pooler_output=list(embeddings), deepstack_features=[list(plane) for plane in planes])

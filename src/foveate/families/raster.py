@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import Grid
-from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
+from foveate.core.spans import Crop, Span
+from foveate.families.base import Process, Size
+from foveate.families.layout import Grid, Layout
+from foveate.families.merged import MergedFamily, mean_of_blocks
 
 
 class RasterFamily(MergedFamily):
@@ -44,6 +45,18 @@ class RasterFamily(MergedFamily):
             [self.encode_smaller(model, inputs, c.encoder_row, grid) for c, grid in zip(s.crops, sizes, strict=True)]
             for s, sizes in zip(spans, grids, strict=True)
         ]
+
+    def picture_grid(self, model: Any) -> Grid | None:
+        return None
+
+    def patch_grids(self, model: Any, inputs: Mapping[str, Any], key: str) -> list[Grid]:
+        return self.grids(model, inputs)
+
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = process(images)
+        return self.layouts(model, inputs, "image"), inputs
 
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
         block, layouts = self.block(model), []

@@ -10,7 +10,6 @@ import transformers
 from foveate.core.errors import InputError
 from foveate.core.selection import Selection
 from foveate.families.idefics3 import Idefics3
-from foveate.families.tiled import patch_size
 
 BLOCKWISE = ("5.20.1", "5.20.2")
 """Versions of transformers whose SmolVLM merges image tokens by mistake in blocks of `vision_config.patch_size`."""
@@ -21,11 +20,12 @@ class SmolVLM(Idefics3):
 
     name = "smolvlm"
     model_types = ("smolvlm",)
+    frames_are_images = True
 
     def check_kept(self, model: Any, selection: Selection) -> None:
         if transformers.__version__ not in BLOCKWISE:
             return
-        block, kept = patch_size(model)[0], Counter[int]()
+        block, kept = self.patch_size(model)[0], Counter[int]()
         for chosen in selection:
             kept[chosen.sample] += len(chosen)
         if any(count % block for count in kept.values()):

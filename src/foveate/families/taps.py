@@ -199,6 +199,7 @@ _originals: dict[str, str] = {}
 
 
 def _register_twin(name: str) -> str:
+    # transformers takes a name with a slash for a kernel that is to be fetched from the hub.
     twin = _PREFIX + name.replace("/", "_").replace("|", "_")
     if twin in _originals:
         return twin
@@ -294,6 +295,7 @@ def _original_name(twin: str) -> str:
 def _attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]  # type: ignore[no-any-return]
+    # Eager attention is registered nowhere: each modeling file has its own, that of a parent class where it has none.
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
@@ -313,6 +315,7 @@ def layer_outputs(encoder: nn.Module, layers: Sequence[nn.Module], *args: Any, *
     outputs: dict[nn.Module, Tensor] = {}
 
     def keep(layer: nn.Module, _: Any, output: Any) -> bool:
+        # Layers that can return attention maps return tuples, others the hidden states alone.
         outputs[layer] = output[0] if isinstance(output, tuple) else output
         return len(outputs) == len(set(layers))
 

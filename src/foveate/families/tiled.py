@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import Grid, joined_outputs
-from foveate.families.merged import Layout, MergedFamily, mean_of_blocks
-
-Box = tuple[float, float, float, float]
-WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+from foveate.core.spans import Span
+from foveate.families.batches import joined_outputs
+from foveate.families.layout import Grid, Layout, crop_layout, located, tile_boxes
+from foveate.families.merged import MergedFamily, mean_of_blocks
 
 
 class TiledFamily(MergedFamily):
@@ -69,7 +65,7 @@ class TiledFamily(MergedFamily):
 
     def tile(self, model: Any, inputs: Mapping[str, Any]) -> Grid:
         """Return the rows and columns of tokens of a tile."""
-        (height, width), (h, w) = inputs["pixel_values"].shape[-2:], patch_size(model)
+        (height, width), (h, w) = inputs["pixel_values"].shape[-2:], self.patch_size(model)
         return height // h // self.block(model), width // w // self.block(model)
 
     def layouts(self, model: Any, inputs: Mapping[str, Any], kind: str) -> list[Layout]:
@@ -124,7 +120,7 @@ class TiledFamily(MergedFamily):
 
     def _smaller(self, model: Any, picture: Tensor, grid: Grid) -> Tensor:
         (h, w), block = grid, self.block(model)
-        size = [side * block * patch for side, patch in zip(grid, patch_size(model), strict=True)]
+        size = [side * block * patch for side, patch in zip(grid, self.patch_size(model), strict=True)]
         small = nn.functional.interpolate(picture[None].float(), size=size, mode="bicubic", antialias=True)
         patches = self.patches(model, small.to(model.dtype))[0]
         # The models merge whole squares of patches alone; taken by itself, each token's block is one.
@@ -138,59 +134,8 @@ class TiledFamily(MergedFamily):
         return located(spans, size, self.overview)
 
 
-def patch_size(model: Any) -> Grid:
-    """Return the height and width of a patch in pixels."""
-    size = model.config.vision_config.patch_size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def vision_layer(model: Any) -> int:
     """Return the index of the encoder layer that ``config.vision_feature_layer`` reads."""
     layer, depth = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
     layers = [layer] if isinstance(layer, int) else layer
     return max(i if i >= 0 else depth + 1 + i for i in layers) - 1
-
-
-def crop_layout(grid: Grid, row: int, boxes: Sequence[Box | None]) -> Layout:
-    """Lay out crops of equal grids and given boxes, of which the first is row `row` of the encoder."""
-    size = math.prod(grid)
-    crops = tuple(
-        Crop(torch.arange(i * size, (i + 1) * size), grid, box, encoder_row=row + i) for i, box in enumerate(boxes)
-    )
-    return Layout(len(boxes) * size, (len(boxes), *grid), crops)
-
-
-def tile_boxes(tiles: int, overview: Literal["first", "last"], arranged: Grid | None) -> list[Box | None]:
-    """Return where the tiles of a picture lie, the overview among them; `None` where that is not known."""
-    if tiles == 1:
-        return [WHOLE]
-    boxes: list[Box | None] = [None] * (tiles - 1)
-    if arranged is not None and math.prod(arranged) == tiles - 1:
-        rows, columns = arranged
-        boxes = [
-            (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r in range(rows) for c in range(columns)
-        ]
-    return [WHOLE, *boxes] if overview == "first" else [*boxes, WHOLE]
-
-
-def nearest_arrangement(tiles: int, aspect: float) -> Grid:
-    """Return the rows and columns of so many tiles that come closest to a picture's width divided by its height."""
-    shapes = [(rows, tiles // rows) for rows in range(1, tiles + 1) if tiles % rows == 0]
-    return min(shapes, key=lambda shape: abs(math.log(shape[1] / shape[0] / aspect)))
-
-
-def located(spans: Sequence[Span], size: tuple[int, int], overview: Literal["first", "last"]) -> tuple[Span, ...]:
-    """Return the spans of pictures of a size ``(height, width)`` with the boxes of their tiles.
-
-    Of the arrangements of so many tiles, processors take the one that is closest to the picture's shape.
-    """
-    height, width = size
-    found = []
-    for span in spans:
-        if any(crop.box is None for crop in span.crops):
-            arranged = nearest_arrangement(len(span.crops) - 1, width / height)
-            boxes = tile_boxes(len(span.crops), overview, arranged)
-            crops = tuple(replace(crop, box=box) for crop, box in zip(span.crops, boxes, strict=True))
-            span = replace(span, crops=crops)
-        found.append(span)
-    return tuple(found)

@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import ClsToken, Features, LayerProbe, Probe
-from foveate.core.tokens import Crop, VisualTokens
-from foveate.families.base import Grid
+from foveate.core.spans import Crop
+from foveate.core.tokens import VisualTokens
+from foveate.families.layout import Grid
 from foveate.families.taps import layer_outputs, tap
+
+EMBEDDINGS = ("patch_embed", "embeddings", "patch_conv")
+"""What the classes of transformers and timm call the part of a vision tower that makes tokens of patches."""
+MERGERS = ("merger", "deepstack_merger_list", "downsample", "head_linear")
+"""What they call the parts of a vision tower behind its layers that lead to the LLM."""
 
 
 def encoder_layers(encoder: nn.Module) -> nn.ModuleList:
@@ -74,6 +80,7 @@ def run_tower(
 
 def feature_indices(layers: nn.ModuleList, feature_layers: Sequence[int]) -> list[int]:
     """Return which layers make the hidden states with the given indices."""
+    # Hidden state 0 is what goes into the first layer, so there is one more of them than layers.
     indices = [(i if i >= 0 else len(layers) + 1 + i) - 1 for i in feature_layers]
     if min(indices) < 0:
         raise UnsupportedModelError("features straight from the patch embedding (hidden state 0) have no layer to read")

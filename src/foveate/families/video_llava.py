@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core.encoder import EncoderReducer
 from foveate.core.probes import ClsToken, Probe
-from foveate.core.tokens import Crop, Span, VisualTokens
-from foveate.families.base import Family, Grid, joined_outputs, placeholder_columns
-from foveate.families.inside import run_tower_inside
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
+from foveate.families.base import Family, Process, Size
+from foveate.families.batches import joined_outputs, placeholder_columns
+from foveate.families.layout import Grid, Layout, frames_layout
 from foveate.families.llava import feature_layers, patch_grid, strategy
-from foveate.families.tower import resized_crops, run_tower, token_planes
+from foveate.families.thinning import run_tower_inside
+from foveate.families.tower import feature_indices, resized_crops, run_tower, token_planes
 
 
 class VideoLlava(Family):
@@ -27,7 +30,31 @@ class VideoLlava(Family):
     has_cls = True
     resizes = True
     reduces_inside = True
+    projects_kept = True
     notes = "frames are crops; each frame's [CLS] token follows `separators`"
+
+    def encoder(self, model: Any) -> nn.Module:
+        return model.model.image_tower  # type: ignore[no-any-return]  # the tower of videos is its twin
+
+    def lead(self, model: Any) -> int:
+        return 1
+
+    def read_layer(self, model: Any) -> int:
+        return max(feature_indices(self.layers(model), feature_layers(model, {})))
+
+    def features_read(self, model: Any) -> int:
+        return len(feature_layers(model, {}))
+
+    def imagined_images(
+        self, model: Any, size: Size, images: int, process: Process
+    ) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = {"pixel_values": self.blank_pictures(model, images)}
+        grid, lead = patch_grid(model, inputs["pixel_values"]), int(strategy(model, {}) == "full")
+        return [frames_layout(grid, 1, lead)] * images, inputs
+
+    def imagined_video(self, model: Any, frames: int, process: Process) -> tuple[list[Layout], dict[str, Any]]:
+        inputs = {"pixel_values_videos": self.blank_pictures(model, 1, frames)}
+        return [frames_layout(patch_grid(model, inputs["pixel_values_videos"]), frames, 1)], inputs
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         found: list[tuple[int, int, str, Tensor, int, Grid, int]] = []
@@ -37,6 +64,7 @@ class VideoLlava(Family):
             if pixels is None:
                 continue
             grid, frames = patch_grid(model, pixels), pixels.shape[1] if kind == "video" else 1
+            # The model keeps the [CLS] token of every frame, whatever the strategy.
             lead = int(kind == "video" or strategy(model, inputs) == "full")
             lengths = [frames * (grid[0] * grid[1] + lead)] * len(pixels)
             token = getattr(model.config, f"{kind}_token_id")

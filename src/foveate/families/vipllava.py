@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.core.tokens import Span
-from foveate.families.base import joined_outputs
+from foveate.core.spans import Span
+from foveate.families.batches import joined_outputs
 from foveate.families.llava import Llava
 
 

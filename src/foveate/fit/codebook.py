@@ -21,7 +21,8 @@ from foveate.core.grids import middle
 from foveate.core.probes import ClsToken, Embeddings, Features
 from foveate.core.ranking import descending
 from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 from foveate.families import Family
 
 

@@ -96,7 +96,7 @@ def calibrate(
     optuna = _optuna()
     model = base_model(model)
     family = family_of(model)
-    Settings.make(VFlowOptAll(keep=keep), None, "drop", {}, family)
+    Settings.make(VFlowOptAll(keep=keep), family=family)
     if not all(any(inputs.get(key) is not None for key in family.inputs) for inputs in prompts):
         raise InputError("a prompt of the calibration set holds no image: VFlowOpt would have nothing to drop")
     spans = [span for inputs in prompts for span in family.spans(model, inputs)]

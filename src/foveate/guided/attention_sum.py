@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.rows import Rows
-from foveate.engines.transformers.given import Given
+from foveate.engines.transformers.prompt_tokens import PromptTokens
 from foveate.families.taps import Watch
 from foveate.families.tower import attention_of
 from foveate.methods.sgl import SGL
@@ -35,7 +35,7 @@ class AttentionSum:
         Which rows count, and how.
     """
 
-    def __init__(self, prompts: Sequence[Given], mask: Tensor | None, ids: Tensor, stops: Tensor, method: SGL):
+    def __init__(self, prompts: Sequence[PromptTokens], mask: Tensor | None, ids: Tensor, stops: Tensor, method: SGL):
         self.prompts, self.method, self.stops = prompts, method, stops
         batch, width = ids.shape
         sizes = [len(p.columns) for p in prompts]

@@ -15,11 +15,12 @@ from foveate.core.grids import resampled
 from foveate.core.ranking import top
 from foveate.core.reducer import Reducer
 from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
 from foveate.engines.transformers.attach import attach, attached
 from foveate.engines.transformers.caches import NAMES
-from foveate.engines.transformers.given import given
-from foveate.engines.transformers.in_llm import check_decoder
+from foveate.engines.transformers.in_llm.support import check_decoder
+from foveate.engines.transformers.prompt_tokens import tokens_by_prompt
 from foveate.engines.transformers.reduce import base_model, pad_id
 from foveate.families import Family, family_of
 from foveate.guided.attention_sum import AttentionSum
@@ -209,7 +210,7 @@ class Guided:
                 f"{handle.reducer!r} is attached to the small model, which must see all tokens: detach it"
             )
         ids = inputs["input_ids"]
-        prompts = given(spans, inputs.get("attention_mask"), ids.shape[1], ids.device)
+        prompts = tokens_by_prompt(spans, inputs.get("attention_mask"), ids.shape[1], ids.device)
         greedy = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}
         stops = _stops(self.small, options)
         total = AttentionSum(prompts, inputs.get("attention_mask"), ids, stops, self.method)
@@ -311,6 +312,10 @@ class BestScored(Reducer):
     scores: tuple[Tensor, ...] = ()
 
     name = "best"
+    adaptive = True
+
+    def count(self, span: Span) -> int:
+        return sum(map(len, span.crops))
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         return False

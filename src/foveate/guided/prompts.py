@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 from foveate.families import Family
 
 

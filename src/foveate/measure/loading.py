@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from foveate.core.errors import FoveateError, InputError, UnknownNameError, UnsupportedModelError
-from foveate.families import FAMILIES, family_of, family_of_class
+from foveate.families import all_families, family_of, family_of_class
 
 IMAGE, VIDEO, QUESTION = "<image>", "<video>", "{question}"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -71,7 +71,7 @@ def load_model(
     if model_class is None:
         raise UnsupportedModelError(
             f"{name!r} is a model of type {config.model_type!r}, which does not answer questions about images: "
-            f"pass one of a supported family, {', '.join(FAMILIES)}"
+            f"pass one of a supported family, {', '.join(all_families())}"
         )
     family_of_class(model_class, config)
     try:

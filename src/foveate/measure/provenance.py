@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
@@ -12,8 +13,6 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    import foveate
-
     here = Path(__file__)
     git = ("git", "-C", str(here.parent))
     # An installed package may lie in the checkout of another project.
@@ -21,7 +20,7 @@ def versions() -> dict[str, str]:
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     commit = "" if tracked.returncode else head.stdout.strip()
     return {
-        "foveate": foveate.__version__,
+        "foveate": importlib.metadata.version("foveate"),
         "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,

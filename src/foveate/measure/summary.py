@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from foveate.core.in_llm import solved
-from foveate.measure.run import Arm, Job
+from foveate.measure.job import Job
+from foveate.measure.run import Outcome
 
 
-def report(job: Job, unpruned: Arm, pruned: Arm, others: Sequence[Arm] = ()) -> dict[str, Any]:
+def summarize(job: Job, unpruned: Outcome, pruned: Outcome, others: Sequence[Outcome] = ()) -> dict[str, Any]:
     """Return the outcome of a run as JSON-compatible data."""
     spans = [
         {"kind": span.kind, "grid": list(span.grid), "before": len(span), "after": len(chosen)}

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from foveate.core.errors import InputError
+from foveate.engines.pipeline import Meter
 
 STAGES = ("vision", "select", "prefill", "decode")
-
-
-class Meter(Protocol):
-    """What a run reports the ends of its stages to."""
-
-    def stop(self, stage: str) -> None:
-        """End a stage, which began where the one before it ended. A stage may come in several pieces."""
 
 
 def check_clock(name: str, device: torch.device) -> None:
@@ -30,7 +25,7 @@ def check_clock(name: str, device: torch.device) -> None:
         raise InputError("processor time is the time of a run only with one thread and without a GPU: use 1 thread")
 
 
-class Clock:
+class Clock(Meter):
     """Adds up the seconds of stages, waiting for the device at each stop.
 
     Parameters
@@ -44,6 +39,10 @@ class Clock:
 
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
         self._device, self._time, self.seconds = device, now, dict.fromkeys(STAGES, 0.0)
+        self.start()
+
+    def start(self) -> None:
+        """Begin the first stage: what came before is not measured."""
         self._last = self._now()
 
     def stop(self, stage: str) -> None:
@@ -72,7 +71,32 @@ class FirstToken(BaseStreamer):  # type: ignore[misc]
         self._meter.stop("decode")
 
 
-def summary(seconds: Sequence[float]) -> dict[str, float]:
+@contextmanager
+def encoder_reports(model: Any, meter: Meter) -> Iterator[None]:
+    """Let the model's own vision encoder report its end; what comes before it in a forward pass is prefill."""
+    owner = model.model if hasattr(model.model, "get_image_features") else model
+    names = [name for name in ("get_image_features", "get_video_features") if hasattr(owner, name)]
+    for name in names:
+        setattr(owner, name, _reporting(getattr(owner, name), meter))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(owner, name)
+
+
+def _reporting(encode: Callable[..., Any], meter: Meter) -> Callable[..., Any]:
+    @functools.wraps(encode)  # transformers reads its signature
+    def reporting(*args: Any, **kwargs: Any) -> Any:
+        meter.stop("prefill")
+        out = encode(*args, **kwargs)
+        meter.stop("vision")
+        return out
+
+    return reporting
+
+
+def median_p90(seconds: Sequence[float]) -> dict[str, float]:
     """Return the median and the 90th percentile of runs, in milliseconds."""
     ordered = sorted(seconds)
     p90 = ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]

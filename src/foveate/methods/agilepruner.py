@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Features
-from foveate.core.ranking import cosine_matrix, descending, row_of
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("agilepruner")
 @dataclass(frozen=True)
-class AgilePruner(Reducer):
+class AgilePruner(CropReducer):
     """AgilePruner (arXiv 2603.01236, ICLR 2026): how far tokens have to be apart follows from the picture.
 
     Tokens are visited by ``[CLS]`` attention ``[N]``. The one at place i, from 0, is kept if its cosine distance, of
@@ -50,7 +45,7 @@ class AgilePruner(Reducer):
     limit: float = 0.3
     typical: float = 0.5
 
-    needs = (Features(), Attention())
+    needs = (probes.Features(), probes.Attention())
     paper = "arXiv:2603.01236"
     complexity = "O(N C min(N, C) + N^2 C + T N)"
 
@@ -63,18 +58,15 @@ class AgilePruner(Reducer):
         if not 0.0 < self.typical <= 1.0:
             raise FoveateError(f"typical is a share of the largest possible rank, above 0 and up to 1: {self.typical}")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        features, size = crops.probe(Features()), crops.size
-        order = descending(crops.probe(Attention()))
+        features, size = crops.probe(probes.Features()), crops.size
+        order = ranking.descending(crops.probe(probes.Attention()))
         listed = features.take_along_dim(order[:, :, None], dim=1)
         place = torch.arange(size, device=order.device)
         complexity = effective_rank(features) / (self.typical * min(features.shape[1:]))
         asked = (self.step * place * complexity[:, None]).clamp(max=self.limit)
 
-        distance = 1 - cosine_matrix(listed)
+        distance = 1 - ranking.cosine_matrix(listed)
         nearest = torch.full(order.shape, torch.inf, device=order.device)
         ahead = torch.ones(order.shape, dtype=torch.bool, device=order.device)
         kept = torch.zeros_like(ahead)
@@ -83,7 +75,7 @@ class AgilePruner(Reducer):
             fits = torch.where(ahead & (nearest >= asked), place, size).amin(dim=1, keepdim=True)
             kept = kept | (place == fits)
             ahead = place > fits
-            nearest = torch.minimum(nearest, row_of(distance, fits.clamp(max=size - 1)))
+            nearest = torch.minimum(nearest, ranking.row_of(distance, fits.clamp(max=size - 1)))
         return order.gather(1, torch.where(kept, place, size + place).argsort(dim=1)[:, :count])
 
 

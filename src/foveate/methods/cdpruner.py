@@ -8,19 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Embeddings, Query
-from foveate.core.ranking import RESOLUTION, cosine_matrix, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _DEPENDENT = 1e-5  # of a token's squared norm: float32 does not tell less from nothing after many projections
 
 
 @register("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(Reducer):
+class CDPruner(CropReducer):
     """CDPruner (arXiv 2506.10967, NeurIPS 2025): diversity of the projected tokens, given the question.
 
     Picks greedily, to maximise the determinant of the kernel ``r_i * cos(e_i, e_j) * r_j`` of embeddings ``[N, D]``.
@@ -51,8 +46,7 @@ class CDPruner(Reducer):
 
     theta: float | None = None
 
-    needs = (Embeddings(), Query())
-    query_aware = True
+    needs = (probes.Embeddings(), probes.Query())
     paper = "arXiv:2506.10967"
     complexity = "O(N^2 D + T^2 N)"
 
@@ -61,12 +55,9 @@ class CDPruner(Reducer):
         if self.theta is not None and not 0.0 <= self.theta < 1.0:
             raise FoveateError(f"theta is from 0 up to, but not including, 1, or None; not {self.theta}")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        embeddings, query = crops.probe(Embeddings()), crops.query
-        similarity = cosine_matrix(embeddings)
+        embeddings, query = crops.probe(probes.Embeddings()), crops.query
+        similarity = ranking.cosine_matrix(embeddings)
         if query is None or query.shape[1] == 0:
             relevance = similarity.new_zeros(similarity.shape[:2])
         else:
@@ -80,7 +71,7 @@ def weights(relevance: Tensor, theta: float | None = None) -> Tensor:
     """Bring relevance ``[B, N]`` to (0, 1] in each crop, and sharpen it by `theta`."""
     low, high = relevance.amin(dim=1, keepdim=True), relevance.amax(dim=1, keepdim=True)
     spread = high - low
-    scaled = torch.where(spread > RESOLUTION, (relevance - low + 1e-6) / spread, 1.0)
+    scaled = torch.where(spread > ranking.RESOLUTION, (relevance - low + 1e-6) / spread, 1.0)
     # A common factor of all weights changes no pick; without this one, exp overflows for a theta near 1.
     return scaled if theta is None else torch.exp(theta / (2 - 2 * theta) * (scaled - 1))
 
@@ -109,11 +100,11 @@ def most_diverse(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
     picks: list[Tensor] = []
     for t in range(count):
         # Dependent tokens rank among each other by weight, and below all others.
-        pick = take_best(torch.where(left > _DEPENDENT, weight.square() * left, -1 / weight), taken)
+        pick = ranking.take_best(torch.where(left > _DEPENDENT, weight.square() * left, -1 / weight), taken)
         earlier = basis[:, :t]
         shared = (earlier.take_along_dim(pick[:, :, None], dim=2) * earlier).sum(dim=1)
         scale = left.gather(1, pick).clamp(min=_DEPENDENT).rsqrt()
-        basis[:, t] = (row_of(similarity, pick) - shared) * scale
+        basis[:, t] = (ranking.row_of(similarity, pick) - shared) * scale
         left = left - basis[:, t].square()
         picks.append(pick)
     return torch.cat(picks, dim=1)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from foveate.author import (
+    CropBatch,
+    FoveateError,
+    InputError,
+    ModelFamily,
+    Reducer,
+    Selection,
+    VisualTokens,
+    probes,
+    ranking,
+    register,
+)
 from foveate.core.codebook import Codebook, projector_hash
-from foveate.core.errors import FoveateError, InputError
-from foveate.core.probes import Embeddings
-from foveate.core.ranking import top
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
-
-if TYPE_CHECKING:
-    from foveate.families import Family
 
 
 @register("codebook")
@@ -57,7 +60,7 @@ class CodebookPruner(Reducer):
     codebook: str
     score: Literal["cosine", "softmax"] = "cosine"
 
-    needs = (Embeddings(),)
+    needs = (probes.Embeddings(),)
     paper = "arXiv:2503.20540"
     complexity = "O(N K D)"
 
@@ -67,7 +70,7 @@ class CodebookPruner(Reducer):
         super().__post_init__()
         Codebook.load(self.codebook)
 
-    def check(self, model: Any, family: Family) -> None:
+    def check(self, model: Any, family: ModelFamily) -> None:
         book = Codebook.load(self.codebook)
         if book.projector != projector_hash(family.projector(model)):
             raise FoveateError(
@@ -80,7 +83,7 @@ class CodebookPruner(Reducer):
         return tokens.per_crop(self.keep, lambda crops, count: self.pick(crops, count, prototypes))
 
     def pick(self, crops: CropBatch, count: int, prototypes: Tensor) -> Tensor:
-        embeddings = crops.probe(Embeddings())
+        embeddings = crops.probe(probes.Embeddings())
         if embeddings.shape[-1] != prototypes.shape[-1]:
             raise InputError(
                 f"the codebook {self.codebook!r} holds prototypes of width {prototypes.shape[-1]}, but the tokens of "
@@ -90,4 +93,4 @@ class CodebookPruner(Reducer):
         likeness = torch.bmm(unit, prototypes.T.expand(len(unit), -1, -1)).nan_to_num(nan=2.0)  # above any cosine
         if self.score == "softmax":
             likeness = likeness.softmax(dim=1) * likeness.softmax(dim=2)
-        return top(-likeness.amax(dim=-1), count)
+        return ranking.top(-likeness.amax(dim=-1), count)

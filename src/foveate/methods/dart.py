@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Embeddings
-from foveate.core.ranking import cosine_matrix, descending, open_scores
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("dart")
 @dataclass(frozen=True)
-class DART(Reducer):
+class DART(CropReducer):
     """DART (arXiv 2502.11494, EMNLP 2025) in the form that acts before the LLM: duplicates of a few pivots go.
 
     Pivots are the tokens whose embeddings ``[N, D]`` have the largest L1 norms. In the order of their norms, each adds
@@ -42,7 +37,7 @@ class DART(Reducer):
 
     pivots: int = 4
 
-    needs = (Embeddings(),)
+    needs = (probes.Embeddings(),)
     paper = "arXiv:2502.11494"
     complexity = "O(pivots (N D + N log N))"
     positions = "original"
@@ -52,17 +47,14 @@ class DART(Reducer):
         if self.pivots < 1:
             raise FoveateError(f"DART needs at least one pivot, not pivots={self.pivots}: 4 is the published value")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        embeddings = crops.probe(Embeddings()).float()
-        kept = descending(embeddings.abs().sum(dim=-1))[:, : min(self.pivots, count)]
-        similarity = cosine_matrix(embeddings.take_along_dim(kept[:, :, None], dim=1), embeddings)
+        embeddings = crops.probe(probes.Embeddings()).float()
+        kept = ranking.descending(embeddings.abs().sum(dim=-1))[:, : min(self.pivots, count)]
+        similarity = ranking.cosine_matrix(embeddings.take_along_dim(kept[:, :, None], dim=1), embeddings)
         taken = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device).scatter(1, kept, True)
         quota = -((kept.shape[1] - count) // self.pivots)
         for pivot in similarity.unbind(dim=1):
-            unlike = open_scores(-pivot, taken).argsort(dim=1, descending=True, stable=True)
+            unlike = ranking.open_scores(-pivot, taken).argsort(dim=1, descending=True, stable=True)
             added = unlike[:, : min(quota, count - kept.shape[1])]
             taken = taken.scatter(1, added, True)
             kept = torch.cat([kept, added], dim=1)

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.probes import Embeddings
-from foveate.core.ranking import RESOLUTION, cosine_matrix, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
 
 @register("divprune")
 @dataclass(frozen=True)
-class DivPrune(Reducer):
+class DivPrune(CropReducer):
     """DivPrune (arXiv 2503.02175, CVPR 2025): greedy max-min diversity of the projected tokens.
 
     The distance of two tokens is one minus the cosine of their embeddings ``[N, D]``. The first token is the one whose
@@ -38,24 +34,21 @@ class DivPrune(Reducer):
     does not rank copies, and ties go to the lower index.
     """
 
-    needs = (Embeddings(),)
+    needs = (probes.Embeddings(),)
     paper = "arXiv:2503.02175"
     complexity = "O(N^2 D)"
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = cosine_matrix(crops.probe(Embeddings()))
+        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
         # Products of matrices are not exactly symmetric, yet the two tokens of a closest pair have to tie.
         similarity = torch.maximum(similarity, similarity.mT)
-        distance = (1 - similarity).masked_fill(similarity > 1 - RESOLUTION, 0.0)
+        distance = (1 - similarity).masked_fill(similarity > 1 - ranking.RESOLUTION, 0.0)
         itself = torch.eye(crops.size, dtype=torch.bool, device=distance.device)
         nearest = distance.masked_fill(itself, torch.inf).amin(dim=-1)
         taken = torch.zeros_like(nearest, dtype=torch.bool)
-        picks = [take_best(nearest, taken)]
-        nearest = row_of(distance, picks[0])
+        picks = [ranking.take_best(nearest, taken)]
+        nearest = ranking.row_of(distance, picks[0])
         while len(picks) < count:
-            picks.append(take_best(nearest, taken))
-            nearest = torch.minimum(nearest, row_of(distance, picks[-1]))
+            picks.append(ranking.take_best(nearest, taken))
+            nearest = torch.minimum(nearest, ranking.row_of(distance, picks[-1]))
         return torch.cat(picks, dim=1)

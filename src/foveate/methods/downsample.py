@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from foveate.core.errors import BudgetError
-from foveate.core.grids import crop_budgets, middle, smaller_grid
-from foveate.core.reducer import Reducer, Stage, register
-from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.author import BudgetError, Reducer, Selection, Span, SpanSelection, VisualTokens, grids, register
 
 
 @register("downsample")
@@ -29,7 +24,7 @@ class Downsample(Reducer):
         The budget, an upper limit here.
     """
 
-    stage: ClassVar[Stage] = "pixels"
+    stage = "pixels"
     complexity = "O(T)"
     reads_grid = True
 
@@ -42,16 +37,16 @@ class Downsample(Reducer):
             If there are fewer tokens than crops.
         """
         plans = []
-        budgets = crop_budgets(span, self.keep, self.name)
+        budgets = grids.crop_budgets(span, self.keep, self.name)
         if not all(count for *_, count in budgets):
             raise BudgetError(
                 f"downsample makes a smaller picture of each crop: keep at least {len(budgets)} tokens of an "
                 f"{span.kind} of {len(budgets)} crops"
             )
         for crop, grid, count in budgets:
-            small = smaller_grid(grid, count)
+            small = grids.smaller_grid(grid, count)
             rows, columns = (
-                torch.tensor([middle(i, n, size) for i in range(n)]) for n, size in zip(small, grid, strict=True)
+                torch.tensor([grids.middle(i, n, size) for i in range(n)]) for n, size in zip(small, grid, strict=True)
             )
             plans.append((small, crop.index[(rows[:, None] * grid[1] + columns).flatten()]))
         return plans

@@ -7,31 +7,39 @@ import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from foveate.core.budget import is_number
-from foveate.core.errors import BudgetError, FoveateError
+from foveate.author import (
+    BudgetError,
+    FoveateError,
+    Images,
+    InLlmReducer,
+    LayerTokens,
+    ModelFamily,
+    Selection,
+    SpanSelection,
+    budget,
+    probes,
+    register,
+)
 from foveate.core.exit_gates import Gates, feature
-from foveate.core.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens
-from foveate.core.probes import LlmProbe
-from foveate.core.reducer import register
-from foveate.core.selection import Selection, SpanSelection
-
-if TYPE_CHECKING:
-    from foveate.families import Family
 
 
 @dataclass(frozen=True)
 class ExitReducer(InLlmReducer):
     """A method that lets all visual tokens of a prompt leave together; its author writes `leaves`."""
 
-    keep: float | None = None  # type: ignore[assignment]
+    keep: float | None = None
 
-    adaptive = True
-    reads_text = True
-    query_aware = True
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return (probes.TextStates(),)
+
+    @property
+    def adaptive(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         if self.keep is not None and (not isinstance(self.keep, float) or not 0.0 < self.keep <= 1.0):
@@ -51,7 +59,7 @@ class ExitReducer(InLlmReducer):
     def leaves(self, tokens: LayerTokens) -> Sequence[bool]:
         """Say for each prompt whether its visual tokens leave at this boundary."""
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+    def select(self, tokens: LayerTokens) -> Selection:
         parts = []
         for span, leave in zip(tokens.spans, self.leaves(tokens), strict=True):
             kept = torch.arange(0 if leave else len(span), device=tokens.device)
@@ -93,6 +101,7 @@ class DyVTE(ExitReducer):
     gates: str = field(kw_only=True)
     bias: float = 0.0
 
+    needs = (probes.TextStates(),)
     trained = True
     paper = "arXiv:2411.19628"
     complexity = "O(2048 D) per layer"
@@ -104,7 +113,7 @@ class DyVTE(ExitReducer):
         super().__post_init__()
         Gates.load(self.gates)
 
-    def check(self, model: Any, family: Family) -> None:
+    def check(self, model: Any, family: ModelFamily) -> None:
         decoder, gates = model.get_decoder(), Gates.load(self.gates)
         depth, width = decoder.config.num_hidden_layers, decoder.config.hidden_size
         if gates.width != width or max(gates.layers) >= depth:
@@ -165,15 +174,16 @@ class VisualExit(ExitReducer):
             object.__setattr__(self, "threshold", _THRESHOLDS[self.rule])
         elif self.rule == "fixed":
             raise FoveateError("the rule 'fixed' has no threshold: leave it out, or take 'mass' or 'converged'")
-        elif not is_number(self.threshold):
+        elif not budget.is_number(self.threshold):
             raise FoveateError(f"threshold is a number such as {_THRESHOLDS[self.rule]}, not {self.threshold!r}")
 
     @property
-    def adaptive(self) -> bool:  # type: ignore[override]
+    def adaptive(self) -> bool:
         return self.rule != "fixed"
 
-    def llm_probes(self) -> tuple[LlmProbe, ...]:
-        return (LayerAttention("text"),) if self.rule == "mass" else ()
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return (probes.TextStates(), *(probes.LayerAttention("text"),) * (self.rule == "mass"))
 
     def boundaries(self, depth: int) -> Sequence[int]:
         return super().boundaries(depth)[: 1 if self.rule == "fixed" else None]
@@ -186,7 +196,7 @@ class VisualExit(ExitReducer):
             if not len(text):
                 found.append(torch.tensor(False, device=tokens.device))
             elif self.rule == "mass":
-                found.append(tokens.planes[LayerAttention("text")][i].sum() < self.threshold)
+                found.append(tokens.planes[probes.LayerAttention("text")][i].sum() < self.threshold)
             else:
                 before, behind = tokens.text_before[i][-1].float(), text[-1].float()
                 found.append(torch.cosine_similarity(before, behind, dim=0) > self.threshold)

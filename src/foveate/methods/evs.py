@@ -9,13 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Budget, resolve
-from foveate.core.errors import BudgetError, InputError
-from foveate.core.probes import Embeddings
-from foveate.core.ranking import descending
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import Span, VisualTokens
+from foveate.author import (
+    Budget,
+    BudgetError,
+    InputError,
+    Reducer,
+    Selection,
+    Span,
+    VisualTokens,
+    budget,
+    probes,
+    ranking,
+    register,
+)
 
 _FIRST_FRAME = 255.0
 _STEPS = 1e6  # per unit of dissimilarity
@@ -51,7 +57,7 @@ class EVS(Reducer):
     ties go to the earlier token.
     """
 
-    needs = (Embeddings(),)
+    needs = (probes.Embeddings(),)
     video_only = True
     paper = "arXiv:2510.14624"
     complexity = "O(N D + N log N)"
@@ -62,16 +68,16 @@ class EVS(Reducer):
             raise BudgetError("evs needs a budget that is known before a video is encoded: use a count or a ratio")
 
     def keeps_all(self, spans: Sequence[Span]) -> bool:
-        return all(self._count(span) == sum(map(len, span.crops)) for span in spans)
+        return all(self.count(span) == sum(map(len, span.crops)) for span in spans)
 
     def select(self, tokens: VisualTokens) -> Selection:
-        embeddings, first = tokens.probe(Embeddings()), 0
+        embeddings, first = tokens.probe(probes.Embeddings()), 0
         kept: dict[int, list[Tensor]] = {}
         work: dict[tuple[int, int, int], list[tuple[int, Tensor]]] = defaultdict(list)
         for i, span in enumerate(tokens.spans):
             frames = embeddings[first : first + len(span.crops)]
             first += len(span.crops)
-            count = self._count(span)
+            count = self.count(span)
             if count < sum(map(len, span.crops)):
                 work[len(frames), len(span.crops[0]), count].append((i, torch.stack(frames)))
             kept[i] = [crop.index.to(tokens.device) for crop in span.crops]
@@ -86,16 +92,15 @@ class EVS(Reducer):
         unit = torch.nn.functional.normalize(videos.float(), dim=-1)
         news = 1 - (unit[:, 1:] * unit[:, :-1]).sum(dim=-1)
         news = torch.cat([torch.full_like(unit[:, :1, :, 0], _FIRST_FRAME), news], dim=1)
-        return descending((news * _STEPS).round().flatten(1))[:, :count]
+        return ranking.descending((news * _STEPS).round().flatten(1))[:, :count]
 
-    def _count(self, span: Span) -> int:
-        """Return how many tokens of a span stay."""
+    def count(self, span: Span) -> int:
         sizes = [len(crop) for crop in span.crops]
         total = sum(sizes)
         if span.kind != "video":
             return total
-        budget = resolve(self.keep, span.kind, span.ordinal)
-        count = _by_ratio(total, budget) if isinstance(budget.value, float) else sum(span.budget(self.keep))
+        own = budget.resolve(self.keep, span.kind, span.ordinal)
+        count = _by_ratio(total, own) if isinstance(own.value, float) else sum(span.budget(self.keep))
         count = min(max(sizes[0], count), total)
         if count < total and (len({crop.grid for crop in span.crops}) > 1 or span.crops[0].grid is None):
             raise InputError("evs compares whole frames of equal grids place by place: put it first in the chain")

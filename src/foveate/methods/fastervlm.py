@@ -6,16 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.core.probes import Attention
-from foveate.core.ranking import top
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
 
 @register("fastervlm")
 @dataclass(frozen=True)
-class FasterVLM(Reducer):
+class FasterVLM(CropReducer):
     """FasterVLM (arXiv 2412.01818 v1), the predecessor of VisPruner: equal to ``VisPruner(important_ratio=1)``.
 
     Parameters
@@ -28,12 +24,9 @@ class FasterVLM(Reducer):
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives.
     """
 
-    needs = (Attention(),)
+    needs = (probes.Attention(),)
     paper = "arXiv:2412.01818v1"
     complexity = "O(N log N)"
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        return top(crops.probe(Attention()), count)
+        return ranking.top(crops.probe(probes.Attention()), count)

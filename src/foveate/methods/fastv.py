@@ -6,21 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from foveate.core.budget import Keep
-from foveate.core.errors import BudgetError, FoveateError
-from foveate.core.in_llm import (
+from foveate.author import (
+    BudgetError,
+    FoveateError,
     Images,
     InLlmReducer,
-    LayerAttention,
+    Keep,
     LayerTokens,
-    boundary_in,
-    check_equivalent,
-    one_cut,
+    Selection,
+    probes,
+    ranking,
+    register,
+    schedules,
 )
-from foveate.core.probes import LlmProbe
-from foveate.core.ranking import top
-from foveate.core.reducer import register
-from foveate.core.selection import Selection
 
 
 @register("fastv")
@@ -48,20 +46,19 @@ class FastV(InLlmReducer):
     here. With ``layer=0`` its code drops at random; use ``Random`` for that.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
+    keep: Keep | None = None
     layer: int = 2
     query: Literal["last", "text", "all"] = "last"
     equivalent: int | float | None = None
     per_image: bool = False
 
     budgets = ("keep", "equivalent")
-    query_aware = True
     paper = "arXiv:2403.06764"
     complexity = "O(S D + N log N)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_equivalent(self.name, self.keep, self.equivalent)
+        schedules.check_equivalent(self.name, self.keep, self.equivalent)
         if self.layer < 1:
             raise FoveateError(f"fastv needs a layer in front of the cut: layer is at least 1, not {self.layer!r}")
         if self.per_image and isinstance(self.keep, Sequence | Mapping):
@@ -71,22 +68,23 @@ class FastV(InLlmReducer):
             )
 
     @property
-    def unit(self) -> Literal["prompt", "image", "crop"]:  # type: ignore[override]
+    def unit(self) -> Literal["prompt", "image", "crop"]:
         return "image" if self.per_image else "prompt"
 
-    def llm_probes(self) -> tuple[LlmProbe, ...]:
-        return (LayerAttention(self.query),)
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return (probes.LayerAttention(self.query),)
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        return (boundary_in(depth, self.layer, self.name),)
+        return (schedules.boundary_in(depth, self.layer, self.name),)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
-        return (one_cut(self.name, self.keep, self.equivalent, self.layer, depth, images),)
+        return (schedules.one_cut(self.name, self.keep, self.equivalent, self.layer, depth, images),)
 
     def solved(self, depth: int, tokens: int) -> FastV:
         """Return the same method with the count `keep` that `equivalent` comes to for an image of so many tokens."""
         return replace(self, keep=self.counts(depth, [("image", tokens)])[0]) if self.equivalent is not None else self
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
-        (attention,) = self.llm_probes()
-        return tokens.per_prompt(lambda prompts, count: top(prompts.probe(attention), count))
+    def select(self, tokens: LayerTokens) -> Selection:
+        (attention,) = self.needs
+        return tokens.per_prompt(lambda prompts, count: ranking.top(prompts.probe(attention), count))

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.encoder import EncoderReducer, Inside
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Heads, LayerProbe, cls_row
-from foveate.core.ranking import top
-from foveate.core.reducer import register
+from foveate.author import EncoderReducer, FoveateError, Inside, probes, ranking, register
 
 
 @dataclass(frozen=True)
-class Flow(LayerProbe):
+class Flow(probes.LayerProbe):
     """FlowCut's score of one layer, ``[N]`` per crop.
 
     The shares of ``[CLS]`` attention and of similarity to the value of ``[CLS]`` (softmax of products over all tokens),
@@ -26,15 +22,15 @@ class Flow(LayerProbe):
     def rows(self, length: int, lead: int) -> int:
         return 2 if lead else 1
 
-    def read(self, heads: Heads) -> Tensor:
+    def read(self, heads: probes.Heads) -> Tensor:
         value, lead = heads.value.float(), heads.lead
         norm = value[:, :, lead:].mean(dim=1).abs().sum(dim=-1)
         if not lead:
             query = heads.query.float().mean(dim=2, keepdim=True)
             logits = torch.matmul(query, heads.key.float().transpose(-1, -2)) * heads.scaling
             return logits.softmax(dim=-1).mean(dim=1)[:, 0] * norm
-        attention = cls_row(heads.query, heads.key, heads.scaling)[:, lead - 1 :]
-        likeness = cls_row(value, value, 1.0)[:, lead - 1 :]
+        attention = probes.cls_row(heads.query, heads.key, heads.scaling)[:, lead - 1 :]
+        likeness = probes.cls_row(value, value, 1.0)[:, lead - 1 :]
         return (_shares(attention) + _shares(likeness)) * norm
 
 
@@ -71,7 +67,7 @@ class FlowCut(EncoderReducer):
 
     entropy: float = 0.9
 
-    reads = (Flow(),)
+    needs = (Flow(),)
     paper = "arXiv:2505.19536"
     complexity = "O(N (C + log N)) per layer of the encoder"
 
@@ -97,4 +93,4 @@ class FlowCut(EncoderReducer):
             score = (inside.memory + score) / 2
         new = torch.arange(count, device=score.device).expand(len(score), -1)
         dropped = torch.full(score.shape, -1, device=score.device)
-        return dropped.scatter(1, top(score, count), new), score
+        return dropped.scatter(1, ranking.top(score, count), new), score

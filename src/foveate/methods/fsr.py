@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Embeddings, Query
-from foveate.core.ranking import cosine_matrix, descending, min_max, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
 
 @register("fsr")
 @dataclass(frozen=True)
-class FSR(Reducer):
+class FSR(CropMerger):
     """FSR, Focus-Scan-Refine (arXiv 2602.05809): evidence for the question, then context, which absorbs its like.
 
     The score of a token is its relevance to the question, cubed, times its ``[CLS]`` attention ``[N]``, both brought to
@@ -47,8 +42,7 @@ class FSR(Reducer):
 
     focus: float = 0.9
 
-    needs = (Embeddings(), Attention(), Query())
-    query_aware = True
+    needs = (probes.Embeddings(), probes.Attention(), probes.Query())
     merges = "embeddings"
     paper = "arXiv:2602.05809"
     complexity = "O(N^2 D + N M D + T N)"
@@ -58,17 +52,14 @@ class FSR(Reducer):
         if not 0.0 < self.focus <= 1.0:
             raise FoveateError(f"focus is a share of the scores, above 0 and up to 1, not {self.focus}")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Groups:
-        embeddings, query = crops.probe(Embeddings()), crops.query
-        similarity = cosine_matrix(embeddings)
-        score = min_max(crops.probe(Attention()))
+        embeddings, query = crops.probe(probes.Embeddings()), crops.query
+        similarity = ranking.cosine_matrix(embeddings)
+        score = ranking.min_max(crops.probe(probes.Attention()))
         if query is not None and query.shape[1] > 0:
-            score = score * min_max(cosine_matrix(embeddings, query).mean(dim=-1)) ** 3
+            score = score * ranking.min_max(ranking.cosine_matrix(embeddings, query).mean(dim=-1)) ** 3
 
-        order = descending(score)
+        order = ranking.descending(score)
         mass = score.gather(1, order).double().cumsum(dim=1)
         focused = 1 + (mass < self.focus * mass[:, -1:]).sum(dim=1, keepdim=True).clamp(max=count - 1)
         kept = _scan(similarity, order, focused, count)
@@ -83,8 +74,8 @@ def _scan(similarity: Tensor, order: Tensor, focused: Tensor, count: int) -> Ten
     for t in range(count):
         # Tokens in focus come before all others, in their order: no cosine is below -1.
         in_focus = torch.zeros_like(closest).scatter(1, order[:, t : t + 1], 4.0) * (focused > t)
-        picks.append(take_best(in_focus - closest.clamp(min=-1.0), taken))
-        closest = torch.maximum(closest, row_of(similarity, picks[-1]))
+        picks.append(ranking.take_best(in_focus - closest.clamp(min=-1.0), taken))
+        closest = torch.maximum(closest, ranking.row_of(similarity, picks[-1]))
     return torch.cat(picks, dim=1)
 
 
@@ -96,7 +87,9 @@ def _refine(similarity: Tensor, kept: Tensor, focused: Tensor) -> Groups:
     is_kept = torch.zeros_like(similarity[:, 0], dtype=torch.bool).scatter(1, kept, True)
     to_kept = similarity.take_along_dim(kept[:, None], dim=2).masked_fill(~scanned[:, None], -torch.inf)
     nearness, nearest = to_kept.max(dim=2)
-    absorbed = descending(nearness.masked_fill(is_kept, -torch.inf)).argsort(dim=1) < scanned.sum(dim=1, keepdim=True)
+    absorbed = ranking.descending(nearness.masked_fill(is_kept, -torch.inf)).argsort(dim=1) < scanned.sum(
+        dim=1, keepdim=True
+    )
     absorbed = absorbed & ~is_kept
 
     own = torch.zeros_like(nearest).scatter(1, kept, rank.expand_as(kept))

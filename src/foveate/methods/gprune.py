@@ -7,19 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Embeddings
-from foveate.core.ranking import cosine_matrix, top
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _NO_EDGE = -5000.0  # finite, so that a zero vector, which has no edge at all, gives no NaN
 
 
 @register("gprune")
 @dataclass(frozen=True)
-class GPrune(Reducer):
+class GPrune(CropReducer):
     """G-Prune (arXiv 2501.02268, AAAI 2025): tokens that represent their neighbours on a similarity graph.
 
     Tokens are joined where the cosine of their embeddings ``[N, D]`` reaches a threshold. Information, at first the L2
@@ -53,7 +48,7 @@ class GPrune(Reducer):
     temperature: float = 0.03
     steps: int = 5
 
-    needs = (Embeddings(),)
+    needs = (probes.Embeddings(),)
     paper = "arXiv:2501.02268"
     complexity = "O(N^2 D + steps N^2)"
     positions = "original"
@@ -67,15 +62,12 @@ class GPrune(Reducer):
         if self.steps < 1:
             raise FoveateError(f"information flows for at least one step, not steps={self.steps}")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        return top(self._score(crops.probe(Embeddings())), count)
+        return ranking.top(self._score(crops.probe(probes.Embeddings())), count)
 
     def _score(self, embeddings: Tensor) -> Tensor:
         """Return the information per neighbour ``[B, N]`` of tokens ``[B, N, D]``."""
-        similarity = cosine_matrix(embeddings)
+        similarity = ranking.cosine_matrix(embeddings)
         edges = similarity >= self.threshold
         flow = torch.where(edges, similarity / self.temperature, _NO_EDGE).softmax(dim=-1)
         information: Tensor = torch.linalg.vector_norm(embeddings.float(), dim=-1)[:, None]

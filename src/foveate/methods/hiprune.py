@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Probe
-from foveate.core.ranking import descending, ranks
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("hiprune")
 @dataclass(frozen=True)
-class HiPrune(Reducer):
+class HiPrune(CropReducer):
     """HiPrune (arXiv 2508.00553): anchors from a middle layer, their four neighbours, and a fill from the last layer.
 
     Both layers give the attention ``[N]`` that each token receives, averaged over heads and all query rows. The
@@ -49,7 +44,6 @@ class HiPrune(Reducer):
     object_layer: float = 1 / 3
     wrap: bool = True
 
-    needs = (Attention(of="received", layers=(1 / 3,)), Attention(of="received"))
     paper = "arXiv:2508.00553"
     complexity = "O(N log N)"
     reads_grid = True
@@ -63,18 +57,16 @@ class HiPrune(Reducer):
                 f"object_layer is a share of the encoder's depth from 0 up to 1, such as 1/3, not {self.object_layer}"
             )
 
-    def probes(self) -> tuple[Probe, ...]:
-        return Attention(of="received", layers=(float(self.object_layer),)), Attention(of="received")
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return probes.Attention(of="received", layers=(float(self.object_layer),)), probes.Attention(of="received")
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        middle, last = (crops.probe(probe) for probe in self.probes())
-        anchors = descending(middle)[:, : round(count * self.alpha / 5)]
+        middle, last = (crops.probe(probe) for probe in self.needs)
+        anchors = ranking.descending(middle)[:, : round(count * self.alpha / 5)]
         cross = torch.zeros(middle.shape, dtype=torch.bool, device=middle.device)
         cross.scatter_(1, self._crosses(anchors, crops.require_grid(self.name)).flatten(1), True)
-        place = torch.where(cross, ranks(middle), crops.size + ranks(last))
+        place = torch.where(cross, ranking.ranks(middle), crops.size + ranking.ranks(last))
         return place.argsort(dim=1)[:, :count]
 
     def _crosses(self, anchors: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention
-from foveate.core.ranking import descending, ranks
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("holov")
 @dataclass(frozen=True)
-class HoloV(Reducer):
+class HoloV(CropReducer):
     """HoloV (arXiv 2510.02912, NeurIPS 2025): a quota for each region, and the most salient tokens within it.
 
     Regions are runs of tokens in raster order, ``N // regions`` long, the first ``N % regions`` one longer. A region's
@@ -45,7 +40,7 @@ class HoloV(Reducer):
 
     regions: int | None = 16
 
-    needs = (Attention(),)
+    needs = (probes.Attention(),)
     paper = "arXiv:2510.02912"
     complexity = "O(N log N)"
 
@@ -54,11 +49,8 @@ class HoloV(Reducer):
         if self.regions is not None and self.regions < 1:
             raise FoveateError(f"a picture has at least one region: regions={self.regions} is not possible, use 16")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        saliency, size = crops.probe(Attention()).float(), crops.size
+        saliency, size = crops.probe(probes.Attention()).float(), crops.size
         regions = min(max(1, 16 * size // (9 * count)) if self.regions is None else self.regions, size)
         length, longer = divmod(size, regions)
         region = torch.arange(regions, device=crops.device)
@@ -76,8 +68,8 @@ class HoloV(Reducer):
         quota = (mean * count / total).floor().long()
 
         # Listed region by region, most salient first: the i-th entry lies in the region of token i.
-        order = descending(saliency)
+        order = ranking.descending(saliency)
         order = order.gather(1, home[order].argsort(dim=1, stable=True))
         surplus = index - start[home] - quota[:, home]
-        rounds = surplus * regions + ranks(mean)[:, home]
+        rounds = surplus * regions + ranking.ranks(mean)[:, home]
         return order.gather(1, torch.where(surplus < 0, -1, rounds).argsort(dim=1, stable=True)[:, :count])

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Embeddings
-from foveate.core.ranking import cosine_matrix, min_max, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("mmr")
 @dataclass(frozen=True)
-class MMR(Reducer):
+class MMR(CropReducer):
     """Maximal marginal relevance: the selector of IDPruner, with ``[CLS]`` attention in place of its trained scorer.
 
     The first token is the one with the most attention ``[N]``. Each further one maximises ``balance`` times its
@@ -43,7 +38,7 @@ class MMR(Reducer):
 
     balance: float = 0.5
 
-    needs = (Embeddings(), Attention())
+    needs = (probes.Embeddings(), probes.Attention())
     complexity = "O(N^2 D + T N)"
 
     def __post_init__(self) -> None:
@@ -51,16 +46,13 @@ class MMR(Reducer):
         if not 0.0 <= self.balance <= 1.0:
             raise FoveateError(f"balance is a weight from 0 to 1, not {self.balance}")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = cosine_matrix(crops.probe(Embeddings()))
-        saliency = min_max(crops.probe(Attention()))
+        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
+        saliency = ranking.min_max(crops.probe(probes.Attention()))
         taken = torch.zeros_like(saliency, dtype=torch.bool)
-        picks = [take_best(saliency, taken)]
-        closest = row_of(similarity, picks[0])
+        picks = [ranking.take_best(saliency, taken)]
+        closest = ranking.row_of(similarity, picks[0])
         while len(picks) < count:
-            picks.append(take_best(self.balance * saliency - (1 - self.balance) * closest, taken))
-            closest = torch.maximum(closest, row_of(similarity, picks[-1]))
+            picks.append(ranking.take_best(self.balance * saliency - (1 - self.balance) * closest, taken))
+            closest = torch.maximum(closest, ranking.row_of(similarity, picks[-1]))
         return torch.cat(picks, dim=1)

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Embeddings, Features, Query
-from foveate.core.ranking import RESOLUTION, added_coverage, cosine_matrix, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("mmtok")
 @dataclass(frozen=True)
-class MMTok(Reducer):
+class MMTok(CropReducer):
     """MMTok (arXiv 2508.18264, ICLR 2026): greedy coverage of the prompt's text and of all visual tokens.
 
     Elements to cover are the M text tokens of the prompt and the N visual tokens. Softmax over the visual tokens of
@@ -51,8 +46,7 @@ class MMTok(Reducer):
     vision_temperature: float = 0.2
     vision_weight: float = 0.5
 
-    needs = (Embeddings(), Features(), Query())
-    query_aware = True
+    needs = (probes.Embeddings(), probes.Features(), probes.Query())
     paper = "arXiv:2508.18264"
     complexity = "O(N^2 C + M N D + T N (M + N))"
 
@@ -62,22 +56,21 @@ class MMTok(Reducer):
             if not least <= getattr(self, name) < float("inf"):
                 raise FoveateError(f"{name} is a finite number of at least {least}, not {getattr(self, name)}")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        embeddings = crops.probe(Embeddings())
+        embeddings = crops.probe(probes.Embeddings())
         taken = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        matrix = self._coverage(embeddings, crops.probe(Features()), crops.query)
+        matrix = self._coverage(embeddings, crops.probe(probes.Features()), crops.query)
         # By this share softmax makes of cosines what float32 makes of them.
-        return cover(matrix, count, taken, RESOLUTION / min(self.text_temperature, self.vision_temperature))
+        return cover(matrix, count, taken, ranking.RESOLUTION / min(self.text_temperature, self.vision_temperature))
 
     def _coverage(self, embeddings: Tensor, features: Tensor, query: Tensor | None) -> Tensor:
         """Return how well each token covers each element, ``[B, N, M + N]``."""
-        vision = (cosine_matrix(features) / self.vision_temperature).softmax(dim=-1)
+        vision = (ranking.cosine_matrix(features) / self.vision_temperature).softmax(dim=-1)
         parts = [vision * (self.vision_weight / vision.shape[1])]
         if query is not None and query.shape[1]:
-            parts.insert(0, (cosine_matrix(query, embeddings) / self.text_temperature).softmax(dim=-1) / query.shape[1])
+            parts.insert(
+                0, (ranking.cosine_matrix(query, embeddings) / self.text_temperature).softmax(dim=-1) / query.shape[1]
+            )
         return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
 
 
@@ -101,6 +94,6 @@ def cover(matrix: Tensor, count: int, taken: Tensor, noise: float) -> Tensor:
     covered = torch.zeros_like(matrix[:, 0])
     picks: list[Tensor] = []
     for _ in range(count):
-        picks.append(take_best(added_coverage(matrix, covered), taken, noise))
-        covered = torch.maximum(covered, row_of(matrix, picks[-1]) * (1 + noise))
+        picks.append(ranking.take_best(ranking.added_coverage(matrix, covered), taken, noise))
+        covered = torch.maximum(covered, ranking.row_of(matrix, picks[-1]) * (1 + noise))
     return torch.cat(picks, dim=1)

@@ -8,15 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.core.grids import cells
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.author import CropBatch, CropMerger, Groups, grids, register
 
 
 @register("pool")
 @dataclass(frozen=True)
-class Pool(Reducer):
+class Pool(CropMerger):
     """Replace each cell of a uniform grid by the mean of its projected tokens (adaptive average pooling).
 
     Parameters
@@ -29,9 +26,6 @@ class Pool(Reducer):
     complexity = "O(N)"
     reads_grid = True
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Groups:
         windows = _windows(crops.require_grid(self.name), count)
         return Groups(*(x.to(crops.device).expand(len(crops.ordinals), -1) for x in windows))
@@ -40,7 +34,7 @@ class Pool(Reducer):
 @lru_cache(maxsize=256)
 def _windows(grid: tuple[int, int], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the anchors ``[T]`` of the cells, and the target, source and weight of each token of each cell."""
-    parts = cells(grid, count)
+    parts = grids.cells(grid, count)
     tokens = [[r * grid[1] + c for r in cell.rows for c in cell.columns] for cell in parts]
     sizes = torch.tensor([len(window) for window in tokens])
     return (

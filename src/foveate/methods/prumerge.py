@@ -8,12 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Keys, Probe
-from foveate.core.ranking import cosine_matrix, descending, make_room, top
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
 PRESETS = ((64 / 576, 13 / 64), (128 / 576, 40 / 128), (256 / 576, 95 / 256))
 """Published settings of PruMerge+: the share of the tokens that is kept, and that of the salient among the kept."""
@@ -21,7 +16,7 @@ PRESETS = ((64 / 576, 13 / 64), (128 / 576, 40 / 128), (256 / 576, 95 / 256))
 
 @register("prumerge")
 @dataclass(frozen=True)
-class PruMerge(Reducer):
+class PruMerge(CropMerger):
     """LLaVA-PruMerge (arXiv 2403.15388, ICCV 2025): salient tokens plus the sum of all others, before the projector.
 
     Of T tokens, T - 1 are centres, those with the most ``[CLS]`` attention. To each centre the `neighbours` tokens
@@ -61,7 +56,6 @@ class PruMerge(Reducer):
     adaptive: bool = False
     layer: int = 0
 
-    needs = (Attention(joint=True, layers=(0,)), Keys(joint=True, layers=(0,)))
     merges = "features"
     paper = "arXiv:2403.15388"
     complexity = "O(N T (C + log N))"
@@ -75,32 +69,30 @@ class PruMerge(Reducer):
                 f"layers are counted back from 0, the one behind the features: layer={self.layer} is not"
             )
 
-    def probes(self) -> tuple[Probe, ...]:
-        return Attention(joint=True, layers=(self.layer,)), Keys(joint=True, layers=(self.layer,))
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return probes.Attention(joint=True, layers=(self.layer,)), probes.Keys(joint=True, layers=(self.layer,))
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
-        attention, keys = (crops.probe(probe) for probe in self.probes())
+        attention, keys = (crops.probe(probe) for probe in self.needs)
         attention = attention.float().nan_to_num()
         centres, back = max(1, count - 1), int(count > 1)
         if not self.adaptive:
             chosen = self._centres(attention, centres)
             return _merged(attention, keys, chosen, None, self.neighbours, back)
         wanted = self._wanted(attention)
-        chosen = top(torch.where(wanted, attention, -torch.inf), centres)
+        chosen = ranking.top(torch.where(wanted, attention, -torch.inf), centres)
         return _merged(attention, keys, chosen, wanted.gather(1, chosen), self.neighbours, back)
 
     def _centres(self, attention: Tensor, count: int) -> Tensor:
         """Return `count` centres ``[B, count]``, ascending."""
-        return top(attention, count)
+        return ranking.top(attention, count)
 
     def _wanted(self, attention: Tensor) -> Tensor:
         """Mark the centres that the image asks for, ``[B, N]``."""
         quartiles = attention.quantile(torch.tensor([0.25, 0.75], device=attention.device), dim=1)[..., None]
         outliers = attention > quartiles[1] + 1.5 * (quartiles[1] - quartiles[0])
-        return outliers.scatter(1, descending(attention)[:, :1], True)
+        return outliers.scatter(1, ranking.descending(attention)[:, :1], True)
 
 
 @register("prumerge+")
@@ -130,7 +122,7 @@ class PruMergePlus(PruMerge):
     """
 
     def _centres(self, attention: Tensor, count: int) -> Tensor:
-        order, size = descending(attention), attention.shape[1]
+        order, size = ranking.descending(attention), attention.shape[1]
         salient = min(_salient(count + 1, size), count)
         rest, spread = order[:, salient:].sort(dim=1).values, count - salient
         even = torch.arange(spread, device=order.device) * rest.shape[1] // max(1, spread)
@@ -155,8 +147,8 @@ def _merged(
 ) -> Groups:
     """Add to each of the centres ``[B, K]`` its neighbours, and with `back` append the sum of all that are none."""
     (batch, count), size = centres.shape, attention.shape[1]
-    similarity = cosine_matrix(keys.take_along_dim(centres[..., None], dim=1), keys).nan_to_num(nan=-2.0)
-    near = descending(similarity.scatter(2, centres[..., None], -torch.inf))[..., : min(neighbours, size - 1)]
+    similarity = ranking.cosine_matrix(keys.take_along_dim(centres[..., None], dim=1), keys).nan_to_num(nan=-2.0)
+    near = ranking.descending(similarity.scatter(2, centres[..., None], -torch.inf))[..., : min(neighbours, size - 1)]
     place, rank = torch.arange(size, device=centres.device), torch.arange(count, device=centres.device)
     is_centre = torch.ones_like(centres, dtype=torch.bool) if wanted is None else wanted
     inside = torch.zeros_like(attention, dtype=torch.bool).scatter(1, centres, is_centre)
@@ -168,7 +160,7 @@ def _merged(
         source.append(place.expand(batch, -1))
         weight.append(attention.masked_fill(inside, 0.0))
     return Groups(
-        torch.cat([make_room(centres, size, back=back), last.long() * (size - 1)], dim=1),
+        torch.cat([ranking.make_room(centres, size, back=back), last.long() * (size - 1)], dim=1),
         torch.cat(target).expand(batch, -1),
         torch.cat(source, dim=1),
         torch.cat(weight, dim=1),

@@ -7,16 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.probes import Attention, Features
-from foveate.core.ranking import cosine_matrix, ranks
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
 
 @register("prunesid")
 @dataclass(frozen=True)
-class PruneSID(Reducer):
+class PruneSID(CropReducer):
     """PruneSID (arXiv 2603.09480, ICLR 2026): semantic groups, thinned out within, share the budget.
 
     A token belongs to that one of ``T // 4`` principal components of the sigmoid of the features ``[N, C]`` on which
@@ -43,17 +39,18 @@ class PruneSID(Reducer):
     which the last places are given. Encoders without ``[CLS]`` use the attention that each token receives.
     """
 
-    needs = (Features(), Attention())
+    needs = (probes.Features(), probes.Attention())
     paper = "arXiv:2603.09480"
     complexity = "O(N^2 C + N^3)"
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        features, place, size = crops.probe(Features()), ranks(crops.probe(Attention())), crops.size
+        features, place, size = (
+            crops.probe(probes.Features()),
+            ranking.ranks(crops.probe(probes.Attention())),
+            crops.size,
+        )
         group, groups = _components(features, max(1, count // 4))
-        similarity = cosine_matrix(features)
+        similarity = ranking.cosine_matrix(features)
         redundancy = (similarity.sum(dim=(1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(dim=1)) / (size * (size - 1))
         copies = similarity > (count / 32 * redundancy)[:, None, None]
         survives = _survivors(copies, group, groups, place, count)
@@ -68,7 +65,7 @@ class PruneSID(Reducer):
         start = (sizes.cumsum(dim=1) - sizes).gather(1, home)
         surplus = torch.arange(size, device=order.device) - start - quota.gather(1, home)
         suppressed = ~survives.gather(1, order)
-        rounds = (suppressed * size + surplus) * groups + ranks(sizes).gather(1, home)
+        rounds = (suppressed * size + surplus) * groups + ranking.ranks(sizes).gather(1, home)
         return order.gather(1, torch.where(surplus < 0, -1, rounds).argsort(dim=1, stable=True)[:, :count])
 
 

@@ -7,21 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from foveate.core.errors import BudgetError
-from foveate.core.in_llm import (
+from foveate.author import (
+    BudgetError,
     Images,
     InLlmReducer,
-    LayerAttention,
     LayerTokens,
-    boundary_in,
-    check_equivalent,
-    tokens_of,
-    wanted_tokens,
+    Selection,
+    probes,
+    ranking,
+    register,
+    schedules,
 )
-from foveate.core.ranking import top
-from foveate.core.reducer import register
-from foveate.core.schedules import after_shares, check_layers
-from foveate.core.selection import Selection
 
 QUARTERS = (1 / 4, 2 / 4, 3 / 4)
 
@@ -51,13 +47,12 @@ class PyramidDrop(InLlmReducer):
     reach; `layers` can, and `equivalent` then solves for the share. With several images their tokens compete.
     """
 
-    keep: float | None = None  # type: ignore[assignment]
+    keep: float | None = None
     layers: tuple[int, ...] | None = None
     equivalent: int | float | None = None
 
-    reads = (LayerAttention("last", ahead=True),)
+    needs = (probes.LayerAttention("last", ahead=True),)
     budgets = ("keep", "equivalent")
-    query_aware = True
     positions = "compact"
     paper = "arXiv:2410.17247"
     complexity = "O(S D^2) per boundary"
@@ -65,18 +60,18 @@ class PyramidDrop(InLlmReducer):
     def __post_init__(self) -> None:
         if self.keep is None and self.equivalent is None:
             object.__setattr__(self, "keep", 0.5)
-        check_equivalent(self.name, self.keep, self.equivalent)
+        schedules.check_equivalent(self.name, self.keep, self.equivalent)
         if self.keep is not None and (not isinstance(self.keep, float) or not 0.0 < self.keep <= 1.0):
             raise BudgetError(
                 f"pyramiddrop keeps a share of the tokens from stage to stage, such as 0.5, not {self.keep!r}; for a "
                 "number of tokens use equivalent=, their mean over the layers"
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+            object.__setattr__(self, "layers", schedules.check_layers(self.name, self.layers))
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        layers = self.layers or after_shares(depth, QUARTERS)
-        return tuple(boundary_in(depth, layer, self.name) for layer in layers)
+        layers = self.layers or schedules.after_shares(depth, QUARTERS)
+        return tuple(schedules.boundary_in(depth, layer, self.name) for layer in layers)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
         share = self.keep if self.equivalent is None else self._share(depth, images)
@@ -86,10 +81,10 @@ class PyramidDrop(InLlmReducer):
                 f"pyramiddrop: keep={self.keep} and equivalent={self.equivalent} contradict each other, as the latter "
                 f"makes the share {share:.4f}: leave one of them out"
             )
-        return _stages(tokens_of(images), share, len(self.boundaries(depth)))[1:]
+        return _stages(schedules.tokens_of(images), share, len(self.boundaries(depth)))[1:]
 
     def _share(self, depth: int, images: Images) -> float:
-        given, wanted = tokens_of(images), wanted_tokens(self.equivalent or 0, images)
+        given, wanted = schedules.tokens_of(images), schedules.wanted_tokens(self.equivalent or 0, images)
         borders = (0, *self.boundaries(depth), depth)
         widths = [after - before for before, after in pairwise(borders)]
         if wanted < given * widths[0] / depth:
@@ -110,9 +105,9 @@ class PyramidDrop(InLlmReducer):
         """Return the same method with the share `keep` that `equivalent` comes to for an image of so many tokens."""
         return self if self.equivalent is None else replace(self, keep=self._share(depth, [("image", tokens)]))
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
-        (attention,) = self.reads
-        return tokens.per_prompt(lambda prompts, count: top(prompts.probe(attention), count))
+    def select(self, tokens: LayerTokens) -> Selection:
+        (attention,) = self.needs
+        return tokens.per_prompt(lambda prompts, count: ranking.top(prompts.probe(attention), count))
 
 
 def _stages(given: int, share: float, further: int) -> list[int]:

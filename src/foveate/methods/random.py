@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, register
 
 
 @register("random")
 @dataclass(frozen=True)
-class Random(Reducer):
+class Random(CropReducer):
     """Keep tokens drawn at random, the same ones for the same seed.
 
     Parameters
@@ -29,9 +27,6 @@ class Random(Reducer):
     seed: int = 0
 
     complexity = "O(N)"
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         draws = [_draw(self.seed * 1_000_003 + ordinal, crops.size)[:count] for ordinal in crops.ordinals]

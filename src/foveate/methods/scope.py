@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Features
-from foveate.core.ranking import RESOLUTION, added_coverage, cosine_matrix, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("scope")
 @dataclass(frozen=True)
-class SCOPE(Reducer):
+class SCOPE(CropReducer):
     """SCOPE (arXiv 2510.24214, NeurIPS 2025): greedy coverage of all tokens, weighted by ``[CLS]`` attention.
 
     A token is covered as well as its most similar picked one has a positive cosine with it, of features ``[N, C]``.
@@ -42,7 +37,7 @@ class SCOPE(Reducer):
 
     alpha: float = 1.0
 
-    needs = (Features(), Attention())
+    needs = (probes.Features(), probes.Attention())
     paper = "arXiv:2510.24214"
     complexity = "O(N^2 C + T N^2)"
 
@@ -51,20 +46,19 @@ class SCOPE(Reducer):
         if not 0.0 <= self.alpha < float("inf"):
             raise FoveateError(f"alpha is a finite exponent of at least 0, not {self.alpha}: 1 is the published value")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = cosine_matrix(crops.probe(Features()))
-        saliency = crops.probe(Attention()).float()
+        similarity = ranking.cosine_matrix(crops.probe(probes.Features()))
+        saliency = crops.probe(probes.Attention()).float()
         weight = saliency**self.alpha
         covered = torch.zeros_like(saliency)
         taken = torch.zeros_like(saliency, dtype=torch.bool)
         picks: list[Tensor] = []
         for _ in range(count):
-            gain = added_coverage(similarity, covered)
+            gain = ranking.added_coverage(similarity, covered)
             # Tokens that add nothing rank among each other by saliency, and below all others.
-            pick = take_best(torch.where(gain > RESOLUTION * crops.size, weight * gain, -1 / saliency), taken)
-            covered = torch.maximum(covered, row_of(similarity, pick))
+            pick = ranking.take_best(
+                torch.where(gain > ranking.RESOLUTION * crops.size, weight * gain, -1 / saliency), taken
+            )
+            covered = torch.maximum(covered, ranking.row_of(similarity, pick))
             picks.append(pick)
         return torch.cat(picks, dim=1)

@@ -6,22 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.core.budget import Keep
-from foveate.core.errors import BudgetError, FoveateError
-from foveate.core.in_llm import (
+from foveate.author import (
+    BudgetError,
+    FoveateError,
     Images,
     InLlmReducer,
+    Keep,
     LayerTokens,
-    Prior,
-    boundary_in,
-    check_equivalent,
-    one_cut,
-    tokens_of,
+    Selection,
+    probes,
+    ranking,
+    register,
+    schedules,
 )
-from foveate.core.ranking import top
-from foveate.core.reducer import register
-from foveate.core.schedules import check_layers
-from foveate.core.selection import Selection
 
 
 @register("sgl")
@@ -60,7 +57,7 @@ class SGL(InLlmReducer):
     The rows of the answer are those of all its tokens but the last, which the small model never reads.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
+    keep: Keep | None = None
     depth: float = 0.3
     layer: int | None = None
     equivalent: int | float | None = None
@@ -69,8 +66,7 @@ class SGL(InLlmReducer):
     consistency_keep: float = 0.05
     geometric: bool = False
 
-    reads = (Prior(),)
-    query_aware = True
+    needs = (probes.Prior(),)
     guided = True
     paper = "arXiv:2412.03324"
     complexity = "O(N log N)"
@@ -80,25 +76,25 @@ class SGL(InLlmReducer):
             object.__setattr__(self, "keep", 0.3)
         super().__post_init__()
         if self.equivalent is not None:
-            check_equivalent(self.name, self.keep, self.equivalent)
+            schedules.check_equivalent(self.name, self.keep, self.equivalent)
         if self.layer is not None:
-            check_layers(self.name, (self.layer,))
+            schedules.check_layers(self.name, (self.layer,))
         if not 0.0 < self.depth < 1.0:
             raise FoveateError(f"depth is a share of the layers between 0 and 1, such as 0.3, not {self.depth!r}")
         if not 0.0 < self.consistency_keep <= 1.0:
             raise BudgetError(f"consistency_keep is a share of the tokens such as 0.05, not {self.consistency_keep!r}")
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        return (boundary_in(depth, int(depth * self.depth) if self.layer is None else self.layer, self.name),)
+        return (schedules.boundary_in(depth, int(depth * self.depth) if self.layer is None else self.layer, self.name),)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
         if self.equivalent is None and isinstance(self.keep, float):
-            return (share_of(self.keep, tokens_of(images)),)
+            return (share_of(self.keep, schedules.tokens_of(images)),)
         (boundary,) = self.boundaries(depth)
-        return (one_cut(self.name, self.keep, self.equivalent, boundary, depth, images),)
+        return (schedules.one_cut(self.name, self.keep, self.equivalent, boundary, depth, images),)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
-        return tokens.per_prompt(lambda prompts, count: top(prompts.probe(Prior()), count))
+    def select(self, tokens: LayerTokens) -> Selection:
+        return tokens.per_prompt(lambda prompts, count: ranking.top(prompts.probe(probes.Prior()), count))
 
 
 def share_of(share: float, tokens: int) -> int:

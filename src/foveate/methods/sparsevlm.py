@@ -12,24 +12,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
-from foveate.core.clustering import dpc_knn
-from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
-from foveate.core.in_llm import (
+from foveate.author import (
+    BudgetError,
+    CropBatch,
+    FoveateError,
+    Groups,
     Images,
     InLlmReducer,
-    LayerAttention,
-    LayerStates,
+    Keep,
     LayerTokens,
-    budget_of,
-    check_equivalent,
-    tokens_of,
-    wanted_tokens,
+    Selection,
+    UnsupportedModelError,
+    clustering,
+    probes,
+    ranking,
+    register,
+    schedules,
 )
-from foveate.core.ranking import RESOLUTION, descending, make_room, top
-from foveate.core.reducer import register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups
 
 FLOOR = 0.1
 """The least gravity, as a share of that at distance zero."""
@@ -41,16 +40,15 @@ LAYERS, DEPTH, TOKENS = (2, 6, 15), 32, 576
 class TextRated(InLlmReducer):
     """What both versions share: the layers, the budgets, and the text tokens whose attention counts."""
 
-    keep: Keep | None = None  # type: ignore[assignment]
+    keep: Keep | None = None
     equivalent: int | float | None = None
 
     lists: ClassVar[Mapping[int, tuple[int, int, int]]]
     """By mean number of tokens, how many are kept by rank behind each of `LAYERS`."""
-    query_aware = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_equivalent(self.name, self.keep, self.equivalent)
+        schedules.check_equivalent(self.name, self.keep, self.equivalent)
         if self.keep is not None and self.equivalent is not None:
             raise BudgetError(
                 f"{self.name}: keep and equivalent are both a mean over the layers: leave one of them out"
@@ -63,7 +61,7 @@ class TextRated(InLlmReducer):
         return cuts
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
-        given, wanted = tokens_of(images), self._wanted(images)
+        given, wanted = schedules.tokens_of(images), self._wanted(images)
         if wanted >= given:
             return (given,) * len(LAYERS)
         if depth == DEPTH and self.equivalent is None and self.published():
@@ -101,9 +99,9 @@ class TextRated(InLlmReducer):
 
     def _wanted(self, images: Images) -> float:
         if self.equivalent is not None:
-            return wanted_tokens(self.equivalent, images)
+            return schedules.wanted_tokens(self.equivalent, images)
         assert self.keep is not None
-        return budget_of(self.keep, images)
+        return schedules.budget_of(self.keep, images)
 
     def published(self) -> bool:
         """Return whether the lists are those of this configuration."""
@@ -123,7 +121,7 @@ class TextRated(InLlmReducer):
 
     def judges(self, visual: Tensor, text: Tensor) -> Tensor:
         relevance = (visual.float() @ text.float().T).softmax(dim=1).mean(dim=0)
-        raters = relevance > (1 + RESOLUTION) / len(text)
+        raters = relevance > (1 + ranking.RESOLUTION) / len(text)
         return raters | ~raters.any()
 
 
@@ -167,7 +165,7 @@ class SparseVLM(TextRated):
     recycle: float = 0.3
 
     lists: ClassVar = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
-    reads = (LayerAttention("judges"), LayerStates())
+    needs = (probes.LayerAttention("judges"), probes.LayerStates())
     merges = "embeddings"
     positions = "compact"
     paper = "arXiv:2410.04417"
@@ -187,7 +185,7 @@ class SparseVLM(TextRated):
     def _clustered(self, dropped: int) -> int:
         return min(int(self.recycle * dropped) + 1, dropped)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+    def select(self, tokens: LayerTokens) -> Selection:
         return tokens.per_prompt_merge(self._pick)
 
     def _pick(self, prompts: CropBatch, count: int) -> Groups:
@@ -195,19 +193,19 @@ class SparseVLM(TextRated):
         fitting = (k for k in range(count, 0, -1) if k + self.recycled(size - k) <= count)
         kept = next(fitting, 0)
         clusters = count - kept
-        order = descending(prompts.probe(self.reads[0]))
+        order = ranking.descending(prompts.probe(self.needs[0]))
         chosen = order[:, :kept].sort(dim=1).values
         own = torch.arange(kept, device=device).expand_as(chosen)
         if not clusters:
             return Groups(chosen, own, chosen, torch.ones_like(chosen, dtype=torch.float32))
         again = order[:, kept : kept + max(self._clustered(size - kept), clusters)].sort(dim=1).values
-        states = prompts.probe(self.reads[1]).take_along_dim(again[..., None], dim=1)
-        labels = torch.stack([dpc_knn(x, clusters, clusters - 1, itself=True)[0] for x in states])
+        states = prompts.probe(self.needs[1]).take_along_dim(again[..., None], dim=1)
+        labels = torch.stack([clustering.dpc_knn(x, clusters, clusters - 1, itself=True)[0] for x in states])
         ones = torch.ones_like(again, dtype=torch.float32)
         members = ones.new_zeros(len(again), clusters).scatter_add(1, labels, ones)
         last = torch.arange(size - clusters, size, device=device).expand(len(again), -1)
         return Groups(
-            torch.cat([make_room(chosen, size, back=clusters), last], dim=1),
+            torch.cat([ranking.make_room(chosen, size, back=clusters), last], dim=1),
             torch.cat([own, kept + labels], dim=1),
             torch.cat([chosen, again], dim=1),
             torch.cat([torch.ones_like(chosen, dtype=torch.float32), 1 / members.gather(1, labels)], dim=1),
@@ -237,19 +235,19 @@ class SparseVLMPlus(TextRated):
     """
 
     lists: ClassVar = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
-    reads = (LayerAttention("judges", over="nothing"),)
+    needs = (probes.LayerAttention("judges", over="nothing"),)
     paper = "arXiv:2410.04417"
     complexity = "O(M S D) per boundary"
 
     def recycled(self, dropped: int) -> int:
         return 0
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+    def select(self, tokens: LayerTokens) -> Selection:
         kept = {}
-        for i, attention in enumerate(tokens.probe(self.reads[0])):
+        for i, attention in enumerate(tokens.probe(self.needs[0])):
             pull = gravity(tokens.rows[i], tokens.places[i], tokens.frequencies)
             pull = pull.clamp(min=FLOOR * (2 * len(tokens.frequencies)) ** 0.5)
-            kept[i] = [top(priority_scores(attention, tokens.judging[i], pull)[None], tokens.counts[i])[0]]
+            kept[i] = [ranking.top(priority_scores(attention, tokens.judging[i], pull)[None], tokens.counts[i])[0]]
         return tokens.selection(kept)
 
 
@@ -286,5 +284,5 @@ def priority_scores(attention: Tensor, raters: Tensor, pull: Tensor) -> Tensor:
     heads = attention.shape[1]
     weight = (raters / raters.sum()) / pull
     received = (attention * weight.float()[:, None]).sum(dim=2)
-    best = descending(received.sum(dim=0)[None])[0, : math.ceil(14 / 32 * heads)]
+    best = ranking.descending(received.sum(dim=0)[None])[0, : math.ceil(14 / 32 * heads)]
     return received.index_select(1, best).mean(dim=1)

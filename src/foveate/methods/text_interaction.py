@@ -10,24 +10,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep, resolve
-from foveate.core.errors import BudgetError, FoveateError
-from foveate.core.in_llm import (
+from foveate.author import (
+    BudgetError,
+    CropBatch,
+    FoveateError,
     Images,
     InLlmReducer,
-    LayerAttention,
+    Keep,
     LayerTokens,
+    Method,
+    Reducer,
+    Selection,
     StagedReducer,
-    boundary_in,
-    check_equivalent,
-    one_cut,
-    tokens_of,
+    VisualTokens,
+    budget,
+    probes,
+    ranking,
+    register,
+    schedules,
 )
-from foveate.core.probes import Attention, ClsSimilarity, Probe
-from foveate.core.ranking import RESOLUTION, descending, top
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
 
 Similarity = Literal["cosine", "attention"]
 
@@ -63,7 +64,6 @@ class TextInteractionImage(Reducer):
     inclusive: bool = False
     similarity: Similarity = "cosine"
 
-    needs = (ClsSimilarity(),)
     paper = "arXiv:2409.01162"
     complexity = "O(N (C + log N))"
 
@@ -72,20 +72,21 @@ class TextInteractionImage(Reducer):
         if not 0.0 <= self.least <= 1.0:
             raise FoveateError(f"least is a share of the tokens from 0 to 1, not {self.least!r}")
 
-    def probes(self) -> tuple[Probe, ...]:
-        return self.needs if self.similarity == "cosine" else (Attention(),)
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return (probes.ClsSimilarity() if self.similarity == "cosine" else probes.Attention(),)
 
     def select(self, tokens: VisualTokens) -> Selection:
         if not self.adaptive:
             return tokens.per_crop(self.keep, self._pick)
-        (probe,), first, parts = self.probes(), 0, []
+        (probe,), first, parts = self.needs, 0, []
         for i, span in enumerate(tokens.spans):
             own = list(zip(span.crops, tokens.probe(probe)[first:], strict=False))
             first += len(own)
-            joint = resolve(self.keep, span.kind, span.ordinal).per == "joint"
+            joint = budget.resolve(self.keep, span.kind, span.ordinal).per == "joint"
             for unit, most in zip([own] if joint else [[pair] for pair in own], span.budget(self.keep), strict=True):
                 index = torch.cat([crop.index for crop, _ in unit]).to(tokens.device)
-                order = descending(torch.cat([scores for _, scores in unit])[None])[0]
+                order = ranking.descending(torch.cat([scores for _, scores in unit])[None])[0]
                 scores = torch.cat([scores for _, scores in unit]).index_select(0, order)
                 parts.append((i, index.index_select(0, order), knee(scores, self.inclusive), most))
         fronts = torch.stack([front for *_, front, _ in parts]).tolist() if parts else []
@@ -95,8 +96,8 @@ class TextInteractionImage(Reducer):
         return tokens.selection(kept)
 
     def _pick(self, crops: CropBatch, count: int) -> Tensor:
-        (probe,) = self.probes()
-        return top(crops.probe(probe), count)
+        (probe,) = self.needs
+        return ranking.top(crops.probe(probe), count)
 
 
 @register("text_interaction_llm")
@@ -118,33 +119,32 @@ class TextInteractionLLM(InLlmReducer):
     Without text behind the image the attention of the last token counts. Text is never dropped. See `TextInteraction`.
     """
 
-    keep: float | None = None  # type: ignore[assignment]
+    keep: float | None = None
     layer: int = 2
     equivalent: int | float | None = None
 
-    reads = (LayerAttention("text"),)
-    query_aware = True
+    needs = (probes.LayerAttention("text"),)
     paper = "arXiv:2409.01162"
     complexity = "O(M S D + N log N)"
 
     def __post_init__(self) -> None:
-        check_equivalent(self.name, self.keep, self.equivalent)
+        schedules.check_equivalent(self.name, self.keep, self.equivalent)
         if self.keep is not None and (not isinstance(self.keep, float) or not 0.0 < self.keep <= 1.0):
             raise BudgetError(f"text_interaction_llm keeps a share of the tokens, such as 0.4, not {self.keep!r}")
         if type(self.layer) is not int or self.layer < 1:
             raise FoveateError(f"text_interaction needs a layer in front of the cut: not layer={self.layer!r}")
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        return (boundary_in(depth, self.layer, self.name),)
+        return (schedules.boundary_in(depth, self.layer, self.name),)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
         if self.keep is not None and self.equivalent is None:
-            return (math.ceil(self.keep * tokens_of(images) - 1e-9),)
-        return (one_cut(self.name, self.keep, self.equivalent, self.layer, depth, images),)
+            return (math.ceil(self.keep * schedules.tokens_of(images) - 1e-9),)
+        return (schedules.one_cut(self.name, self.keep, self.equivalent, self.layer, depth, images),)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
-        (attention,) = self.reads
-        return tokens.per_prompt(lambda prompts, count: top(prompts.probe(attention), count))
+    def select(self, tokens: LayerTokens) -> Selection:
+        (attention,) = self.needs
+        return tokens.per_prompt(lambda prompts, count: ranking.top(prompts.probe(attention), count))
 
 
 @register("text_interaction")
@@ -179,15 +179,13 @@ class TextInteraction(StagedReducer):
     concatenated sequence that the abstract speaks of is cut in its visual tokens only.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
+    keep: Keep | None = None
     layer: int = 2
     ratio: float = 0.4
     least: float = 0.05
     most: float = 0.6
     similarity: Similarity = "cosine"
 
-    needs = (ClsSimilarity(),)
-    query_aware = True
     paper = "arXiv:2409.01162"
     complexity = "O(N (C + log N) + M S D)"
 
@@ -200,7 +198,7 @@ class TextInteraction(StagedReducer):
             raise FoveateError(f"bounds are 0 <= least <= most, not least={self.least}, most={self.most}")
         self.stages()
 
-    def stages(self) -> tuple[Reducer, ...]:
+    def stages(self) -> tuple[Method, ...]:
         if self.keep is None:
             first = TextInteractionImage(float(self.most), least=self.least, similarity=self.similarity)
             return first, TextInteractionLLM(float(self.ratio), layer=self.layer)
@@ -231,4 +229,4 @@ def knee(curve: Tensor, inclusive: bool = False) -> Tensor:
     gap = 1 - torch.linspace(0, 1, size, dtype=y.dtype, device=y.device) - (y - y[-1]) / spread
     place = torch.arange(size, device=y.device)
     first = torch.where(gap == gap.amax(), place, size).amin() + int(inclusive)
-    return torch.where((spread > RESOLUTION) & (gap.amax() > RESOLUTION), first, size)
+    return torch.where((spread > ranking.RESOLUTION) & (gap.amax() > ranking.RESOLUTION), first, size)

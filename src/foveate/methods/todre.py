@@ -9,20 +9,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.budget import is_number
-from foveate.core.errors import FoveateError
-from foveate.core.in_llm import Images, InLlmReducer, LayerAttention, LayerTokens, StagedReducer, boundary_in
-from foveate.core.probes import Attention, Embeddings
-from foveate.core.ranking import cosine_matrix, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.schedules import check_layers
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import (
+    CropBatch,
+    CropReducer,
+    FoveateError,
+    Images,
+    InLlmReducer,
+    Keep,
+    LayerTokens,
+    Method,
+    Selection,
+    StagedReducer,
+    budget,
+    probes,
+    ranking,
+    register,
+    schedules,
+)
 
 
 @register("todre")
 @dataclass(frozen=True)
-class ToDRE(Reducer):
+class ToDRE(CropReducer):
     """ToDRE (arXiv 2505.18757), stage 1 only: greedy diversity from a salient pivot.
 
     The first token is the one with the most ``[CLS]`` attention ``[N]``; each further one is the least similar to those
@@ -48,22 +56,19 @@ class ToDRE(Reducer):
 
     criterion: Literal["max_sum", "k_center"] = "max_sum"
 
-    needs = (Embeddings(), Attention())
+    needs = (probes.Embeddings(), probes.Attention())
     paper = "arXiv:2505.18757"
     complexity = "O(N^2 D + T N)"
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = cosine_matrix(crops.probe(Embeddings()))
-        saliency = crops.probe(Attention())
+        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
+        saliency = crops.probe(probes.Attention())
         taken = torch.zeros_like(saliency, dtype=torch.bool)
-        picks = [take_best(saliency, taken)]
-        closeness = row_of(similarity, picks[0])
+        picks = [ranking.take_best(saliency, taken)]
+        closeness = ranking.row_of(similarity, picks[0])
         while len(picks) < count:
-            picks.append(take_best(-closeness, taken))
-            row = row_of(similarity, picks[-1])
+            picks.append(ranking.take_best(-closeness, taken))
+            row = ranking.row_of(similarity, picks[-1])
             closeness = closeness + row if self.criterion == "max_sum" else torch.maximum(closeness, row)
         return torch.cat(picks, dim=1)
 
@@ -96,12 +101,11 @@ class ToDREExit(InLlmReducer):
     without text behind its image keeps all tokens.
     """
 
-    keep: None = None  # type: ignore[assignment]
+    keep: None = None
     tau: float = 0.1
     layer: int | None = None
 
-    reads = (LayerAttention("text"),)
-    query_aware = True
+    needs = (probes.LayerAttention("text"),)
     adaptive = True
     budgets = ()
     paper = "arXiv:2505.18757"
@@ -110,19 +114,19 @@ class ToDREExit(InLlmReducer):
     def __post_init__(self) -> None:
         if self.keep is not None:
             raise FoveateError(f"{self.name} keeps all tokens or none, by tau: leave keep={self.keep!r} out")
-        if not is_number(self.tau) or self.tau < 0.0:
+        if not budget.is_number(self.tau) or self.tau < 0.0:
             raise FoveateError(f"tau is a share of attention such as 0.1, not {self.tau!r}")
         if self.layer is not None:
-            check_layers(self.name, (self.layer,))
+            schedules.check_layers(self.name, (self.layer,))
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        return (boundary_in(depth, self.layer or int(depth * 7 / 8), self.name),)
+        return (schedules.boundary_in(depth, self.layer or int(depth * 7 / 8), self.name),)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
         return (0,)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
-        (attention,) = self.reads
+    def select(self, tokens: LayerTokens) -> Selection:
+        (attention,) = self.needs
         shares = torch.stack([x.sum() for x in tokens.probe(attention)]).tolist()
         stays = [share >= self.tau or not behind for share, behind in zip(shares, tokens.behind, strict=True)]
         return tokens.selection(
@@ -150,11 +154,11 @@ class ToDREAll(StagedReducer):
         See `ToDREExit`.
     """
 
+    keep: Keep
     criterion: Literal["max_sum", "k_center"] = "max_sum"
     tau: float = 0.1
     layer: int | None = None
 
-    query_aware = True
     paper = "arXiv:2505.18757"
     complexity = "O(N^2 D + T N), then O(M S D)"
 
@@ -162,5 +166,5 @@ class ToDREAll(StagedReducer):
         super().__post_init__()
         self.stages()
 
-    def stages(self) -> tuple[Reducer, ...]:
+    def stages(self) -> tuple[Method, ...]:
         return ToDRE(self.keep, self.criterion), ToDREExit(tau=self.tau, layer=self.layer)

@@ -8,10 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from foveate.core.encoder import EncoderReducer, Inside, merged
-from foveate.core.probes import Keys
-from foveate.core.ranking import cosine_matrix, descending
-from foveate.core.reducer import register
+from foveate.author import EncoderReducer, Inside, probes, ranking, register
+from foveate.core.encoder import merged
 
 
 @register("tome")
@@ -44,7 +42,7 @@ class ToMe(EncoderReducer):
 
     proportional: bool = True
 
-    reads = (Keys(),)
+    needs = (probes.Keys(),)
     after: ClassVar[Literal["attention", "mlp"]] = "attention"
     merges = "encoder"
     paper = "arXiv:2210.09461"
@@ -59,7 +57,7 @@ class ToMe(EncoderReducer):
         return [size - each * i - min(i, more) for i in range(1, layers + 1)]
 
     def step(self, inside: Inside, count: int) -> tuple[Tensor, Tensor | None]:
-        keys, sizes, size = inside.planes[Keys()], inside.sizes, inside.sizes.shape[1]
+        keys, sizes, size = inside.planes[probes.Keys()], inside.sizes, inside.sizes.shape[1]
         into = torch.arange(size, device=keys.device).expand(len(keys), -1)
         while size > count:
             left = max(count, size - size // 2)
@@ -90,8 +88,8 @@ def bipartite_matching(keys: Tensor, pairs: int, lead: int) -> Tensor:
     """
     batch, size = keys.shape[:2]
     even, odd = (torch.arange((lead + i) % 2, size, 2, device=keys.device) for i in range(2))
-    similarity = cosine_matrix(keys[:, even], keys[:, odd])
-    order, stay = descending(similarity.amax(dim=-1)), len(even) - pairs
+    similarity = ranking.cosine_matrix(keys[:, even], keys[:, odd])
+    order, stay = ranking.descending(similarity.amax(dim=-1)), len(even) - pairs
     merged, staying = order[:, :pairs], order[:, pairs:]
     if lead:
         staying = staying.sort(dim=1).values

@@ -7,17 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Embeddings
-from foveate.core.ranking import RESOLUTION, added_coverage, cosine_matrix, row_of, take_best
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("tops")
 @dataclass(frozen=True)
-class TOPS(Reducer):
+class TOPS(CropReducer):
     """TOPS (2026), stage I only: saliency plus diversity plus residual coverage, one pick at a time.
 
     The first token is the one with the most ``[CLS]`` attention ``[N]``. Each further one maximises the sum of three
@@ -45,7 +40,7 @@ class TOPS(Reducer):
     diversity: float = 0.5
     coverage: float = 0.5
 
-    needs = (Embeddings(), Attention())
+    needs = (probes.Embeddings(), probes.Attention())
     complexity = "O(N^2 D + T N^2)"
 
     def __post_init__(self) -> None:
@@ -54,24 +49,21 @@ class TOPS(Reducer):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise FoveateError(f"{name} is a finite weight of at least 0, not {getattr(self, name)}")
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = cosine_matrix(crops.probe(Embeddings()))
-        saliency = crops.probe(Attention()).float()
+        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
+        saliency = crops.probe(probes.Attention()).float()
         taken = torch.zeros_like(saliency, dtype=torch.bool)
-        picks = [take_best(saliency, taken)]
-        closest = row_of(similarity, picks[0])
+        picks = [ranking.take_best(saliency, taken)]
+        closest = ranking.row_of(similarity, picks[0])
         while len(picks) < count:
-            gain = added_coverage(similarity, closest)  # of tokens left: picked ones are covered by themselves
+            gain = ranking.added_coverage(similarity, closest)  # of tokens left: picked ones are covered by themselves
             scores = (
                 _relative(saliency, taken, len(picks), 0.0)
-                + self.diversity * _relative(1 - closest, taken, len(picks), RESOLUTION)
-                + self.coverage * _relative(gain, taken, len(picks), RESOLUTION * crops.size)
+                + self.diversity * _relative(1 - closest, taken, len(picks), ranking.RESOLUTION)
+                + self.coverage * _relative(gain, taken, len(picks), ranking.RESOLUTION * crops.size)
             )
-            picks.append(take_best(scores, taken))
-            closest = torch.maximum(closest, row_of(similarity, picks[-1]))
+            picks.append(ranking.take_best(scores, taken))
+            closest = torch.maximum(closest, ranking.row_of(similarity, picks[-1]))
         return torch.cat(picks, dim=1)
 
 

@@ -9,22 +9,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Budget, Keep
-from foveate.core.errors import BudgetError, FoveateError, InputError
-from foveate.core.in_llm import (
+from foveate.author import (
+    Budget,
+    BudgetError,
+    FoveateError,
     Images,
     InLlmReducer,
-    LayerStates,
+    InputError,
+    Keep,
     LayerTokens,
-    boundary_in,
-    check_equivalent,
-    one_cut,
-    tokens_of,
+    Selection,
+    probes,
+    ranking,
+    register,
+    schedules,
 )
-from foveate.core.probes import LlmProbe
-from foveate.core.ranking import cosine_matrix, descending
-from foveate.core.reducer import register
-from foveate.core.selection import Selection
 
 SPACE, CENTRE, SIGMA, ENTROPY, ITERATIONS = 1.0, 0.01, 10.0, 0.1, 3
 """Weights of the distance between tokens and to the centre beside that of features, the width of the former in
@@ -65,7 +64,7 @@ class TopV(InLlmReducer):
     last, as in other implementations, their masses would be their given marginals, whatever the cost.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
+    keep: Keep | None = None
     layer: int = 3
     recovery: int = 4
     target: Literal["mlp", "output"] = "mlp"
@@ -79,7 +78,7 @@ class TopV(InLlmReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_equivalent(self.name, self.keep, self.equivalent)
+        schedules.check_equivalent(self.name, self.keep, self.equivalent)
         if self.layer < 1:
             raise FoveateError(f"topv needs a layer in front of the cut: layer is at least 1, not {self.layer!r}")
         if self.recovery < 0 or self.recovery == 1:
@@ -88,15 +87,16 @@ class TopV(InLlmReducer):
     def solved(self, depth: int, tokens: int) -> TopV:
         return replace(self, keep=self.counts(depth, [("image", tokens)])[0]) if self.equivalent is not None else self
 
-    def llm_probes(self) -> tuple[LlmProbe, ...]:
-        return (LayerStates("input"), LayerStates(self.target))
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return (probes.LayerStates("input"), probes.LayerStates(self.target))
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        return (boundary_in(depth, self.layer, self.name),)
+        return (schedules.boundary_in(depth, self.layer, self.name),)
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
-        given = tokens_of(images)
-        count = one_cut(self.name, self.keep, self.equivalent, self.layer, depth, images)
+        given = schedules.tokens_of(images)
+        count = schedules.one_cut(self.name, self.keep, self.equivalent, self.layer, depth, images)
         if self.recovery and count < (least := -(-given // self.recovery)):
             raise BudgetError(
                 f"topv(recovery={self.recovery}) keeps every {self.recovery}th token that it drops, so no less than "
@@ -104,8 +104,8 @@ class TopV(InLlmReducer):
             )
         return (count,)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
-        sources, targets = (iter(tokens.probe(probe)) for probe in self.llm_probes())
+    def select(self, tokens: LayerTokens) -> Selection:
+        sources, targets = (iter(tokens.probe(probe)) for probe in self.needs)
         kept = {}
         for i, span in enumerate(tokens.spans):
             separators = span.separators().to(tokens.device)
@@ -130,7 +130,7 @@ class TopV(InLlmReducer):
         return tokens.selection(kept)
 
     def _pick(self, source: Tensor, target: Tensor, places: Tensor, count: int) -> Tensor:
-        distance = (2 - 2 * cosine_matrix(source[None], target[None])[0]).clamp(min=0).sqrt()
+        distance = (2 - 2 * ranking.cosine_matrix(source[None], target[None])[0]).clamp(min=0).sqrt()
         cost = visual_cost(distance, places)
         importance = sent(cost) if self.score == "transport" else -cost.mean(dim=1)
         return with_recovery(importance, count, self.recovery)
@@ -171,7 +171,7 @@ def with_recovery(importance: Tensor, count: int, recovery: int) -> Tensor:
     size, best = len(importance), count
     if recovery:
         best = max((count * recovery - size) // (recovery - 1), 0)
-    order = descending(importance[None])[0]
+    order = ranking.descending(importance[None])[0]
     back = order[best:].sort().values[:: recovery or size][: count - best]
     return torch.cat([order[:best], back]).sort().values
 

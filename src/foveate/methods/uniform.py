@@ -7,15 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.grids import cells
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, grids, register
 
 
 @register("uniform")
 @dataclass(frozen=True)
-class Uniform(Reducer):
+class Uniform(CropReducer):
     """Keep tokens on a uniform grid, whatever the image shows.
 
     Parameters
@@ -27,9 +24,6 @@ class Uniform(Reducer):
     complexity = "O(T)"
     reads_grid = True
 
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
-
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        middles = [cell.middle for cell in cells(crops.require_grid(self.name), count)]
+        middles = [cell.middle for cell in grids.cells(crops.require_grid(self.name), count)]
         return torch.tensor(middles, device=crops.device).expand(len(crops.ordinals), -1)

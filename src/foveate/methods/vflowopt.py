@@ -8,18 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Heads, LayerProbe, Probe, received
-from foveate.core.ranking import descending
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
 JUDGES = 0.03
 
 
 @dataclass(frozen=True)
-class Judged(LayerProbe):
+class Judged(probes.LayerProbe):
     """Attention of the judges, mean over them and over heads, ``[N]`` per crop.
 
     Parameters
@@ -32,11 +27,11 @@ class Judged(LayerProbe):
 
     t: float | None = None
 
-    def read(self, heads: Heads) -> Tensor:
-        got = received(heads.query, heads.key, heads.scaling, heads.lead, heads.mask)
+    def read(self, heads: probes.Heads) -> Tensor:
+        got = probes.received(heads.query, heads.key, heads.scaling, heads.lead, heads.mask)
         seen = torch.ones_like(got) if heads.mask is None else heads.mask.any(dim=2)[:, 0, heads.lead :].float()
         size = seen.sum(dim=1, keepdim=True)
-        judges = descending(got)[:, : self._most(got.shape[1])]
+        judges = ranking.descending(got)[:, : self._most(got.shape[1])]
         if self.t is None:
             weight = (torch.arange(judges.shape[1], device=got.device) < (JUDGES * size.double()).round()).float()
         else:
@@ -55,7 +50,7 @@ class Judged(LayerProbe):
         return size if self.t < 1 else max(1, int(size / self.t))
 
 
-def _weighted_rows(heads: Heads, index: Tensor, weight: Tensor, chunk: int = 64) -> Tensor:
+def _weighted_rows(heads: probes.Heads, index: Tensor, weight: Tensor, chunk: int = 64) -> Tensor:
     """Return the sum of the attention rows `index` ``[B, J]``, each times its `weight`, mean over heads ``[B, S]``."""
     transposed, parts = heads.key.float().transpose(-1, -2), []
     for rows, share in zip(torch.split(index, chunk, dim=1), torch.split(weight, chunk, dim=1), strict=True):
@@ -71,7 +66,7 @@ def _weighted_rows(heads: Heads, index: Tensor, weight: Tensor, chunk: int = 64)
 
 @register("vflowopt")
 @dataclass(frozen=True)
-class VFlowOpt(Reducer):
+class VFlowOpt(CropMerger):
     """VFlowOpt (arXiv 2508.05211, ICCV 2025), its encoder stage: importance by judges, dropped tokens recycled.
 
     The patches that receive the most attention are judges; what they attend to is important. Of T tokens,
@@ -110,7 +105,6 @@ class VFlowOpt(Reducer):
     a: float | None = None
     exact: bool = True
 
-    needs = (Judged(),)
     merges = "features"
     paper = "arXiv:2508.05211"
     complexity = "O(N log N)"
@@ -127,14 +121,12 @@ class VFlowOpt(Reducer):
             )
 
     @property
-    def reads_grid(self) -> bool:  # type: ignore[override]
+    def reads_grid(self) -> bool:
         return self.a is not None
 
-    def probes(self) -> tuple[Probe, ...]:
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
         return (Judged(self.t),)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         importance = crops.probe(Judged(self.t)).float().nan_to_num(nan=0.0)
@@ -143,7 +135,7 @@ class VFlowOpt(Reducer):
         else:
             blocks, number = _blocks(crops.require_grid(self.name), self.a, crops.device)
             recycled = min(int(crops.size / self.a**2), count)
-        order, direct = descending(importance), count - recycled
+        order, direct = ranking.descending(importance), count - recycled
         stay, source = order[:, :direct], order[:, direct:]
         block, rank = blocks[source], torch.arange(source.shape[1], device=order.device)
         # The leader of a block is its most important token: the first one in this order.

@@ -8,24 +8,24 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from foveate.core.budget import Keep, is_number
-from foveate.core.errors import FoveateError, UnknownNameError, UnsupportedModelError
-from foveate.core.in_llm import (
+from foveate.author import (
+    FoveateError,
     Images,
     InLlmReducer,
+    Keep,
     LayerTokens,
-    Prior,
+    Method,
+    Selection,
     StagedReducer,
-    boundary_in,
-    budget_of,
-    tokens_of,
+    UnknownNameError,
+    UnsupportedModelError,
+    VisualTokens,
+    budget,
+    probes,
+    ranking,
+    register,
+    schedules,
 )
-from foveate.core.probes import Probe
-from foveate.core.ranking import top
-from foveate.core.reducer import Reducer, register
-from foveate.core.schedules import after_shares, check_layers, falling, staged_budgets
-from foveate.core.selection import Selection
-from foveate.core.tokens import VisualTokens
 from foveate.methods.vflowopt import Judged, VFlowOpt
 
 FIRST: Final = {"image": 1.25, "video": 1.25}
@@ -63,14 +63,12 @@ class VFlowOptLlm(InLlmReducer):
     their tokens compete.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
+    keep: Keep | None = None
     ratios: tuple[float, ...] | None = None
     t: float | None = None
     layers: tuple[int, ...] | None = None
 
     budgets = ("keep", "ratios")
-    needs = (Judged(),)
-    reads = (Prior(),)
     paper = "arXiv:2508.05211"
     complexity = "O(N log N) per boundary"
 
@@ -83,22 +81,23 @@ class VFlowOptLlm(InLlmReducer):
                 f"{self.name} needs either keep= or ratios=, not {'none' if self.keep is None else 'both'}"
             )
         if self.layers is not None:
-            object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+            object.__setattr__(self, "layers", schedules.check_layers(self.name, self.layers))
 
-    def probes(self) -> tuple[Probe, ...]:
-        return (Judged(self.t),)
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return (Judged(self.t), probes.Prior())
 
     def prior(self, tokens: VisualTokens) -> list[Tensor]:
         return tokens.probe(Judged(self.t))
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        return tuple(boundary_in(depth, b, self.name) for b in self.layers or cuts(depth))
+        return tuple(schedules.boundary_in(depth, b, self.name) for b in self.layers or cuts(depth))
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
-        given, boundaries = tokens_of(images), self.boundaries(depth)
+        given, boundaries = schedules.tokens_of(images), self.boundaries(depth)
         if self.ratios is None:
             assert self.keep is not None
-            return falling(depth, boundaries, given, budget_of(self.keep, images), self.name)
+            return schedules.falling(depth, boundaries, given, schedules.budget_of(self.keep, images), self.name)
         if len(self.ratios) != len(boundaries):
             raise UnsupportedModelError(
                 f"{self.name} has {len(self.ratios)} ratios for boundaries {tuple(boundaries)} in an LLM of {depth} "
@@ -110,8 +109,8 @@ class VFlowOptLlm(InLlmReducer):
             counts.append(given)
         return counts
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
-        return tokens.per_prompt(lambda prompts, count: top(prompts.probe(Prior()), count))
+    def select(self, tokens: LayerTokens) -> Selection:
+        return tokens.per_prompt(lambda prompts, count: ranking.top(prompts.probe(probes.Prior()), count))
 
 
 @register("vflowopt_all")
@@ -140,7 +139,7 @@ class VFlowOptAll(StagedReducer):
     is the middle of the range that the authors search.
     """
 
-    keep: Keep | None = None  # type: ignore[assignment]
+    keep: Keep | None = None
     ratios: tuple[float, ...] | None = None
     t: float | None = None
     a: float | None = None
@@ -178,24 +177,24 @@ class VFlowOptAll(StagedReducer):
             raise UnknownNameError(f"strategies were released for {', '.join(RELEASED)}, not for {budget!r}")
         return cls(**RELEASED[budget])
 
-    def stages(self) -> tuple[Reducer, ...]:
+    def stages(self) -> tuple[Method, ...]:
         if self.ratios is not None:
             before, inside = VFlowOpt(self.ratios[0], self.t, self.a, self.exact), {"ratios": self.ratios[1:]}
         else:
             assert self.keep is not None
-            first, mean = staged_budgets(self.name, self.keep, FIRST)
+            first, mean = schedules.staged_budgets(self.name, self.keep, FIRST)
             before, inside = VFlowOpt(first, self.t, self.a, self.exact), {"keep": mean}  # type: ignore[dict-item]
         return before, VFlowOptLlm(t=self.t, layers=self.layers, **inside)  # type: ignore[arg-type]
 
 
 def cuts(depth: int) -> tuple[int, ...]:
     """Return the boundaries of VFlowOpt in an LLM of `depth` layers."""
-    return after_shares(depth, (9 / 28, 18 / 28))
+    return schedules.after_shares(depth, (9 / 28, 18 / 28))
 
 
 def check_ratios(name: str, ratios: Sequence[float]) -> tuple[float, ...]:
     """Return ratios as a tuple, or raise `FoveateError` unless all are in (0, 1]."""
     given = tuple(ratios) if isinstance(ratios, Sequence) else ()
-    if not given or any(not is_number(r) or not 0 < r <= 1 for r in given):
+    if not given or any(not budget.is_number(r) or not 0 < r <= 1 for r in given):
         raise FoveateError(f"the ratios of {name} are shares in (0, 1], one per stage, not {given or ratios!r}")
     return tuple(map(float, given))

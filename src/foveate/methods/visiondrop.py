@@ -4,32 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from foveate.core.budget import Keep
-from foveate.core.errors import UnsupportedModelError
-from foveate.core.in_llm import (
+from foveate.author import (
+    CropBatch,
+    Groups,
     Images,
     InLlmReducer,
-    LayerAttention,
-    LayerKeys,
+    Keep,
     LayerTokens,
+    Method,
+    ModelFamily,
+    Selection,
     StagedReducer,
-    boundary_in,
-    budget_of,
-    tokens_of,
+    UnsupportedModelError,
+    probes,
+    register,
+    schedules,
 )
-from foveate.core.reducer import Reducer, register
-from foveate.core.schedules import after_shares, check_layers, falling, staged_budgets
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups
 from foveate.methods.pyramiddrop import QUARTERS
 from foveate.methods.visionzip import VisionZip, check_contextual_ratio, contextual_count, dominant_and_contextual
 
-if TYPE_CHECKING:
-    from foveate.families import Family
-
-SEEN = LayerAttention("visual", ahead=True)
+SEEN = probes.LayerAttention("visual", ahead=True)
 FIRST = {"image": 1.5, "video": 3.0}
 
 
@@ -103,7 +99,7 @@ class VisionDropLlm(InLlmReducer):
     merge: Literal["add", "mean"] = "add"
     rows: Literal["all", "visible"] = "all"
 
-    reads = (SEEN, LayerKeys())
+    needs = (SEEN, probes.LayerKeys())
     unit = "image"
     merges = "embeddings"
     positions = "compact"
@@ -114,9 +110,9 @@ class VisionDropLlm(InLlmReducer):
         super().__post_init__()
         check_contextual_ratio(self.contextual_ratio)
         if self.layers is not None:
-            object.__setattr__(self, "layers", check_layers(self.name, self.layers))
+            object.__setattr__(self, "layers", schedules.check_layers(self.name, self.layers))
 
-    def check(self, model: Any, family: Family) -> None:
+    def check(self, model: Any, family: ModelFamily) -> None:
         if self.rows == "visible" and family.two_way:
             raise UnsupportedModelError(
                 f"tokens of an image see each other in both directions in {family.name}: use rows='all', which counts "
@@ -124,20 +120,22 @@ class VisionDropLlm(InLlmReducer):
             )
 
     def boundaries(self, depth: int) -> Sequence[int]:
-        return tuple(boundary_in(depth, b, self.name) for b in self.layers or after_shares(depth, QUARTERS))
+        return tuple(
+            schedules.boundary_in(depth, b, self.name) for b in self.layers or schedules.after_shares(depth, QUARTERS)
+        )
 
     def counts(self, depth: int, images: Images) -> Sequence[int]:
-        given, wanted = tokens_of(images), budget_of(self.keep, images)
-        return falling(depth, self.boundaries(depth), given, wanted, self.name)
+        given, wanted = schedules.tokens_of(images), schedules.budget_of(self.keep, images)
+        return schedules.falling(depth, self.boundaries(depth), given, wanted, self.name)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+    def select(self, tokens: LayerTokens) -> Selection:
         if self.rows == "visible":
             tokens = _over_visible_rows(tokens)
         return tokens.per_prompt_merge(self._merge)
 
     def _merge(self, crops: CropBatch, count: int) -> Groups:
         contextual = contextual_count(count, self.contextual_ratio)
-        return dominant_and_contextual(crops, count, contextual, self.merge, SEEN, LayerKeys())
+        return dominant_and_contextual(crops, count, contextual, self.merge, SEEN, probes.LayerKeys())
 
 
 def _over_visible_rows(tokens: LayerTokens) -> LayerTokens:
@@ -168,6 +166,7 @@ class VisionDropAll(StagedReducer):
     give 1.5 times of, it keeps everything. A budget per crop holds on average unless that is so for some crops only.
     """
 
+    keep: Keep
     layers: tuple[int, ...] | None = None
     contextual_ratio: float = 0.14
     merge: Literal["add", "mean"] = "add"
@@ -182,8 +181,8 @@ class VisionDropAll(StagedReducer):
         super().__post_init__()
         self.stages()
 
-    def stages(self) -> tuple[Reducer, ...]:
-        first, inside = staged_budgets(self.name, self.keep, FIRST)
+    def stages(self) -> tuple[Method, ...]:
+        first, inside = schedules.staged_budgets(self.name, self.keep, FIRST)
         return (
             VisionDrop(first, self.contextual_ratio, self.merge),
             VisionDropLlm(inside, self.layers, self.contextual_ratio, self.merge, self.rows),

@@ -8,19 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, ClsToken, Keys, Probe
-from foveate.core.ranking import cosine_matrix, descending, make_room
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, Groups, VisualTokens
+from foveate.author import CropBatch, CropMerger, FoveateError, Groups, probes, ranking, register
 
-SEEN, KEYS = Attention(), Keys()
+SEEN, KEYS = probes.Attention(), probes.Keys()
 
 
 @register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(Reducer):
+class VisionZip(CropMerger):
     """VisionZip (arXiv 2412.04467, CVPR 2025): dominant and contextual tokens, merged before the projector.
 
     Of T tokens, ``c = max(1, round(T * contextual_ratio))`` are contextual, the others dominant. Dominant are the
@@ -52,7 +47,7 @@ class VisionZip(Reducer):
     contextual_ratio: float = 10 / 64
     merge: Literal["add", "mean"] = "add"
 
-    needs = (SEEN, KEYS, ClsToken())
+    needs = (SEEN, KEYS, probes.ClsToken())
     merges = "features"
     paper = "arXiv:2412.04467"
     complexity = "O(N log N + N T d)"
@@ -60,9 +55,6 @@ class VisionZip(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_contextual_ratio(self.contextual_ratio)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop_merge(self.keep, self.pick)
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         return dominant_and_contextual(crops, count, contextual_count(count, self.contextual_ratio), self.merge)
@@ -84,8 +76,8 @@ def dominant_and_contextual(
     count: int,
     contextual: int,
     merge: Literal["add", "mean"] = "add",
-    attention: Probe = SEEN,
-    keys: Probe = KEYS,
+    attention: probes.Probe = SEEN,
+    keys: probes.Probe = KEYS,
 ) -> Groups:
     """Keep the tokens with the most attention and `contextual` sums of the others, `count` in all.
 
@@ -95,14 +87,14 @@ def dominant_and_contextual(
         With the probes `attention` ``[B, N]``, `keys` ``[B, N, d]``, and maybe ``[CLS]``, which is dominant.
     """
     front = int(crops.cls is not None)
-    order, dominant = descending(crops.probe(attention)), count - contextual - front
+    order, dominant = ranking.descending(crops.probe(attention)), count - contextual - front
     chosen, rest = (part.sort(dim=1).values for part in (order[:, :dominant], order[:, dominant:]))
     step = rest.shape[1] // max(1, contextual)
     anchors = rest[:, : step * contextual : step]
     places, by_place = torch.cat([chosen, anchors], dim=1).sort(dim=1)
     rank = by_place.argsort(dim=1) + front
     first = torch.arange(front, device=order.device).expand(len(order), -1)
-    kept = torch.cat([first, make_room(places, crops.size, front)], dim=1)
+    kept = torch.cat([first, ranking.make_room(places, crops.size, front)], dim=1)
     own = torch.ones(len(order), front + dominant, device=order.device)
     if not contextual:
         return Groups(kept, torch.cat([first, rank], dim=1), torch.cat([first + crops.size, chosen], dim=1), own)
@@ -119,7 +111,7 @@ def _contextual(keys: Tensor, rest: Tensor, count: int, step: int, merge: str) -
     """Assign the tokens `rest` ``[B, R]`` to every `step`-th of them: number of the group and weight, ``[B, R]``."""
     number = torch.arange(rest.shape[1], device=rest.device)
     keys = keys.take_along_dim(rest[..., None], dim=1)
-    closest = cosine_matrix(keys, keys[:, : step * count : step]).argmax(dim=-1)
+    closest = ranking.cosine_matrix(keys, keys[:, : step * count : step]).argmax(dim=-1)
     is_anchor = (number % step == 0) & (number < step * count)
     group = torch.where(is_anchor, number // step, closest)
     members = torch.zeros(len(rest), count, device=rest.device)

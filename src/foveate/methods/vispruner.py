@@ -8,17 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Features, Probe
-from foveate.core.ranking import cosine_matrix, descending
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("vispruner")
 @dataclass(frozen=True)
-class VisPruner(Reducer):
+class VisPruner(CropReducer):
     """VisPruner (arXiv 2412.01818 v2, ICCV 2025): training-free and independent of the question.
 
     Of T tokens, ``floor(T * important_ratio)`` are those with the most ``[CLS]`` attention in the layer that makes
@@ -54,7 +49,6 @@ class VisPruner(Reducer):
     step: int | None = 8
     order: Literal["similarity", "rank"] = "similarity"
 
-    needs = (Features(), Attention())
     paper = "arXiv:2412.01818"
     complexity = "O(N^2 C + N^3 / step)"
 
@@ -65,22 +59,21 @@ class VisPruner(Reducer):
         if self.step is not None and self.step < 1:
             raise FoveateError(f"a round drops at least one token: step={self.step} is not possible, use 8 or None")
 
-    def probes(self) -> tuple[Probe, ...]:
-        return self.needs[1:] if self.important_ratio == 1 else self.needs
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        attention = probes.Attention()
+        return (attention,) if self.important_ratio == 1 else (probes.Features(), attention)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         # Truncation in double precision, as the official code has it: 100 * 0.29 gives 28.
         important = int(count * self.important_ratio)
-        order = descending(crops.probe(Attention()))
+        order = ranking.descending(crops.probe(probes.Attention()))
         chosen, rest = order[:, :important], order[:, important:]
         if important == count:
             return chosen
-        features = crops.probe(Features())
+        features = crops.probe(probes.Features())
         residual = features.gather(1, rest[..., None].expand(-1, -1, features.shape[-1]))
-        survivors = self._thin_out(cosine_matrix(residual), count - important)
+        survivors = self._thin_out(ranking.cosine_matrix(residual), count - important)
         return torch.cat([chosen, rest.gather(1, survivors)], dim=1)
 
     def _thin_out(self, similarity: Tensor, count: int) -> Tensor:
@@ -93,7 +86,7 @@ class VisPruner(Reducer):
             # Whole rows are copied far faster than the pairs are picked out of them.
             closest = rows.index_select(0, (first + odd).flatten()).view(batch, -1, size).amax(dim=1).gather(1, even)
             drop = min(surplus, even.shape[1], self.step or even.shape[1])
-            survivors = descending(closest)[:, drop:]
+            survivors = ranking.descending(closest)[:, drop:]
             if self.order == "similarity":
                 rest = torch.cat([even.gather(1, survivors), odd], dim=1)
             else:

@@ -7,17 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from foveate.core.errors import FoveateError
-from foveate.core.probes import Attention, Probe
-from foveate.core.ranking import top
-from foveate.core.reducer import Reducer, register
-from foveate.core.selection import Selection
-from foveate.core.tokens import CropBatch, VisualTokens
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("vtc_cls")
 @dataclass(frozen=True)
-class VTCCLS(Reducer):
+class VTCCLS(CropReducer):
     """VTC-CLS (arXiv 2412.05819): the ``[CLS]`` attention of the deep layers, summed, ranks the tokens.
 
     Attention ``[N, layers]`` is the mean over heads of each layer; layers are not normalised against each other.
@@ -43,7 +38,6 @@ class VTCCLS(Reducer):
     start: float = 2 / 3
     reduce: Literal["sum", "min", "max"] = "sum"
 
-    needs = (Attention(layers=2 / 3),)
     paper = "arXiv:2412.05819"
     complexity = "O(N log N)"
 
@@ -52,15 +46,13 @@ class VTCCLS(Reducer):
         if not 0.0 <= self.start < 1.0:
             raise FoveateError(f"start is a share of the encoder's depth from 0 up to 1, such as 2/3, not {self.start}")
 
-    def probes(self) -> tuple[Probe, ...]:
-        return (Attention(layers=float(self.start)),)
-
-    def select(self, tokens: VisualTokens) -> Selection:
-        return tokens.per_crop(self.keep, self.pick)
+    @property
+    def needs(self) -> tuple[probes.Probe, ...]:
+        return (probes.Attention(layers=float(self.start)),)
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        (probe,) = self.probes()
+        (probe,) = self.needs
         layers = crops.probe(probe).float()
         if self.reduce == "sum":
-            return top(layers.sum(dim=-1), count)
-        return top(layers.amin(dim=-1) if self.reduce == "min" else layers.amax(dim=-1), count)
+            return ranking.top(layers.sum(dim=-1), count)
+        return ranking.top(layers.amin(dim=-1) if self.reduce == "min" else layers.amax(dim=-1), count)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.measure.pages import fill, markdown_table
 from foveate.methods import Random, VisPruner
 from foveate.nano.gates import DRAWS
@@ -15,7 +15,7 @@ from foveate.nano.questions import ASKED_KINDS
 
 Result = dict[str, Any]
 
-SHOWN: Final[tuple[tuple[str, str | Reducer], ...]] = (
+SHOWN: Final[tuple[tuple[str, str | Method], ...]] = (
     ("full", "all 256 tokens"),
     ("vispruner_64", VisPruner(keep=64)),
     ("vispruner_32", VisPruner(keep=32)),

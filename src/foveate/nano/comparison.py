@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.measure.pages import fill
 from foveate.measure.provenance import versions
 from foveate.methods import Downsample, FasterVLM, Pool, Random, Uniform, VisPruner
@@ -21,7 +21,7 @@ REFERENCE: Final = "vispruner"
 MARKER = "nano-table"
 
 
-def methods(keep: int) -> dict[str, Sequence[Reducer]]:
+def methods(keep: int) -> dict[str, Sequence[Method]]:
     """Return the compared methods at one budget, by the name that the table shows; several stand for draws."""
     return {
         REFERENCE: [VisPruner(keep=keep)],

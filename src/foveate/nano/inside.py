@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from foveate.core.errors import InputError
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.engines.transformers.attach import attach
 from foveate.families import family_of
 from foveate.fit.gates import train_gates
@@ -172,7 +172,7 @@ def _guided(large: Any, small: Any, method: SGL) -> Answers:
     return lambda scene, inputs: _words(guided.generate(**inputs, max_new_tokens=2))
 
 
-def _attached(model: Any, method: Reducer) -> Answers:
+def _attached(model: Any, method: Method) -> Answers:
     def answer(scene: Scene, inputs: dict[str, Any]) -> list[int]:
         with attach(model, method, positions="original"):
             return _words(model.generate(**inputs, max_new_tokens=2))
@@ -244,7 +244,7 @@ def _exits(
     depth, rows = model.get_decoder().config.num_hidden_layers, {}
     with tempfile.TemporaryDirectory() as folder:
         gates.save(path := Path(folder) / "gates.safetensors")
-        methods: dict[str, Reducer | None] = {
+        methods: dict[str, Method | None] = {
             "none": None,
             "dyvte": DyVTE(gates=str(path)),
             "dyvte, bias 2": DyVTE(gates=str(path), bias=2.0),

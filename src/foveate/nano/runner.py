@@ -10,16 +10,20 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from foveate.core.reducer import Positions, Reducer, Stage, identity
+from foveate.core.reducer import Method, Positions, Stage
+from foveate.core.tokens import VisualTokens
+from foveate.engines.pipeline import look
 from foveate.engines.settings import Settings
-from foveate.engines.transformers.attach import attach
+from foveate.engines.transformers.attach import attach_with
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
-from foveate.engines.transformers.reduce import apply, decide, look, select
+from foveate.engines.transformers.reduce import Reduced, reduce_with
 from foveate.families import family_of
+from foveate.methods import Uniform
 from foveate.nano.questions import Question
 
 PROMPT: Final = "<image>"
+_UNPRUNED: Final = Uniform(keep=1.0)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Condition:
     ----------
     name : str
         Key of the result.
-    reducer : Reducer or None
+    reducer : Method or None
         None keeps every token.
     positions : str or None
         ``"original"`` or ``"compact"``; `None` leaves it to the parts of a chain.
@@ -39,7 +43,7 @@ class Condition:
     """
 
     name: str
-    reducer: Reducer | None = None
+    reducer: Method | None = None
     positions: Positions | None = "original"
     wrong_image: bool = False
 
@@ -58,7 +62,7 @@ class Runner:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model, self.processor, self.family = model, processor, family_of(model)
 
-    def look(self, image: Any, reducers: Iterable[Reducer]) -> tuple[dict[str, Any], Any]:
+    def look(self, image: Any, reducers: Iterable[Method]) -> tuple[dict[str, Any], Any]:
         """Encode an image once, with every probe that one of the reducers needs that do not change this pass."""
         inputs = dict(self.processor(images=image, text=PROMPT, return_tensors="pt").to(self.model.device))
         spans = self.family.spans(self.model, inputs)
@@ -67,30 +71,18 @@ class Runner:
 
     def prefix(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, int]:
         """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
-        selection, embeds = self._kept(inputs, tokens, condition)
-        positions = self._positions(condition)
-        reduced = apply(self.model, self.family, inputs, tokens.spans, selection, embeds, positions)
+        settings = self._settings(condition)
+        reduced = self._reduced(inputs, settings, tokens)
         cache = cache_of(self.model(**reduced, use_cache=True, logits_to_keep=1))
-        full = inputs["input_ids"].shape[1]
-        return cache, full if positions == "original" else int(reduced["input_ids"].shape[1])
+        return cache, (inputs if settings.positions == "original" else reduced)["input_ids"].shape[1]
 
-    def _positions(self, condition: Condition) -> Positions:
-        if condition.positions is not None or condition.reducer is None:
-            return condition.positions or "original"
-        return Settings.make(condition.reducer, None, "drop", {}, self.family).positions
+    def _settings(self, condition: Condition) -> Settings:
+        return Settings.make(condition.reducer or _UNPRUNED, condition.positions, family=self.family)
 
-    def _kept(self, inputs: Mapping[str, Any], tokens: Any, condition: Condition) -> tuple[Any, list[Tensor]]:
-        """Selection and embeddings under a condition; only methods that change pixels or encoder encode again."""
-        reducer = condition.reducer
-        if reducer is None:
-            selection = identity(tokens.spans)
-            return selection, self.family.embed(self.model, tokens, selection, None)
-        settings = Settings(reducer, self._positions(condition))
-        if _stages(reducer) & {"pixels", "encoder"}:
-            selection, embeds, _ = select(self.model, self.family, inputs, tokens.spans, settings)
-            return selection, embeds
-        selection = decide(tokens, settings)
-        return selection, self.family.embed(self.model, tokens, selection, reducer.merges)
+    def _reduced(self, inputs: Mapping[str, Any], settings: Settings, tokens: VisualTokens) -> Reduced:
+        """Reduce inputs whose images `look` has seen; only methods that change pixels or encoder encode again."""
+        seen = None if _stages(settings.reducer) & {"pixels", "encoder"} else tokens
+        return reduce_with(self.model, self.family, inputs, settings, seen=seen)
 
     def ask(
         self, inputs: Mapping[str, Any], tokens: Any, condition: Condition, questions: Sequence[Question]
@@ -111,10 +103,8 @@ class Runner:
         self, inputs: Mapping[str, Any], tokens: Any, condition: Condition, questions: Sequence[Question]
     ) -> tuple[list[str], float]:
         """Answer with a selection for each question, as its words have a say in it."""
-        reducer = condition.reducer
-        assert reducer is not None
         batch = self.prompts(inputs, questions)
-        if "in_llm" in _stages(reducer):
+        if condition.reducer is not None and "in_llm" in _stages(condition.reducer):
             return self.ask_attached(batch, condition)
         spans, count = self.family.spans(self.model, batch), len(questions)
         shown = replace(
@@ -125,18 +115,16 @@ class Runner:
             embedded=None if tokens.embedded is None else tokens.embedded * count,
             queries=self.family.query(self.model, batch, spans),
         )
-        positions = self._positions(condition)
-        selection = decide(shown, Settings(reducer, positions))
-        embeds = self.family.embed(self.model, shown, selection, reducer.merges)
-        reduced = apply(self.model, self.family, batch, spans, selection, embeds, positions)
-        return self._last_words(reduced), sum(map(len, selection)) / count
+        reduced = self._reduced(batch, self._settings(condition), shown)
+        assert reduced.selection is not None
+        return self._last_words(reduced), sum(map(len, reduced.selection)) / count
 
     def ask_attached(self, batch: Mapping[str, Any], condition: Condition) -> tuple[list[str], float]:
         """Answer a batch of whole prompts, padded on the left, with the condition's method attached to the model.
 
         Returns the answers, and the visual tokens that a layer receives, mean over layers and prompts.
         """
-        with attach(self.model, condition.reducer, positions=condition.positions) as handle:  # type: ignore[arg-type]
+        with attach_with(self.model, self.family, self._settings(condition)) as handle:
             words = self._last_words(batch)
             return words, fmean(map(fmean, handle.received))
 
@@ -177,7 +165,7 @@ class Runner:
         return [str(word) for word in self.processor.tokenizer.convert_ids_to_tokens(words.tolist())]
 
 
-def _stages(reducer: Reducer) -> set[Stage]:
+def _stages(reducer: Method) -> set[Stage]:
     return {part.stage for part in reducer.stages()}
 
 

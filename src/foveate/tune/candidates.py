@@ -7,8 +7,9 @@ from typing import Final
 
 from foveate.core.budget import Keep, parse_keep
 from foveate.core.errors import FoveateError, InputError, UnknownNameError
-from foveate.core.reducer import Reducer, get_method, load_reducer, parameters_without_default
+from foveate.core.reducer import Method
 from foveate.families import Family
+from foveate.registry import get_method, load_reducer, parameters_without_default
 
 CONTROLS: Final = ("random", "uniform", "pool")
 """Always among the candidates: a method that does not beat them is not worth its name."""
@@ -25,7 +26,7 @@ BUDGETS: Final = ("0.75", "0.5", "0.33", "0.2", "0.1")
 
 def candidates(
     family: Family, methods: Sequence[str] = METHODS, budgets: Sequence[str] = BUDGETS
-) -> tuple[dict[str, Reducer], dict[str, str]]:
+) -> tuple[dict[str, Method], dict[str, str]]:
     """Return the candidates for a family by the text that reports call them, and what is left out, with the reason.
 
     Parameters
@@ -43,7 +44,7 @@ def candidates(
         If there is no method of a name.
     """
     keeps: dict[str, Keep] = {text.strip(): parse_keep(text) for text in budgets}
-    found: dict[str, Reducer] = {}
+    found: dict[str, Method] = {}
     left_out: dict[str, str] = {}
     for name in dict.fromkeys([*methods, *CONTROLS]):
         if name.endswith(".json"):
@@ -71,7 +72,7 @@ def candidates(
 
 
 def _add(
-    found: dict[str, Reducer], left_out: dict[str, str], key: str, name: str, family: Family, reducer: Reducer
+    found: dict[str, Method], left_out: dict[str, str], key: str, name: str, family: Family, reducer: Method
 ) -> None:
     if lacking := family.lacks(reducer):
         left_out[name] = f"it needs {lacking}, which the family {family.name!r} does not give"

@@ -9,11 +9,11 @@ from statistics import fmean
 from typing import Any, Final, Literal, TypeAlias
 
 from foveate.core.errors import InputError, UnsupportedModelError
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
+from foveate.tune.asking import Asker
 from foveate.tune.bounds import Estimate, disagreement, drop, middle
 from foveate.tune.candidates import CONTROLS
 from foveate.tune.journal import Journal
-from foveate.tune.measure import Bench
 from foveate.tune.prompts import Prompt
 
 By: TypeAlias = Literal["time", "flops"]
@@ -138,7 +138,7 @@ class Found:
     rungs
         Prompts asked so far at the end of each rung.
     rows
-        What `Bench.ask` returned, prompt by prompt.
+        What `Asker.ask` returned, prompt by prompt.
     standings
         Per candidate one standing for each rung that it took part in; without those that failed. The controls have
         one more, on all prompts.
@@ -160,9 +160,9 @@ class Found:
 
 
 def search(
-    bench: Bench,
+    asker: Asker,
     prompts: Sequence[Prompt],
-    candidates: Mapping[str, Reducer],
+    candidates: Mapping[str, Method],
     wish: Wish,
     journal: Journal,
     *,
@@ -201,7 +201,7 @@ def search(
         running = {name: candidates[name] for name in names}
         row = journal.read(asked, prompt, names)
         if row is None:
-            row = bench.ask(prompt, running, count=count)
+            row = asker.ask(prompt, running, count=count)
             journal.write(row)
         asked += 1
         on_runs(len(names))

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from foveate.core.errors import FoveateError, InputError
-from foveate.core.reducer import Reducer, by_default, list_methods
+from foveate.core.reducer import Method
 from foveate.families import family_of
+from foveate.measure.job import prepare
 from foveate.measure.loading import open_image
-from foveate.measure.run import prepare
+from foveate.registry import by_default, list_methods
 from foveate.viz.comparison import compare, reducers
 from foveate.viz.page import page
 
@@ -34,7 +35,7 @@ def build(
     model: Any,
     processor: Any,
     name: str,
-    make: Callable[[str, str], Reducer],
+    make: Callable[[str, str], Method],
     image: str | None = None,
     question: str | None = None,
     methods: Sequence[str] = (),
@@ -54,7 +55,7 @@ def build(
     image, question, methods, budgets
         What the form holds at first.
     template, max_new_tokens
-        See `foveate.measure.run.prepare`.
+        See `foveate.measure.job.prepare`.
     repeats
         Measured runs per arm.
 
@@ -138,5 +139,5 @@ def _usable(model: Any) -> list[str]:
     family = family_of(model)
     return [
         method for method in list_methods()
-        if isinstance(made := by_default(method), Reducer) and family.lacks(made) is None and not made.guided
+        if isinstance(made := by_default(method), Method) and family.lacks(made) is None and not made.guided
     ]  # fmt: skip

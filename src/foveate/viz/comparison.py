@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image
 
 from foveate.core.errors import InputError
-from foveate.core.in_llm import LayerAttention
-from foveate.core.reducer import Reducer
+from foveate.core.probes import LayerAttention
+from foveate.core.reducer import Method
+from foveate.measure.job import Job
 from foveate.measure.loading import encoder_view
-from foveate.measure.run import Arm, Job, measure
+from foveate.measure.run import Outcome, run_methods
 from foveate.viz.fate import fate, first_kept
 from foveate.viz.panels import Panel, edges, panels
 
@@ -37,7 +38,7 @@ class Comparison:
     unpruned
         The stock model.
     arms
-        For each method one arm per budget.
+        For each method what came out at each budget.
     """
 
     question: str
@@ -45,8 +46,8 @@ class Comparison:
     job: Job
     panels: tuple[Panel, ...]
     budgets: tuple[str, ...]
-    unpruned: Arm
-    arms: Mapping[str, tuple[Arm, ...]]
+    unpruned: Outcome
+    arms: Mapping[str, tuple[Outcome, ...]]
 
     def order(self, method: str) -> list[np.ndarray]:
         """Return for each span the first budget at which a method keeps each token, ``[N]``, -1 where none does."""
@@ -91,7 +92,7 @@ class Comparison:
             "reads": reads(arm),
         }
 
-    def _saliency(self, arm: Arm) -> list[list[float | None]] | None:
+    def _saliency(self, arm: Outcome) -> list[list[float | None]] | None:
         """Lay the attention that an arm read out over the tokens of each span; separators have none."""
         if arm.saliency is None:
             return None
@@ -106,12 +107,12 @@ class Comparison:
         return rows
 
 
-def reads(arm: Arm) -> str:
+def reads(arm: Outcome) -> str:
     """Say which attention the method of an arm reads; of the vision encoder's there is a picture, its saliency."""
     if arm.saliency is not None:
         return "attention of the vision encoder"
     stages = () if arm.reducer is None else arm.reducer.stages()
-    inside = any(isinstance(probe, LayerAttention) for stage in stages for probe in stage.cues())
+    inside = any(isinstance(probe, LayerAttention) for stage in stages for probe in stage.needs)
     return "attention inside the LLM" if inside else "no attention"
 
 
@@ -120,7 +121,7 @@ def compare(
     image: Image.Image,
     question: str,
     model: str,
-    methods: Mapping[str, Sequence[Reducer]],
+    methods: Mapping[str, Sequence[Method]],
     budgets: Sequence[str],
     repeats: int = 3,
     say: Callable[[str], None] = lambda _: None,
@@ -130,7 +131,7 @@ def compare(
     Parameters
     ----------
     job, image, question
-        From `foveate.measure.run.prepare`, and what it was made of.
+        From `foveate.measure.job.prepare`, and what it was made of.
     model
         Name of the model, for headings.
     methods
@@ -138,7 +139,7 @@ def compare(
     budgets
         What each reducer of a method was asked for, as text.
     repeats
-        Measured runs per arm, of which the median counts.
+        Measured runs of each, of which the median counts.
     say
         Gets a line about what is going on.
 
@@ -152,7 +153,9 @@ def compare(
         for crop in panel.crops:
             edges(crop, 1, 1)  # raises
     names = list(methods)
-    unpruned, *measured = measure(job, [None, *(r for name in names for r in methods[name])], repeats=repeats, say=say)
+    unpruned, *measured = run_methods(
+        job, [None, *(r for name in names for r in methods[name])], repeats=repeats, say=say
+    )
     rows = [measured[i : i + len(budgets)] for i in range(0, len(measured), len(budgets))]
     order = sorted(range(len(budgets)), key=lambda i: (sum(row[i].kept for row in rows), i))
     return Comparison(
@@ -161,7 +164,7 @@ def compare(
     )  # fmt: skip
 
 
-def reducers(methods: Sequence[str], budgets: Sequence[str], make: Callable[[str, str], Reducer]) -> dict[str, Any]:
+def reducers(methods: Sequence[str], budgets: Sequence[str], make: Callable[[str, str], Method]) -> dict[str, Any]:
     """Return for each method one reducer per budget, checking that nothing is asked for twice.
 
     Parameters

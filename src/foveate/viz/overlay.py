@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.core.selection import Selection
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 from foveate.viz.fate import Fate, fate, hue
 from foveate.viz.panels import Panel, edges, grid_of, panels
 

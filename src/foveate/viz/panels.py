@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from foveate.core.errors import InputError
-from foveate.core.tokens import Crop, Span
+from foveate.core.spans import Crop, Span
 
 Box: TypeAlias = tuple[float, float, float, float]
 

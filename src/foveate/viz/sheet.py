@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from foveate.core.errors import InputError
-from foveate.measure.run import Arm
+from foveate.measure.run import Outcome
 from foveate.measure.units import show_bytes, show_flops, show_time
 from foveate.viz.comparison import Comparison, reads
 from foveate.viz.fate import fate
@@ -89,7 +89,7 @@ def _reads(comparison: Comparison) -> bool:
     return any(arm.saliency is not None for arms in comparison.arms.values() for arm in arms)
 
 
-def _costs(arm: Arm) -> str:
+def _costs(arm: Outcome) -> str:
     flops = "" if arm.cost is None else f"{show_flops(arm.cost.total)}FLOPs · "
     return f"{flops}KV {show_bytes(arm.kv_bytes)} · {show_time(arm.seconds['total'])}"
 

@@ -17,7 +17,7 @@ NAME: Final = next(name for name in NAMES if name in {f.name for f in dataclasse
 """What the installed version calls it; the newer ones take the old name too, and warn."""
 _NOTES: Final = "_foveate"
 COMPACTION: Final = "compaction"
-HELD: Final = "held"
+KEPT_COLUMNS: Final = "kept columns"
 
 
 def given_cache(inputs: Mapping[str, Any]) -> Any:
@@ -27,7 +27,7 @@ def given_cache(inputs: Mapping[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """Return the cache in an output of ``forward`` or ``generate``, if there is one."""
-    if isinstance(output, tuple):
+    if isinstance(output, tuple):  # of ``return_dict=False``
         return next((x for x in output if isinstance(x, Cache)), None)
     return getattr(output, NAME, None)
 
@@ -43,14 +43,14 @@ def note(cache: Any, what: str, value: Any) -> None:
     Parameters
     ----------
     what
-        `COMPACTION`: how its first layer's columns map to those of the prompts, a `Compaction`. `HELD`: what each
-        layer that holds less than the first one holds, a `Held` each.
+        `COMPACTION`: how its first layer's columns map to those of the prompts, a `Compaction`. `KEPT_COLUMNS`: what
+        each layer keeps that keeps less than the first one, a `KeptColumns` each.
     """
     setattr(cache, _NOTES, {**getattr(cache, _NOTES, {}), what: value})
 
 
 def forget(cache: Any) -> None:
-    """Take the notes off a cache that is empty."""
+    """Take the notes off a cache that is empty: `Cache.reset` and `Cache.crop` leave them on it."""
     if hasattr(cache, _NOTES):
         delattr(cache, _NOTES)
 

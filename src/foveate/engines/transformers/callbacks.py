@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
+class WholePrompts:
     """Full prompts ``[B, L]``, in place of the first `width` columns that the model is given."""
 
     prompts: Tensor
@@ -27,7 +27,7 @@ class Whole:
 
 def show_whole_prompts(kwargs: dict[str, Any], prompts: Tensor, width: int) -> None:
     """Wrap the callbacks among the keywords of ``generate``: streamers, criteria, processors, allowed tokens."""
-    whole = Whole(prompts, width)
+    whole = WholePrompts(prompts, width)
     if kwargs.get("streamer") is not None:
         kwargs["streamer"] = _Streamer(kwargs["streamer"], prompts)
     if kwargs.get("stopping_criteria"):
@@ -43,6 +43,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
         self._streamer, self._prompt = streamer, prompt
 
     def put(self, value: Tensor) -> None:
+        # What `generate` puts first is the prompt.
         self._streamer.put(value if self._prompt is None else self._prompt.cpu())
         self._prompt = None  # type: ignore[assignment]
 
@@ -51,7 +52,7 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
 
 
 class _Criterion(StoppingCriteria):  # type: ignore[misc]
-    def __init__(self, criterion: Callable[..., Any], whole: Whole):
+    def __init__(self, criterion: Callable[..., Any], whole: WholePrompts):
         self._criterion, self._whole = criterion, whole
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
@@ -59,14 +60,16 @@ class _Criterion(StoppingCriteria):  # type: ignore[misc]
 
 
 class _Processor(LogitsProcessor):  # type: ignore[misc]
-    def __init__(self, processor: Callable[..., Tensor], whole: Whole):
+    def __init__(self, processor: Callable[..., Tensor], whole: WholePrompts):
         self._processor, self._whole = processor, whole
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self._processor(self._whole.ids(input_ids), scores)
 
 
-def _allowed(function: Callable[[int, Tensor], Sequence[int]], whole: Whole) -> Callable[[int, Tensor], Sequence[int]]:
+def _allowed(
+    function: Callable[[int, Tensor], Sequence[int]], whole: WholePrompts
+) -> Callable[[int, Tensor], Sequence[int]]:
     def allowed(prompt: int, ids: Tensor) -> Sequence[int]:
         return function(prompt, torch.cat([whole.prompts[prompt].to(ids.device), ids[whole.width :]]))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core.errors import InputError
 from foveate.core.selection import Selection
-from foveate.core.tokens import Span
+from foveate.core.spans import Span
 
 _FILL = {"labels": -100}
 

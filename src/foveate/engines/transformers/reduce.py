@@ -10,27 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.coverage import SALIENCY, with_coverage
-from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
-from foveate.core.probes import ClsSimilarity, ClsToken, Features, Probe, Query
-from foveate.core.ranking import cosine_matrix
-from foveate.core.reducer import (
-    Positions,
-    Reducer,
-    get_method,
-    identity,
-    list_methods,
-    load_reducer,
-    split,
-)
-from foveate.core.selection import Merge, Selection, SpanSelection
-from foveate.core.tokens import Span, VisualTokens
-from foveate.engines.settings import Separators, Settings
+from foveate.core.reducer import Method, Positions, identity
+from foveate.core.selection import Selection
+from foveate.core.spans import Span
+from foveate.core.tokens import VisualTokens
+from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
+from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
-from foveate.engines.transformers.given import Shown, given, priors_of
+from foveate.engines.transformers.priors import priors_of
+from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.families import Family, family_of
+from foveate.registry import get_method, list_methods, load_reducer
 
 
 class Reduced(dict[str, Any]):
@@ -57,7 +49,7 @@ class Reduced(dict[str, Any]):
 def reduce(
     model: Any,
     inputs: Mapping[str, Any],
-    method: str | Path | Reducer,
+    method: str | Path | Method,
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
@@ -75,7 +67,7 @@ def reduce(
     inputs
         What its processor returned: ``input_ids`` ``[B, L]``, ``pixel_values``, optionally masks and labels.
     method
-        A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Reducer.save` wrote.
+        A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Method.save` wrote.
     positions, separators
         See `Settings`. Positions default to those of the method's paper.
 
@@ -93,9 +85,10 @@ def reduce(
         If placeholders and images do not match, or if the images are encoded or reduced already.
     """
     model = base_model(model)
-    refuse_vllm(model, load_reducer(method, **config))
+    reducer = load_reducer(method, **config)
+    refuse_vllm(model, reducer)
     family = family_of(model)
-    settings = Settings.make(method, positions, separators, config, family)
+    settings = Settings.make(reducer, positions, separators, family)
     if settings.inside:
         raise UnsupportedModelError(
             f"{settings.inside[0].name} acts inside the LLM, and no change of its inputs does the same: use "
@@ -104,143 +97,38 @@ def reduce(
     return reduce_with(model, family, inputs, settings)
 
 
-def reduce_with(model: Any, family: Family, inputs: Mapping[str, Any], settings: Settings) -> Reduced:
-    """Reduce as `reduce` does, with the family and the settings at hand."""
+def reduce_with(
+    model: Any,
+    family: Family,
+    inputs: Mapping[str, Any],
+    settings: Settings,
+    meter: Meter = UNMETERED,
+    seen: VisualTokens | None = None,
+) -> Reduced:
+    """Reduce as `reduce` does, with the family and the settings at hand; see `foveate.engines.pipeline.run`."""
     out = Reduced(inputs)
     if settings.before is not None and inputs.get("mm_encoder_outputs") is not None:
         raise InputError(
             f"the images of these inputs are encoded already, or reduced, and {settings.before.name} acts before that "
             "is done: pass what the processor returned, and several methods as one Chain"
         )
+    # A later turn of a conversation, and the steps of decoding, bring no image.
     if all(inputs.get(key) is None for key in family.inputs):
         return out
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
     spans = family.spans(model, inputs)
-    before, judging = settings.before, [r for r in settings.inside if r.needs]
-    if not judging and (before is None or before.keeps_all(spans)):
+    if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
-    selection, embeds, tokens = select(model, family, inputs, spans, settings)
-    out = apply(model, family, inputs, spans, selection, embeds, settings.positions)
-    if tokens is not None:
-        out.priors = priors_of(judging, tokens, selection)
-    return out
 
+    def applied(decision: Decision) -> Reduced:
+        ready = apply(model, family, inputs, spans, decision.selection, decision.embeds, settings.positions)
+        if decision.tokens is not None:
+            ready.priors = priors_of(settings.judging, decision.tokens, decision.selection)
+        return ready
 
-def select(
-    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], settings: Settings
-) -> tuple[Selection, list[Tensor], VisualTokens | None]:
-    """Encode and decide before the LLM.
-
-    Returns
-    -------
-    tuple
-        The selection, the embeddings ``[K, D]`` of each span, and what the method saw, if it saw the tokens.
-    """
-    before, judging = settings.before, [r for r in settings.inside if r.needs]
-    if before is not None and before.stage == "pixels":
-        if judging:
-            raise InputError(f"{judging[0].name} reads the vision encoder, and cannot follow {before.name}")
-        return *_shrink(model, family, inputs, spans, before), None
-    tokens = look(model, family, inputs, spans, [r for r in (before, *judging) if r is not None])
-    selection = decide(tokens, settings)
-    return selection, family.embed(model, tokens, selection, None if before is None else before.merges), tokens
-
-
-def look(
-    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Reducer]
-) -> VisualTokens:
-    """Encode the images of some inputs once, with everything that one of the reducers needs to decide.
-
-    A method of the stage ``"encoder"`` changes the pass itself, and so needs one of its own.
-    """
-    for reducer in reducers:
-        reducer.check(model, family)
-        if isinstance(reducer, EncoderReducer):
-            if len(reducers) > 1:
-                raise InputError(f"{reducer.name} acts inside the vision encoder: look for it alone")
-            return family.encode_inside(model, inputs, spans, reducer)
-    probes = probes_of(reducers)
-    budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
-    tokens = family.encode(model, inputs, spans, (*probes, ClsToken()) if ClsSimilarity() in probes else probes)
-    if ClsSimilarity() in probes:
-        tokens = _with_cls_similarity(tokens)
-    if Query() in probes:
-        tokens = replace(tokens, queries=family.query(model, inputs, spans))
-    return with_coverage(tokens, budgets) if budgets else tokens
-
-
-def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
-    """Compare the patches of each crop with its ``[CLS]`` token, for the probe `ClsSimilarity`."""
-    features, similarity = iter(tokens.probe(Features())), []
-    for span, hidden in zip(tokens.spans, tokens.hidden, strict=True):
-        for j in range(len(span.crops)):
-            patches = next(features).float()
-            cls = hidden[len(span) + j].float() if tokens.cls else patches.mean(dim=0)
-            similarity.append(cosine_matrix(patches[None], cls[None, None])[0, :, 0])
-    return replace(tokens, planes={**tokens.planes, ClsSimilarity(): similarity})
-
-
-def probes_of(reducers: Sequence[Reducer]) -> tuple[Probe, ...]:
-    """Return the probes that some reducers and their budgets read."""
-    probes = dict.fromkeys(probe for reducer in reducers for probe in reducer.probes())
-    if any(reducer.coverages() for reducer in reducers):
-        probes[SALIENCY] = None
-    return tuple(probes)
-
-
-@torch.no_grad()
-def decide(tokens: VisualTokens, settings: Settings) -> Selection:
-    """Run the method before the LLM, if there is one, then settle the separators of each span."""
-    before = settings.before
-    if before is None:
-        return Selection(tuple(replace(c, kept=c.kept.to(tokens.device)) for c in identity(tokens.spans)))
-    chosen = before.select(tokens)
-    return Selection(
-        tuple(_with_separators(s, c, settings.separators) for s, c in zip(tokens.spans, chosen, strict=True))
-    )
-
-
-def _with_separators(span: Span, chosen: SpanSelection, policy: Separators) -> SpanSelection:
-    separators = span.separators().to(chosen.kept.device)
-    whole = len(chosen) == sum(map(len, span.crops))
-    if not len(separators) or (policy == "drop" and not whole):
-        return chosen
-    if policy == "nonempty" and not whole:
-        bounds = torch.tensor(span.extents, device=separators.device)
-        first, last = torch.searchsorted(chosen.kept, bounds).unbind(dim=1)
-        separators = separators[last > first]
-    kept = torch.cat([chosen.kept, separators]).sort().values
-    merge = chosen.merge
-    if merge is not None:
-        ranks = torch.searchsorted(kept, chosen.kept)
-        merge = Merge(
-            torch.cat([ranks[merge.target], torch.searchsorted(kept, separators)]),
-            torch.cat([merge.source, separators]),
-            torch.cat([merge.weight, torch.ones_like(separators, dtype=merge.weight.dtype)]),
-        )
-    return replace(chosen, kept=kept, merge=merge)
-
-
-def _shrink(
-    model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducer: Any
-) -> tuple[Selection, list[Tensor]]:
-    chosen, embeds = list(identity(spans)), [torch.empty(0)] * len(spans)
-    shrunk = [i for i, span in enumerate(spans) if not reducer.keeps_all([span])]
-    if len(shrunk) < len(spans):
-        tokens = family.encode(model, inputs, spans, ())
-        chosen = [replace(c, kept=c.kept.to(tokens.device)) for c in chosen]
-        embeds = family.embed(model, tokens, Selection(tuple(chosen)), None)
-    plans = [reducer.plan(spans[i]) for i in shrunk]
-    rows = family.encode_at(model, inputs, [spans[i] for i in shrunk], [[grid for grid, _ in plan] for plan in plans])
-    for i, crops, parts in zip(shrunk, plans, rows, strict=True):
-        span = spans[i]
-        anchors, order = torch.cat([anchors for _, anchors in crops]).sort()
-        features = torch.cat(parts)
-        chosen[i] = SpanSelection(len(span), anchors.to(features.device), sample=span.sample, kind=span.kind)
-        embeds[i] = family.project(model, features.index_select(0, order.to(features.device)))
-    return Selection(tuple(chosen)), embeds
+    return run(model, family, inputs, spans, settings, applied, meter, seen)
 
 
 def apply(
@@ -255,12 +143,15 @@ def apply(
     """Compact all planes of the inputs together and hand the embeddings over."""
     family.check_kept(model, selection)
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
+    # M-RoPE positions follow from the ids and sizes of the full prompt: of the compact one they cannot be computed.
     own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
     full = with_positions(inputs, inputs["input_ids"].shape, positions, own)
     if family.keeps_positions and positions == "original":
+        # A later turn goes on behind the last M-RoPE position, which the number of columns does not tell.
         full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
         compaction = replace(compaction, behind=position_behind(full["position_ids"], inputs.get("attention_mask")))
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
+    # The images are encoded: a model that is given pixels beside mm_encoder_outputs may encode them again.
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
     if out.get("position_ids") is not None and out.get("attention_mask") is None:
@@ -271,12 +162,14 @@ def apply(
     return out
 
 
-def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Shown:
+def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Prefill:
     """Describe to methods inside the LLM what methods before it have left of some inputs."""
     ids, mask = reduced["input_ids"], inputs.get("attention_mask")
     width = inputs["input_ids"].shape[1]
-    prompts = given(reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors)
-    return Shown(prompts, *ids.shape)
+    prompts = tokens_by_prompt(
+        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors
+    )
+    return Prefill(prompts, *ids.shape)
 
 
 def with_positions(
@@ -308,12 +201,12 @@ def rotary_axes(positions: Tensor, batch: int) -> Tensor:
     return axes.expand(3, batch, -1)
 
 
-def refuse_vllm(model: Any, reducer: Reducer) -> None:
+def refuse_vllm(model: Any, reducer: Method) -> None:
     """Raise `UnsupportedModelError` for an engine of vLLM, which this one cannot run a method in."""
+    # By name, so that vLLM need not be installed.
     if type(model).__module__.partition(".")[0] != "vllm":
         return
-    _, inside = split(reducer.stages())
-    if inside:
+    if inside := inside_llm(reducer):
         others = [n for n in list_methods() if n != "chain" and get_method(n).stage == "before_llm"]
         raise UnsupportedModelError(
             f"{inside[0].name} prunes inside the LLM, and vLLM cannot do that: use a method that acts before the LLM: "

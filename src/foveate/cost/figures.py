@@ -10,11 +10,11 @@ import torch
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import solved
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.cost.anatomy import Anatomy
-from foveate.cost.arms import arm_cost, decided
 from foveate.cost.flops import decode_flops, kv_bytes
 from foveate.cost.formulas import FORMULAS, PerLayer, equivalent_tokens, per_layer
+from foveate.cost.prefill import arm_cost, decided
 from foveate.cost.work import Work
 
 FORMULA_NAMES = ("true", *FORMULAS)
@@ -53,7 +53,7 @@ class Figures:
 
 
 def figures(
-    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Reducer | None, bytes_per_value: int = 2
+    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Method | None, bytes_per_value: int = 2
 ) -> Figures:
     """Count an arm: stock (`None`) or with a method."""
     text = anatomy.model.config.get_text_config()
@@ -72,7 +72,7 @@ def figures(
 
 
 def report(
-    anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int, dtype: str = "bfloat16", formula: str = "true"
+    anatomy: Anatomy, work: Work, reducer: Method, text_tokens: int, dtype: str = "bfloat16", formula: str = "true"
 ) -> dict[str, Any]:
     """Compare the stock model with a method, as JSON-compatible data.
 
@@ -128,7 +128,7 @@ def report(
     }
 
 
-def deciding(reducer: Reducer) -> list[str]:
+def deciding(reducer: Method) -> list[str]:
     """Return the names of those stages of a method that decide how many tokens stay, whose costs are upper bounds."""
     return list(dict.fromkeys(stage.name for stage in reducer.stages() if stage.adaptive))
 

@@ -1,4 +1,4 @@
-"""What the layers of an LLM hold behind boundaries at which tokens were dropped."""
+"""What a layer of an LLM still has behind boundaries at which tokens were dropped: in its cache, and in one pass."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from foveate.engines.transformers.compaction import repeats
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """Which columns a layer holds: those of the first layer behind each of its own.
+class KeptColumns:
+    """Which columns a layer keeps in its KV cache: those of the first layer behind each of its own.
 
     Attributes
     ----------
     columns
         ``[B, W]`` int64, -1 at padding.
     length
-        Columns of the first layer when these were listed; it has got further ones since, which all layers hold.
+        Columns of the first layer when these were listed; it has got further ones since, which all layers keep.
     padded
         Whether any of the columns is -1.
     """
@@ -33,23 +33,25 @@ class Held:
         """Return the columns when the first layer has so many."""
         if length == self.length:
             return self.columns
-        if length < self.length:  # the cache was cropped
-            left = self.columns[:, : length - self.length]
-            if bool((left >= length).any()) or bool((self.columns[:, left.shape[1] :] < length).any()):
+        if length < self.length:  # cropped by a negative number: each layer lost as many columns
+            kept = self.columns[:, : length - self.length]
+            if bool((self.columns[:, kept.shape[1] :] < length).any()):
                 raise InputError("this cache was cropped to where an image is: start with a new cache")
-            return left
+            return kept
         further = torch.arange(self.length, length, device=self.columns.device)
         return torch.cat([self.columns, further.expand(len(self.columns), -1)], dim=1)
 
-    def expanded(self, batch: int) -> Held:
+    def expanded(self, batch: int) -> KeptColumns:
         """Return the same for a batch in which each prompt stands several times in a row."""
         times = repeats(len(self.columns), batch)
-        return self if times == 1 else Held(self.columns.repeat_interleave(times, dim=0), self.length, self.padded)
+        if times == 1:
+            return self
+        return KeptColumns(self.columns.repeat_interleave(times, dim=0), self.length, self.padded)
 
 
 @dataclass(frozen=True, eq=False)
-class Current:
-    """The tokens of a pass that are left in a layer.
+class RemainingTokens:
+    """The tokens of a pass, text included, that remain in a layer: R per prompt.
 
     Attributes
     ----------
@@ -69,13 +71,19 @@ class Current:
     origin: list[Tensor]
 
     @property
+    def width(self) -> int:
+        """Number of tokens per prompt, R."""
+        return int(self.index.shape[1])
+
+    @property
     def padded(self) -> bool:
         """Whether any of the R is padding."""
-        return any(n < self.index.shape[1] for n in self.lengths)
+        return any(n < self.width for n in self.lengths)
 
     def gather(self, x: Tensor) -> Tensor:
         """Take these tokens out of ``[..., B or 1, q, C]``."""
         index = self.index.clamp(min=0).to(x.device)
+        # Rotary embeddings of a batch without padding have one row for all prompts.
         batch = torch.zeros_like(index) if x.shape[-3] == 1 else torch.arange(len(index), device=x.device)[:, None]
         return x[..., batch, index, :]
 
@@ -83,8 +91,8 @@ class Current:
         """Put the tokens ``[B, R, C]`` back where they were among `width`, each followed by copies up to the next."""
         there = self.index >= 0
         index = torch.where(there, self.index, width)
-        left = torch.zeros(len(index), width + 1, dtype=torch.long, device=index.device).scatter(1, index, 1)
+        filled = torch.zeros(len(index), width + 1, dtype=torch.long, device=index.device).scatter(1, index, 1)
         first = there.int().argmax(dim=1, keepdim=True)
-        row = (left[:, :width].cumsum(dim=1) - 1).clamp(min=0) + first
+        row = (filled[:, :width].cumsum(dim=1) - 1).clamp(min=0) + first
         row = row.to(x.device)
         return x[torch.arange(len(row), device=x.device)[:, None], row]

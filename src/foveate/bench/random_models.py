@@ -11,13 +11,13 @@ from transformers import AutoModelForImageTextToText
 from foveate.core.errors import InputError, UnknownNameError
 from foveate.cost.shapes import load_shape
 from foveate.families import family_of
-from foveate.measure.run import Job
+from foveate.measure.job import Job
 
 _BEFORE = 35
 """Text tokens before the picture, as many as the system prompt of LLaVA-1.5 has."""
 
 
-SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b")
+LLAVA_SHAPES = ("llava-1.5-7b", "llava-1.5-13b", "llava-next-7b")
 """Shapes of `foveate.cost.shapes` for which `random_job` makes inputs."""
 
 
@@ -29,7 +29,7 @@ def random_model(
     Parameters
     ----------
     config
-        A configuration, or the name of one of `SHAPES`.
+        A configuration, or the name of one of `LLAVA_SHAPES`.
     layers
         Layers of the LLM; by default all that the configuration has.
     tied
@@ -46,8 +46,8 @@ def random_model(
         In evaluation mode, on the GPU if there is one.
     """
     if isinstance(config, str):
-        if config not in SHAPES:
-            raise UnknownNameError(f"no shape is called {config!r}; there are: {', '.join(SHAPES)}")
+        if config not in LLAVA_SHAPES:
+            raise UnknownNameError(f"no shape is called {config!r}; there are: {', '.join(LLAVA_SHAPES)}")
         config, _ = load_shape(config)
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -77,7 +77,10 @@ def _repeat_layer(model: Any, depth: int) -> None:
             config.layer_types = [config.layer_types[0]] * depth
 
 
-@torch.no_grad()
+def _no_processor(images: int) -> dict[str, Any]:
+    raise InputError("noise takes the place of pictures where no processor cuts or scales them, as in LLaVA")
+
+
 def random_job(model: Any, text_tokens: int = 64, max_new_tokens: int = 8, seed: int = 0) -> Job:
     """Make a prompt of random words around one picture of noise, at the size that fills the model's vision tower.
 
@@ -86,17 +89,12 @@ def random_job(model: Any, text_tokens: int = 64, max_new_tokens: int = 8, seed:
     if text_tokens < 2:
         raise InputError(f"a prompt has at least two text tokens, one on each side of the picture, not {text_tokens}")
     generator = torch.Generator().manual_seed(seed)
-    size, token = model.config.vision_config.image_size, model.config.image_token_id
-    inputs: dict[str, Any] = {"pixel_values": torch.randn(1, 3, size, size, generator=generator)}
-    if model.config.model_type == "llava_next":
-        inputs["pixel_values"] = torch.randn(1, 5, 3, size, size, generator=generator)
-        inputs["image_sizes"] = torch.tensor([[2 * size, 2 * size]])
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    inputs = {key: value.to(model.device) for key, value in inputs.items()}
-    visual = sum(map(len, model.get_image_features(**inputs, return_dict=True).pooler_output))
+    family, side, token = family_of(model), 2 * model.config.vision_config.image_size, model.config.image_token_id
+    (layout,), inputs = family.imagined_images(model, (side, side), 1, _no_processor)
+    inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=generator).to(model.dtype)
+    inputs, visual = {key: value.to(model.device) for key, value in inputs.items()}, layout.length
     before = min(_BEFORE, text_tokens - 1)
     words = torch.randint(3, min(token, model.config.text_config.vocab_size), (text_tokens,), generator=generator)
     ids = torch.cat([words[:before], torch.full((visual,), token), words[before:]])[None].to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
-    family = family_of(model)
     return Job(model, None, family, inputs, family.spans(model, inputs), max_new_tokens)

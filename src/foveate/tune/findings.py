@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.measure.provenance import machine, versions
 from foveate.measure.units import show_time
 from foveate.tune.bounds import drop
@@ -17,8 +17,8 @@ from foveate.tune.search import Found, Wish, pareto
 HEADER = ("candidate", "prompts", "loss", "at most", "accuracy", "KL", "tokens", "FLOPs", "time")
 
 
-def report(
-    found: Found, candidates: Mapping[str, Reducer], left_out: Mapping[str, str], prompts: Sequence[Prompt], wish: Wish
+def findings(
+    found: Found, candidates: Mapping[str, Method], left_out: Mapping[str, str], prompts: Sequence[Prompt], wish: Wish
 ) -> dict[str, Any]:
     """Return the outcome of a search as JSON-compatible data."""
     last = {name: standings[-1] for name, standings in found.standings.items() if standings}

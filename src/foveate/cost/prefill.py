@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from math import isqrt
+from typing import TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,21 +15,23 @@ from foveate.core.encoder import EncoderReducer
 from foveate.core.grids import crop_budgets
 from foveate.core.in_llm import received
 from foveate.core.probes import Embeddings
-from foveate.core.reducer import Chain, Reducer, split
+from foveate.core.reducer import Method, Reducer
 from foveate.cost.anatomy import Anatomy
 from foveate.cost.flops import Cost, Patches, default_rows, prefill_flops, probe_flops
 from foveate.cost.formulas import PerLayer
 from foveate.cost.imagined import imagined_tokens
-from foveate.cost.inside import inside_flops
-from foveate.cost.work import Work, measured
-from foveate.engines.transformers.reduce import probes_of
-from foveate.families.base import Grid
-from foveate.families.llava_next_video import LlavaNextVideo
-from foveate.families.llava_onevision import LlavaOnevision
+from foveate.cost.overhead import inside_flops
+from foveate.cost.work import Work, encoder_flops
+from foveate.engines.pipeline import probes_of
+from foveate.engines.settings import before_llm, inside_llm
+from foveate.families.layout import Grid
+from foveate.methods.chain import Chain
+
+M = TypeVar("M", bound=Method)
 
 
 def arm_cost(
-    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Reducer | None, kept: PerLayer, decision: int = 0
+    anatomy: Anatomy, work: Work, text_tokens: int, reducer: Method | None, kept: PerLayer, decision: int = 0
 ) -> Cost:
     """Count a prefill, stock or as foveate's engine runs it.
 
@@ -44,27 +47,31 @@ def arm_cost(
     """
     reducer = None if reducer is None else _before(reducer)
     rows: Sequence[Patches] = work.rows(anatomy)
-    windows, vision, projected, probes = work.windows(anatomy), work.measured, work.projected(anatomy), 0
+    windows, vision, projected, probes = work.windows(anatomy), work.encoder_flops, work.projected(anatomy), 0
     if reducer is not None:
         first = kept if isinstance(kept, int) else kept[0]
-        all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.probes()
-        if anatomy.projects_kept:
+        all_projected = reducer.merges == "embeddings" or Embeddings() in reducer.needs
+        if anatomy.family.projects_kept:
             projected = work.tokens if all_projected else first
         if reducer.stage == "pixels":
             small = shrunk(anatomy, work, reducer)
-            rows, windows, vision = [math.prod(grid) for grid in small.pictures], small.windows(anatomy), small.measured
-            projected = small.projected(anatomy) if small.pictures and not anatomy.projects_kept else first
+            rows, windows, vision = (
+                [math.prod(grid) for grid in small.pictures],
+                small.windows(anatomy),
+                small.encoder_flops,
+            )
+            projected = small.projected(anatomy) if small.pictures and not anatomy.family.projects_kept else first
         elif isinstance(reducer, EncoderReducer):
             rows = encoder_rows(anatomy, work, reducer)
         else:
             probes = probe_flops(anatomy, probes_of([reducer]), work.rows(anatomy), windows)
     return prefill_flops(
         anatomy, work.tokens, text_tokens, kept, rows=rows, windows=windows, vision=vision, projected=projected,
-        early_exit=reducer is not None and anatomy.projects_kept, selection=probes + decision,
+        early_exit=reducer is not None and anatomy.family.projects_kept, selection=probes + decision,
     )  # fmt: skip
 
 
-def shrunk(anatomy: Anatomy, work: Work, reducer: Reducer) -> Work:
+def shrunk(anatomy: Anatomy, work: Work, reducer: Method) -> Work:
     """Return the work that a method of the stage ``"pixels"`` leaves: smaller pictures, each by itself."""
     pictures: list[Grid] = []
     if anatomy.tower is None:
@@ -72,19 +79,12 @@ def shrunk(anatomy: Anatomy, work: Work, reducer: Reducer) -> Work:
         for span in work.spans:
             for (small, _), (rows, columns) in zip(reducer.plan(span), [span.grid[1:]] * len(span.crops), strict=True):  # type: ignore[attr-defined]
                 height, width = work.size[0] // rows * small[0], work.size[1] // columns * small[1]
-                vision += measured(anatomy, {"pixel_values": torch.empty(1, 3, height, width, device="meta")})
+                vision += encoder_flops(anatomy, {"pixel_values": torch.empty(1, 3, height, width, device="meta")})
         return Work((), work.spans, 0, vision)
     for span in work.spans:
-        side = isqrt(anatomy.merges) * _pooled_side(anatomy, span.kind)
+        side = isqrt(anatomy.merges) * anatomy.family.pooled_side(anatomy.model, span.kind)
         pictures += [(h * side, w * side) for (h, w), _ in reducer.plan(span)]  # type: ignore[attr-defined]
     return Work(tuple(pictures), work.spans)
-
-
-def _pooled_side(anatomy: Anatomy, kind: str) -> int:
-    """Return how many rows of patches are pooled to a row of tokens, beside those that merge before the projector."""
-    if kind == "video" and isinstance(anatomy.family, LlavaNextVideo):
-        return int(anatomy.model.config.spatial_pool_stride)
-    return 2 if kind == "video" and isinstance(anatomy.family, LlavaOnevision) else 1
 
 
 def encoder_rows(anatomy: Anatomy, work: Work, reducer: EncoderReducer) -> list[Patches]:
@@ -100,7 +100,7 @@ def encoder_rows(anatomy: Anatomy, work: Work, reducer: EncoderReducer) -> list[
     return rows
 
 
-def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[PerLayer, int]:
+def decided(anatomy: Anatomy, work: Work, reducer: Method, text_tokens: int) -> tuple[PerLayer, int]:
     """Find out how many visual tokens a method keeps, and the FLOPs of its decision, without any image.
 
     Methods before the LLM decide once on random tokens of the sizes that the model would give them, and what they
@@ -112,7 +112,7 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
     tuple
         The number that the LLM gets, or that each of its layers gets with methods inside it, and the FLOPs.
     """
-    _, inside = split(reducer.stages())
+    inside = inside_llm(reducer)
     before = _before(reducer)
     lengths, flops = [len(span) for span in work.spans], 0
     if before is not None and not before.keeps_all(work.spans):
@@ -125,21 +125,23 @@ def decided(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) ->
     return layers, flops + inside_flops(anatomy, inside, layers, text_tokens, images)  # type: ignore[arg-type]
 
 
-def _before(reducer: Reducer) -> Reducer | None:
+def _before(reducer: Method) -> Reducer | Chain | None:
     """Return the part of a method that acts before the LLM; of adaptive ones, what keeps as much as they may."""
-    before = [_bound(r) for r in split(reducer.stages())[0]]
-    return (before[0] if len(before) == 1 else Chain(*before)) if before else None
+    before = before_llm(reducer)
+    if isinstance(before, Chain):
+        return Chain(*map(_bound, before.reducers))
+    return None if before is None else _bound(before)
 
 
-def _bound(stage: Reducer) -> Reducer:
+def _bound(stage: M) -> M:
     if stage.adaptive and any(f.name == "adaptive" for f in fields(stage)):
         return replace(stage, adaptive=False)  # type: ignore[call-arg]
     return stage
 
 
-def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer, text_tokens: int) -> tuple[list[int], int]:
+def _decided_before(anatomy: Anatomy, work: Work, reducer: Reducer | Chain, text_tokens: int) -> tuple[list[int], int]:
     if reducer.stage == "pixels":
-        return [sum(h * w for (h, w), _ in reducer.plan(span)) for span in work.spans], 0  # type: ignore[attr-defined]
+        return [sum(h * w for (h, w), _ in reducer.plan(span)) for span in work.spans], 0  # type: ignore[union-attr]
     if isinstance(reducer, EncoderReducer):
         budgets = (crop_budgets(span, reducer.keep, reducer.name) for span in work.spans)
         return [sum(min(count, len(crop)) for crop, _, count in crops) for crops in budgets], 0

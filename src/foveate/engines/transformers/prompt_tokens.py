@@ -1,4 +1,4 @@
-"""What the language model is given: the visual tokens of each prompt, in the columns of one forward pass."""
+"""The visual tokens that the LLM is given of each prompt, and the columns of a forward pass that they are in."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection, SpanSelection
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
 from foveate.engines.transformers.compaction import Compaction, check_visible
 
 _TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class PromptTokens:
     """The visual tokens of one prompt that the LLM is given in one pass, n of them.
 
     Attributes
@@ -69,10 +69,10 @@ class Given:
                 crops.append(Crop(torch.arange(start, start + len(kept)), None))
             elif len(kept) == len(span):
                 crops += [replace(crop, index=crop.index + start) for crop in span.crops]
-            else:
-                crops += [left_of(crop, kept.cpu(), start) for crop in span.crops]
+            else:  # a method before the LLM has thinned them out
+                crops += [thinned_crop(crop, kept.cpu(), start) for crop in span.crops]
             start += len(kept)
-        return tuple(left_of(crop, torch.arange(self.free)) for crop in crops) if self.fixed else tuple(crops)
+        return tuple(thinned_crop(crop, torch.arange(self.free)) for crop in crops) if self.fixed else tuple(crops)
 
     def selection(self, origin: Tensor) -> list[SpanSelection]:
         """Return, per span, which of its tokens are left when those at `origin` among the n are."""
@@ -84,12 +84,12 @@ class Given:
             start += len(kept)
         return found
 
-    def repeated(self, times: int) -> list[Given]:
+    def repeated(self, times: int) -> list[PromptTokens]:
         """Return the prompt as often as it stands in a batch in which each prompt stands several times in a row."""
         return [replace(self, sample=self.sample * times + i) for i in range(times)]
 
 
-def left_of(crop: Crop, tokens: Tensor, start: int = 0) -> Crop:
+def thinned_crop(crop: Crop, tokens: Tensor, start: int = 0) -> Crop:
     """Return a crop with those of its tokens that are among some others, as positions among these from `start` on.
 
     Parameters
@@ -102,20 +102,31 @@ def left_of(crop: Crop, tokens: Tensor, start: int = 0) -> Crop:
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """What a method before the LLM has left of a batch of `batch` prompts, `width` columns each."""
+class Prefill:
+    """The visual tokens of a batch of prompts that the LLM is about to be given.
 
-    prompts: Sequence[Given]
+    Attributes
+    ----------
+    prompts
+        The prompts that have some.
+    batch, width
+        Number of all prompts, and of the columns of each, as methods before the LLM have left them.
+    """
+
+    prompts: Sequence[PromptTokens]
     batch: int
     width: int
 
-    def in_pass(self, batch: int, width: int) -> list[Given]:
-        """Return the prompts as they are in a pass over the last columns, in which each may stand several times."""
+    def in_pass(self, batch: int, width: int) -> list[PromptTokens]:
+        """Return the prompts as they are in a pass over the last columns, in which each may stand several times.
+
+        ``generate`` repeats prompts for beams and several answers, and leaves out columns that the cache holds.
+        """
         moved = [replace(p, columns=p.columns + width - self.width) for p in self.prompts]
         return [copy for prompt in moved for copy in prompt.repeated(batch // self.batch)]
 
 
-def given(
+def tokens_by_prompt(
     spans: Sequence[Span],
     mask: Tensor | None,
     width: int,
@@ -123,8 +134,8 @@ def given(
     selection: Selection | None = None,
     compaction: Compaction | None = None,
     priors: Mapping[InLlmReducer, Sequence[Tensor]] | None = None,
-) -> list[Given]:
-    """Describe what the LLM is given of some spans.
+) -> list[PromptTokens]:
+    """Find the visual tokens that the LLM is given of some spans, prompt by prompt.
 
     Parameters
     ----------
@@ -159,25 +170,9 @@ def given(
         behind = width - behind if content is None else int(content[sample, behind:].sum())
         scores = {reducer: torch.cat([values[i] for i in own]).to(device) for reducer, values in (priors or {}).items()}
         where = where if places is None else places[sample].index_select(0, where)
-        rows.append(Given(sample, tuple(spans[i] for i in own), tuple(kept[i] for i in own), where, behind, scores))
+        left = tuple(kept[i] for i in own)
+        rows.append(PromptTokens(sample, tuple(spans[i] for i in own), left, where, behind, scores))
     return rows
-
-
-def priors_of(reducers: Sequence[Any], tokens: VisualTokens, selection: Selection) -> dict[InLlmReducer, list[Tensor]]:
-    """Return what methods inside the LLM make of the tokens before it, ``[K]`` per span of those that are left.
-
-    Separators, of which no method judges, get infinity.
-    """
-    left, priors = tokens.after(selection), {}
-    for reducer in reducers:
-        values, scores = iter(reducer.prior(left)), []
-        for span, chosen in zip(left.spans, selection, strict=True):
-            full = torch.full((len(span),), torch.inf, device=chosen.kept.device)
-            for crop in span.crops:
-                full[crop.index.to(full.device)] = next(values).float()
-            scores.append(full.index_select(0, chosen.kept))
-        priors[reducer] = scores
-    return priors
 
 
 def placeholders(model: Any, ids: Tensor, encoded: Mapping[str, Any]) -> list[Span]:
@@ -199,11 +194,11 @@ def placeholders(model: Any, ids: Tensor, encoded: Mapping[str, Any]) -> list[Sp
         lengths = [len(x) for x in outputs] if isinstance(outputs, list | tuple) else []
         if sum(lengths) != sum(map(len, rows)):
             lengths = [len(columns) for columns in rows if len(columns)]
-        left = iter(lengths)
+        sizes = iter(lengths)
         for sample, columns in enumerate(rows):
             ordinal = 0
             while len(columns):
-                own, columns = columns.tensor_split([next(left)])
+                own, columns = columns.tensor_split([next(sizes)])
                 crop = Crop(torch.arange(len(own)), None)
                 spans.append(Span(kind, sample, ordinal, own, (1, 1, len(own)), (crop,)))
                 ordinal += 1

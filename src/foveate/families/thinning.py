@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from foveate.core.encoder import EncoderReducer, Inside
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.grids import crop_budgets
-from foveate.core.probes import Members, Probe
-from foveate.core.tokens import Crop, Span
-from foveate.families.base import Grid
+from foveate.core.probes import LayerProbe, Members, Probe
+from foveate.core.spans import Crop, Span
+from foveate.families.layout import Grid
 from foveate.families.taps import layer_input, tap
 from foveate.families.tower import attention_of, crop_rows, encoder_layers, feature_indices
 
@@ -87,7 +87,7 @@ def _run(
     size = x.shape[1] - lead
     inside = Inside.start(len(x), size, lead, x.device)
     left = reducer.schedule(size, count, len(layers)) if count < size else [size] * len(layers)
-    probes = list(reducer.reads) if count < size else []
+    probes = [probe for probe in reducer.needs if isinstance(probe, LayerProbe)] if count < size else []
     with tap(tower, {attention_of(layer): probes for layer in layers if probes}, lead) as taps:
         layer: Any  # made of _PARTS
         for layer, number in zip(layers, left, strict=True):

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.core.in_llm import Images, InLlmReducer, LayerAttention, LayerKeys, LayerStates, LayerTokens, planned
-from foveate.core.probes import LlmProbe, Probe
-from foveate.core.tokens import Crop, Span
+from foveate.core.in_llm import InLlmReducer, LayerTokens, of_llm, planned
+from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Probe, TextStates
+from foveate.core.schedules import Images
+from foveate.core.spans import Crop, Span
 from foveate.cost.anatomy import Anatomy
 from foveate.families.tower import attention_of, encoder_layers
 
 
 def inside_flops(
-    anatomy: Anatomy, reducers: Sequence[InLlmReducer], received: Sequence[int], text_tokens: int, images: Images
+    anatomy: Anatomy, reducers: Sequence[InLlmReducer], per_layer: Sequence[int], text_tokens: int, images: Images
 ) -> int:
     """Count what methods inside the LLM read and compare, all text being behind the images.
 
     Parameters
     ----------
-    received
+    per_layer
         Visual tokens that each layer receives.
     images
         The kind and the number of tokens of each image that the LLM is given.
@@ -31,10 +32,10 @@ def inside_flops(
     flops, depth = 0, len(anatomy.decoder)
     for reducer, plan in zip(reducers, planned(reducers, depth, images), strict=True):
         for boundary, count in plan.items():
-            visual = received[boundary - 1]
+            visual = per_layer[boundary - 1]
             if not visual or (count >= visual and not reducer.adaptive):
                 continue
-            probes = reducer.llm_probes()
+            probes = of_llm(reducer)
             flops += sum(_row_flops(anatomy, p, boundary, visual, text_tokens) for p in probes)
             flops += _key_flops(anatomy, probes, boundary, visual, text_tokens)
             flops += _decision(anatomy, reducer, boundary, visual, count, text_tokens, images)
@@ -54,7 +55,7 @@ def _row_flops(anatomy: Anatomy, probe: LlmProbe, boundary: int, visual: int, te
 
 
 def _key_flops(anatomy: Anatomy, probes: Sequence[LlmProbe], boundary: int, visual: int, text: int) -> int:
-    """Count the projections of the layer behind the boundary that run twice, as `peek` of the engine has it."""
+    """Count the projections of the layer behind the boundary that run twice, as `look_ahead` of the engine has it."""
     ahead = [p for p in probes if isinstance(p, LayerKeys) or (isinstance(p, LayerAttention) and p.ahead)]
     if not ahead:
         return 0
@@ -63,6 +64,7 @@ def _key_flops(anatomy: Anatomy, probes: Sequence[LlmProbe], boundary: int, visu
     projections = {name: getattr(attention, f"{name}_proj", None) for name in "qkv"}
     if not all(isinstance(p, nn.Linear) for p in projections.values()):
         return length * anatomy.decoder[boundary].attention
+    # As `peek` of the engine runs them: single query rows where they are few; the values, which nobody reads, once.
     runs = {"q": rows if 4 * rows <= length else length, "k": length, "v": 1}
     return sum(2 * runs[name] * p.weight.numel() for name, p in projections.items() if isinstance(p, nn.Linear))
 
@@ -90,7 +92,7 @@ def _decision(
     side = int(visual**0.5)
     grid = (side, side) if side * side == visual else (1, visual)
     crop = Crop(torch.arange(visual), grid if reducer.unit == "crop" else None)
-    planes: dict[Probe, list[Tensor]] = {probe: [plane(probe)] for probe in reducer.llm_probes()}
+    planes: dict[Probe, list[Tensor]] = {probe: [plane(probe)] for probe in of_llm(reducer)}
     tokens = LayerTokens(
         spans=(Span("image", 0, 0, torch.arange(visual), (1, *grid), (crop,)),),
         planes=planes,
@@ -104,8 +106,8 @@ def _decision(
         rows=(torch.arange(visual, visual + max(text, 1)),),
         judging=(torch.ones(max(text, 1), dtype=torch.bool),),
         behind=(text,),
-        text=(random(max(text, 1), width),) if reducer.reads_text else (),
-        text_before=(random(max(text, 1), width),) if reducer.reads_text else (),
+        text=(random(max(text, 1), width),) if TextStates() in reducer.needs else (),
+        text_before=(random(max(text, 1), width),) if TextStates() in reducer.needs else (),
         frequencies=torch.ones(size // 2),
     )
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

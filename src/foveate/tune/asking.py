@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import FoveateError, InputError
-from foveate.core.reducer import Reducer
+from foveate.core.reducer import Method
 from foveate.engines.settings import Settings
+from foveate.measure.job import Job, prepare
 from foveate.measure.loading import open_image
-from foveate.measure.run import Job, Result, cost_of, once, prepare
+from foveate.measure.run import Result, cost_of, run_once
 from foveate.tune.prompts import Prompt, same_text
 
 BLOCK: Final = 8
@@ -26,7 +27,7 @@ BLOCK: Final = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Asker:
     """A model and how its answers are measured.
 
     Attributes
@@ -48,7 +49,7 @@ class Bench:
     seed: int = 0
     now: Callable[[], float] = time.perf_counter
 
-    def ask(self, prompt: Prompt, candidates: Mapping[str, Reducer], *, count: bool = False) -> dict[str, Any]:
+    def ask(self, prompt: Prompt, candidates: Mapping[str, Method], *, count: bool = False) -> dict[str, Any]:
         """Run the unpruned model and every candidate on one prompt.
 
         A candidate that cannot run on the prompt has an ``"error"`` instead of figures.
@@ -97,7 +98,7 @@ class Bench:
         }  # fmt: skip
 
     def _arm(
-        self, job: Job, prompt: Prompt, reducer: Reducer, stock: Result, reference: Tensor, stock_flops: int | None
+        self, job: Job, prompt: Prompt, reducer: Method, stock: Result, reference: Tensor, stock_flops: int | None
     ) -> dict[str, Any]:
         try:
             flops = self._flops(job, reducer) if stock_flops else None
@@ -112,20 +113,20 @@ class Bench:
             "flops": flops / stock_flops if flops and stock_flops else None,
         }  # fmt: skip
 
-    def _run(self, job: Job, reducer: Reducer | None) -> tuple[Result, Tensor]:
+    def _run(self, job: Job, reducer: Method | None) -> tuple[Result, Tensor]:
         with first_logits(self.model) as caught:
-            result = once(job, self._settings(job, reducer), now=self.now)
+            result = run_once(job, self._settings(job, reducer), now=self.now)
         if (caught[0].isnan() | caught[0].isposinf()).any():
             raise InputError("the model's logits are no numbers: load it in another dtype")
         return result, caught[0]
 
-    def _flops(self, job: Job, reducer: Reducer | None) -> int | None:
-        result = once(job, self._settings(job, reducer), count=True)
+    def _flops(self, job: Job, reducer: Method | None) -> int | None:
+        result = run_once(job, self._settings(job, reducer), count=True)
         cost = cost_of(job, reducer, result)
         return None if cost is None else cost.total
 
-    def _settings(self, job: Job, reducer: Reducer | None) -> Settings | None:
-        return None if reducer is None else Settings.make(reducer, None, "drop", {}, job.family)
+    def _settings(self, job: Job, reducer: Method | None) -> Settings | None:
+        return None if reducer is None else Settings.make(reducer, family=job.family)
 
 
 def _total(result: Result) -> float:

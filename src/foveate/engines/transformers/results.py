@@ -1,0 +1,60 @@
+"""What the last call of an attached model came to."""
+
+from __future__ import annotations
+
+from foveate.core.selection import Selection, SpanSelection
+from foveate.engines.transformers.in_llm.pass_state import PassState
+
+
+class Results:
+    """What the last call with images came to, prompt by prompt.
+
+    Attributes
+    ----------
+    inside
+        The tokens of its pass over the prompts, if methods inside the LLM had a say in it.
+    """
+
+    def __init__(self) -> None:
+        self._selection: Selection | None = None
+        self._batch = 0
+        self.inside: PassState | None = None
+
+    def begin(self, selection: Selection | None, batch: int) -> None:
+        """Take note of a call with so many prompts, and of what methods before the LLM kept, if they acted."""
+        self._selection, self._batch, self.inside = selection, batch, None
+
+    def selections(self) -> list[list[SpanSelection]]:
+        """Return what was kept, per prompt and span; of methods inside the LLM in its last layer."""
+        if self.inside is not None:
+            return self._once_each(self.inside.selections())
+        return self._before()
+
+    def layers(self) -> dict[int, list[list[SpanSelection]]]:
+        """Return what methods inside the LLM left from each of these layers on."""
+        if self.inside is None:
+            return {}
+        return {boundary: self._once_each(self.inside.selections(left)) for boundary, left in self.inside.cuts}
+
+    def received(self, depth: int) -> list[list[int]]:
+        """Return the visual tokens that each of `depth` layers received of each prompt."""
+        chosen, layers = self.selections(), self.layers()
+        before = None if self._selection is None else self._before()
+        left = [sum(s.length for s in row) for row in chosen] if before is None else _counts(before)
+        rows: list[list[int]] = [[] for _ in chosen]
+        for layer in range(depth):
+            left = _counts(layers[layer]) if layer in layers else left
+            for row, count in zip(rows, left, strict=True):
+                row.append(count)
+        return rows
+
+    def _before(self) -> list[list[SpanSelection]]:
+        return [] if self._selection is None else self._selection.by_prompt(self._batch)
+
+    def _once_each(self, rows: list[list[SpanSelection]]) -> list[list[SpanSelection]]:
+        """Leave out the copies that ``generate`` makes of each prompt for beams and several answers."""
+        return rows[:: len(rows) // self._batch]
+
+
+def _counts(rows: list[list[SpanSelection]]) -> list[int]:
+    return [sum(map(len, row)) for row in rows]

@@ -1,0 +1,129 @@
+"""What ``generate`` and ``forward`` of one model are wrapped with while a method is attached."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core.errors import AttachError
+from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
+from foveate.engines.transformers.callbacks import show_whole_prompts
+from foveate.engines.transformers.continuation import Call, Continuation
+from foveate.engines.transformers.in_llm.hooks import LayerHooks
+from foveate.engines.transformers.in_llm.support import check_options
+from foveate.engines.transformers.results import Results
+
+
+class Wrapping:
+    """``generate`` wrapped on the instance, and hooks around ``forward``, until removed.
+
+    Parameters
+    ----------
+    layers
+        Hooks on the layers, if methods act inside the LLM.
+    """
+
+    def __init__(self, model: Any, continuation: Continuation, layers: LayerHooks | None, results: Results, call: Call):
+        self._model, self._continuation, self._layers = model, continuation, layers
+        self._results, self._call = results, call
+        self._instances_own = vars(model).get("generate")
+        self._generate: Callable[..., Any] = model.generate
+        self._wrapper = self._wrapped_generate  # a bound method is another object each time it is asked for
+        self._removed = False
+        model.generate = self._wrapper
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            # Called after a fault too: a pass must end, lest the next one takes its place for another's.
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Restore the model."""
+        self._removed = True
+        for hook in self._hooks:
+            hook.remove()
+        if vars(self._model).get("generate") is not self._wrapper:
+            return  # wrapped by somebody since, whose wrapper goes on to the model's own
+        del self._model.generate
+        if self._instances_own is not None:
+            self._model.generate = self._instances_own
+
+    def __getstate__(self) -> Any:
+        """Refuse copies: they would reduce by way of this wrapping, and of this model."""
+        raise AttachError("a model cannot be copied or pickled while a method is attached: detach it first")
+
+    def _wrapped_generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._removed:
+            return self._generate(*(() if inputs is None else (inputs,)), *args, **kwargs)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        cache = given_cache(kwargs)
+        if self._layers is not None:
+            check_options(self._model, kwargs)
+        with torch.no_grad():
+            reduced = self._continuation.reduce(kwargs, cache)
+        if reduced.compaction is None:
+            return self._run_generate(args, reduced)
+        full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
+        shorten_limits(self._model, reduced, full_ids.shape[1] - width)
+        show_whole_prompts(reduced, full_ids, width)
+        out = self._run_generate(args, reduced)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
+        whole = torch.cat([prompts, sequences[:, width:]], dim=1)
+        for used in (cache, cache_of(out)):  # plain outputs do not carry the caller's cache
+            if used is not None:
+                note(used, COMPACTION, reduced.compaction)
+        if isinstance(out, Tensor):
+            return whole
+        out.sequences = whole
+        return out
+
+    def _run_generate(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._call.generating = True
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._call.generating = False
+            self._call.prefill = None
+
+    def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = self._call
+        if call.generating and self._layers is None:
+            return None
+        if args:  # named by the class: accelerate puts a forward of its own on the instance
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if not call.generating:
+            reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
+            call.compaction = reduced.compaction
+            kwargs = dict(reduced)
+        if self._layers is not None:
+            prefill, call.prefill = call.prefill, None  # of the first pass of ``generate`` alone
+            self._layers.begin(kwargs, prefill)
+        return (), kwargs
+
+    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        cache = cache_of(output)
+        if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
+            run.finish(cache)
+            if run.state.prompts:
+                self._results.inside = run.state
+        if not self._call.generating and self._call.compaction is not None and cache is not None:
+            note(cache, COMPACTION, self._call.compaction)
+
+
+def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:
+    """Let limits of ``generate`` on the whole length count the dropped tokens, as without foveate."""
+    config = kwargs.get("generation_config")
+    config = model.generation_config if config is None else config
+    for name, sibling in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        limit = kwargs.get(name)
+        limit = getattr(config, name, None) if limit is None else limit
+        # transformers lets a limit on the new tokens, which counts no prompt, take precedence.
+        if limit and kwargs.get(sibling) is None and getattr(config, sibling, None) is None:
+            kwargs[name] = limit - dropped
