@@ -16,6 +16,7 @@ from foveate.core.probes import (
     LayerStates,
     Prior,
     Query,
+    TextStates,
 )
 from foveate.core.reducer import Method, all_needs, declared
 from foveate.families import Family, all_families
@@ -94,7 +95,7 @@ def reads(method: Method | type[Method]) -> list[str]:
 
 _WORDS: dict[type, str] = {
     Features: "features", Embeddings: "embeddings", ClsToken: "the `[CLS]` token", Query: "the question",
-    ClsSimilarity: "similarity to `[CLS]`",
+    ClsSimilarity: "similarity to `[CLS]`", TextStates: "states of the text",
     Attention: "attention", Keys: "keys", LayerAttention: "LLM attention", LayerKeys: "LLM keys",
     LayerStates: "hidden states", Prior: "scores of the tokens before the LLM",
 }  # fmt: skip

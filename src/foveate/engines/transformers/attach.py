@@ -13,6 +13,7 @@ from torch import Tensor
 from foveate.core.errors import AttachError
 from foveate.core.reducer import Method, Positions
 from foveate.core.selection import SpanSelection
+from foveate.engines.pipeline import UNMETERED, Meter
 from foveate.engines.settings import Separators, Settings
 from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks

@@ -14,6 +14,7 @@ from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
+from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
 from foveate.engines.transformers.compaction import Compaction, check_mask, compact_planes, position_behind
