@@ -200,7 +200,9 @@ def test_a_cache_that_was_emptied_is_as_good_as_new(reducer):
 
 @every_family_in_depth
 @pytest.mark.parametrize("entry", of_each_kind(METHODS), ids=method_id)
-@pytest.mark.parametrize("positions", [None, "original", "compact"])
+@pytest.mark.parametrize(
+    "positions", [None, *(pytest.param(p, marks=pytest.mark.slow) for p in ("original", "compact"))]
+)
 def test_reduce_equals_attach(family, entry, positions):
     if positions not in (None, *TINIES[family].positions):
         with pytest.raises(InputError, match="use positions='original'"):
