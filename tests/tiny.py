@@ -162,6 +162,21 @@ STAGED: list[tuple[str, dict[str, Any]]] = [
 ]
 """Methods with stages before and inside the LLM, with parameters for one of four layers."""
 
+
+def of_each_kind(methods: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Return entries of which those whose stage, probes and merging an earlier one has are left to the slow tests.
+
+    An engine does not tell them apart: what it does for one it does for all of a kind.
+    """
+    kinds, entries = set(), []
+    for entry in methods:
+        reducer = make(entry, 9)
+        kind = (reducer.stage, frozenset(type(probe) for probe in reducer.probes()), reducer.merges)
+        entries.append(pytest.param(entry, marks=pytest.mark.slow) if kind in kinds else entry)
+        kinds.add(kind)
+    return entries
+
+
 IN_LLM_FAMILIES = [name for name in FAMILIES if name not in ("lfm2_vl", "qwen3_5")]
 """Families with attention in every layer of the LLM."""
 
