@@ -171,7 +171,7 @@ def of_each_kind(methods: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     kinds, entries = set(), []
     for entry in methods:
         reducer = make(entry, 9)
-        kind = (reducer.stage, frozenset(type(probe) for probe in reducer.probes()), reducer.merges)
+        kind = (reducer.stage, frozenset(type(probe) for probe in reducer.needs), reducer.merges)
         entries.append(pytest.param(entry, marks=pytest.mark.slow) if kind in kinds else entry)
         kinds.add(kind)
     return entries
