@@ -91,7 +91,7 @@ def get_method(name: str) -> type[Method]:
     """
     methods = _all()
     if name not in methods:
-        raise UnknownNameError(f"no method is called {name!r}; there are: {', '.join(sorted(methods))}")
+        raise UnknownNameError.among("no method is called", name, sorted(methods))
     return methods[name]
 
 

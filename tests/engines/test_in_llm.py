@@ -26,6 +26,7 @@ from oracle import visible_columns
 
 import foveate
 from foveate import Chain
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.selection import SpanSelection
 from foveate.cost import kv_bytes
 from foveate.engines.transformers.caches import NAME as CACHE
@@ -145,7 +146,7 @@ def test_layers_hold_what_the_schedule_says(family, inside):
     text = inputs["input_ids"].shape[1] - visual
     with foveate.attach(net, reducer) as handle:
         out = generate(net, inputs, max_new_tokens=3)
-    schedule = reducer.schedule(DEPTH, visual)
+    schedule = tokens_per_layer(reducer, DEPTH, visual)
     sizes = [layer.get_seq_length() for layer in cache_of(out).layers]
     assert sizes == [text + n + 2 for n in schedule]
     assert schedule[-1] < visual
