@@ -164,14 +164,14 @@ STAGED: list[tuple[str, dict[str, Any]]] = [
 
 
 def of_each_kind(methods: list[tuple[str, dict[str, Any]]]) -> list[Any]:
-    """Return entries of which those whose stage, probes and merging an earlier one has are left to the slow tests.
+    """Return entries, all but the first of each kind as slow tests.
 
-    An engine does not tell them apart: what it does for one it does for all of a kind.
+    Methods of a kind have the same stage, probes, merging and pictures, which is all that an engine asks of them.
     """
     kinds, entries = set(), []
     for entry in methods:
         reducer = make(entry, 9)
-        kind = (reducer.stage, frozenset(type(probe) for probe in reducer.needs), reducer.merges)
+        kind = (reducer.stage, frozenset(map(type, reducer.needs)), reducer.merges, reducer.video_only)
         entries.append(pytest.param(entry, marks=pytest.mark.slow) if kind in kinds else entry)
         kinds.add(kind)
     return entries
