@@ -13,8 +13,9 @@ FLOORS = (
     ("cli",),
     ("measure", "cost", "bench", "eval", "tune", "viz", "nano", "guided", "fit"),
     ("engines",),
-    ("families", "methods", "projectors"),
+    ("methods", "projectors"),
     ("author",),
+    ("families",),
     ("registry",),
     ("core",),
 )
