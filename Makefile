@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint types docs check
+.PHONY: setup demo test test-all lint format types docs mutants check
 
 setup: $(VENV)/.installed
 
@@ -26,10 +26,19 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
 types: setup
 	$(BIN)/mypy
 
 docs: setup
 	$(BIN)/mkdocs build --strict --quiet
+
+mutants: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "mutmut>=3.8"
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run "foveate.$(OF)*"
+	$(BIN)/mutmut results
 
 check: lint types test-all docs

@@ -162,6 +162,21 @@ STAGED: list[tuple[str, dict[str, Any]]] = [
 ]
 """Methods with stages before and inside the LLM, with parameters for one of four layers."""
 
+
+def of_each_kind(methods: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Return entries, all but the first of each kind as slow tests.
+
+    Methods of a kind have the same stage, probes, merging and pictures, which is all that an engine asks of them.
+    """
+    kinds, entries = set(), []
+    for entry in methods:
+        reducer = make(entry, 9)
+        kind = (reducer.stage, frozenset(map(type, reducer.needs)), reducer.merges, reducer.video_only)
+        entries.append(pytest.param(entry, marks=pytest.mark.slow) if kind in kinds else entry)
+        kinds.add(kind)
+    return entries
+
+
 IN_LLM_FAMILIES = [name for name in FAMILIES if name not in ("lfm2_vl", "qwen3_5")]
 """Families with attention in every layer of the LLM."""
 

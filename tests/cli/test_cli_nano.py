@@ -68,6 +68,7 @@ def test_nano_takes_dtype_and_attention(foveate: Any) -> None:
 
 
 @needs_weights
+@pytest.mark.slow
 def test_nano_eval(foveate: Any) -> None:
     result = foveate("nano", "eval", "--images", 2, "--processes", 1, "--out", "scores/nano.json", "--json")
     assert result.code in (0, 1)
@@ -75,6 +76,7 @@ def test_nano_eval(foveate: Any) -> None:
 
 
 @needs_weights
+@pytest.mark.slow
 def test_guides_and_exits(foveate: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     names = ("inside-about", "sgl", "early-exit", "exits")

@@ -66,6 +66,7 @@ def test_a_run_is_not_overwritten(tiny: Recipe, trained: Path) -> None:
         train(replace(tiny, seed=7), trained, resume=True, processes=1)
 
 
+@pytest.mark.slow
 def test_two_processes_write_a_model_folder(tiny: Recipe, tmp_path: Path) -> None:
     folder = train(tiny, tmp_path, processes=2)
     assert (folder / "model.safetensors").exists()
