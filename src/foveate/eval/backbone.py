@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from foveate import nano
+import foveate.nano as nano
 from foveate.core.checks import checked_values, selected
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.probes import Embeddings, Features, Probe
