@@ -13,6 +13,7 @@ from foveate.methods.fastervlm import FasterVLM
 from foveate.methods.fastv import FastV
 from foveate.methods.flowcut import FlowCut
 from foveate.methods.fsr import FSR
+from foveate.methods.gaze import Gaze, GazeQuery
 from foveate.methods.gprune import GPrune
 from foveate.methods.hiprune import HiPrune
 from foveate.methods.holov import HoloV
@@ -59,6 +60,8 @@ __all__ = [
     "FasterVLM",
     "FlowCut",
     "GPrune",
+    "Gaze",
+    "GazeQuery",
     "HiPrune",
     "HoloV",
     "MMTok",
