@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ FLOORS = (
     ("cli",),
     ("measure", "cost", "bench", "eval", "tune", "viz", "nano", "guided", "fit"),
     ("engines",),
-    ("families", "methods", "projectors"),
+    ("methods", "projectors"),
     ("author",),
+    ("families",),
     ("registry",),
     ("core",),
 )
@@ -37,6 +39,7 @@ def imported(name: str) -> Iterator[str]:
                 yield inner if inner in MODULES else node.module
 
 
+MODULES_OF_METHODS = {name for name in MODULES if name.startswith("foveate.methods")}
 GRAPH = {name: set(imported(name)) - {name} for name in MODULES}
 
 
@@ -113,3 +116,15 @@ def test_no_file_and_no_class_is_long(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ClassDef):
             assert (node.end_lineno or 0) - node.lineno < 250, node.name
+
+
+def test_a_method_imports_from_one_place():
+    counts = []
+    for name in MODULES:
+        if name.startswith("foveate.methods."):
+            nodes = [node for node in TREES[name].body if isinstance(node, ast.ImportFrom)]
+            own = [x for x in nodes if (x.module or "").startswith("foveate") and x.module not in MODULES_OF_METHODS]
+            counts.append(sum(len(node.names) for node in own))
+            modules = {node.module for node in own} - {"foveate.author"}
+            assert len(modules) <= 1 or name == "foveate.methods.chain", name
+    assert statistics.median(counts) <= 6

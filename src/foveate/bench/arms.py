@@ -151,7 +151,7 @@ class _Free(InLlmReducer):
     def counts(self, depth: int, images: Images) -> Sequence[int]:
         return self.like.counts(depth, images)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+    def select(self, tokens: LayerTokens) -> Selection:
         return tokens.per_prompt(
             lambda prompts, count: _ranks(prompts.size)[:count].to(prompts.device).expand(len(prompts.ordinals), -1)
         )

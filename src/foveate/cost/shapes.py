@@ -131,7 +131,7 @@ def load_shape(name: str) -> tuple[Any, Any]:
         If there is no such model; the message lists the built-in shapes.
     """
     if name == "nano":
-        from foveate import nano
+        import foveate.nano as nano
 
         return AutoConfig.from_pretrained(nano.WEIGHTS), None
     if name in SHAPES:

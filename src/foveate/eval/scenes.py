@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foveate import nano
+import foveate.nano as nano
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.in_llm import tokens_per_layer
 from foveate.core.reducer import Method

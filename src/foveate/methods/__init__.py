@@ -2,6 +2,7 @@
 
 from foveate.methods.agilepruner import AgilePruner
 from foveate.methods.cdpruner import CDPruner
+from foveate.methods.chain import Chain
 from foveate.methods.codebook import CodebookPruner
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
@@ -49,6 +50,7 @@ __all__ = [
     "VTCCLS",
     "AgilePruner",
     "CDPruner",
+    "Chain",
     "CodebookPruner",
     "DivPrune",
     "Downsample",
