@@ -39,6 +39,6 @@ docs: setup
 mutants: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "mutmut>=3.8"
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run "foveate.$(OF)*"
-	$(BIN)/mutmut results
+	$(BIN)/mutmut results | sed -n '/survived/p'
 
 check: lint types test-all docs

@@ -62,6 +62,7 @@ def test_lint(files):
     run("ruff", "format", "--check", "--config", config, *files)
 
 
+@pytest.mark.slow
 def test_types(files):
     run("mypy", "--strict", "--follow-imports=silent", "--ignore-missing-imports", *files)
 
