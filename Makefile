@@ -17,10 +17,10 @@ demo: setup
 	  "$$($(BIN)/python -c 'from foveate import nano; print(nano.sample().question)')" --keep 32 --compare --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check .

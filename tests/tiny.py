@@ -88,8 +88,9 @@ VIDEO_METHODS: list[tuple[str, dict[str, Any]]] = [("evs", {})]
 
 
 def method_id(entry: Any) -> str:
+    """Name a method and its parameters, without those that are files, whose names differ from run to run."""
     name, config = entry
-    return "-".join([name, *(f"{k}={v}" for k, v in config.items())])
+    return "-".join([name, *(f"{k}={v}" for k, v in config.items() if k not in ("gates", "codebook"))])
 
 
 def make(entry: tuple[str, dict[str, Any]], keep: Any, family: str | None = None) -> Reducer:
