@@ -1,5 +1,6 @@
 """Callers that call in another way than the examples do: right, or refused at once with the reason."""
 
+import functools
 import threading
 
 import pytest
@@ -71,11 +72,9 @@ def test_a_generate_that_knows_nothing_is_refused(reducer, taken):
     net = deep_model("llava")
     before, plain = net.generate, net.generate(**INPUTS, max_new_tokens=3)
     with foveate.attach(net, reducer):
-        with pytest.raises(AttachError, match="call model.generate"):
-            if taken == "before":
-                before(**INPUTS, max_new_tokens=3)
-            else:
-                type(net).generate(net, **INPUTS, max_new_tokens=3)
+        generate = before if taken == "before" else functools.partial(type(net).generate, net)
+        with pytest.raises(AttachError, match=r"call model\.generate"):
+            generate(**INPUTS, max_new_tokens=3)
         reduced = net.generate(**INPUTS, max_new_tokens=3)
     assert torch.equal(before(**INPUTS, max_new_tokens=3), plain)
     assert torch.equal(type(net).generate(net, **INPUTS, max_new_tokens=3), plain)
