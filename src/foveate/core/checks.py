@@ -18,6 +18,7 @@ from typing import Any, Final, get_args
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import neutral
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import ContractError
 from foveate.core.in_llm import InLlmReducer, LayerTokens, Unit
@@ -97,7 +98,8 @@ def selected_inside(method: InLlmReducer, tokens: LayerTokens) -> Selection:
 
 def _selection(method: Any, tokens: VisualTokens) -> Selection:
     try:
-        chosen = method.select(tokens)
+        with neutral():
+            chosen = method.select(tokens)
     except ContractError as error:  # of what `pick` returns, where nobody knows whose it is
         raise ContractError(f"{method.name}: {error}") from None
     if not isinstance(chosen, Selection):

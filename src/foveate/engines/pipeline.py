@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import neutral
 from foveate.core.checks import selected
 from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.encoder import EncoderReducer
@@ -135,6 +136,7 @@ def look(
     return with_coverage(tokens, budgets) if budgets else tokens
 
 
+@neutral()
 def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     """Compare the patches of each crop with its ``[CLS]`` token, for the probe `ClsSimilarity`."""
     features, similarity = iter(tokens.probe(Features())), []
@@ -156,6 +158,7 @@ def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
 
 
 @torch.no_grad()
+@neutral()
 def decide(tokens: VisualTokens, settings: Settings) -> Selection:
     """Run the method before the LLM, if there is one, then settle the separators of each span."""
     before = settings.before
