@@ -50,6 +50,7 @@ def checked_values() -> Iterator[None]:
         _values.reset(token)
 
 
+@neutral()
 def selected(method: Any, tokens: VisualTokens) -> Selection:
     """Let a method before the LLM decide, and check what it returns.
 
@@ -76,6 +77,7 @@ def selected(method: Any, tokens: VisualTokens) -> Selection:
     return chosen
 
 
+@neutral()
 def selected_inside(method: InLlmReducer, tokens: LayerTokens) -> Selection:
     """Let a method decide at a boundary inside the LLM, and check what it returns.
 
@@ -98,8 +100,7 @@ def selected_inside(method: InLlmReducer, tokens: LayerTokens) -> Selection:
 
 def _selection(method: Any, tokens: VisualTokens) -> Selection:
     try:
-        with neutral():
-            chosen = method.select(tokens)
+        chosen = method.select(tokens)
     except ContractError as error:  # of what `pick` returns, where nobody knows whose it is
         raise ContractError(f"{method.name}: {error}") from None
     if not isinstance(chosen, Selection):

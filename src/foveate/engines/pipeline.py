@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from foveate.core.ambient import neutral
+from foveate.core.ambient import defaults, neutral
 from foveate.core.checks import selected
 from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.encoder import EncoderReducer
@@ -65,6 +65,7 @@ class Decision:
     tokens: VisualTokens | None
 
 
+@defaults()
 def run(
     model: Any,
     family: Family,
@@ -113,6 +114,7 @@ def run(
     return applied
 
 
+@defaults()
 def look(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Method]
 ) -> VisualTokens:
@@ -158,7 +160,7 @@ def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
 
 
 @torch.no_grad()
-@neutral()
+@defaults()
 def decide(tokens: VisualTokens, settings: Settings) -> Selection:
     """Run the method before the LLM, if there is one, then settle the separators of each span."""
     before = settings.before

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
@@ -61,9 +60,9 @@ class CDPruner(CropReducer):
         if query is None or query.shape[1] == 0:
             relevance = similarity.new_zeros(similarity.shape[:2])
         else:
-            # Products and sums token by token, so that copies are equally relevant to the last bit.
-            direction = normalize(query.float(), dim=-1).mean(dim=1, keepdim=True)
-            relevance = (normalize(embeddings.float(), dim=-1) * direction).sum(dim=-1)
+            # Sums in float64 and relevance in float32, so that copies are equally relevant to the last bit.
+            direction = ranking.unit_vectors(query).mean(dim=1, keepdim=True)
+            relevance = (ranking.unit_vectors(embeddings) * direction).sum(dim=-1).float()
         return most_diverse(similarity, weights(relevance, self.theta), count)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _NO_EDGE = -5000.0  # finite, so that a zero vector, which has no edge at all, gives no NaN
+_COLUMNS = 1024  # of the flow, that are in float64 at once
 
 
 @register("gprune")
@@ -70,7 +71,9 @@ class GPrune(CropReducer):
         similarity = ranking.cosine_matrix(embeddings)
         edges = similarity >= self.threshold
         flow = torch.where(edges, similarity / self.temperature, _NO_EDGE).softmax(dim=-1)
-        information: Tensor = torch.linalg.vector_norm(embeddings.float(), dim=-1)[:, None]
+        information: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float64)[:, None]
         for _ in range(self.steps):
-            information = torch.bmm(information, flow)
-        return information.squeeze(1) / edges.sum(dim=-1).clamp(min=1)
+            parts = flow.split(_COLUMNS, dim=2)
+            information = torch.cat([torch.bmm(information, part.double()) for part in parts], dim=2)
+        # Sums in float64 and scores in float32: copies, whose sums differ in the last bit, score the same.
+        return (information.squeeze(1) / edges.sum(dim=-1).clamp(min=1)).float()

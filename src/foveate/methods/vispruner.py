@@ -73,7 +73,7 @@ class VisPruner(CropReducer):
             return chosen
         features = crops.probe(probes.Features())
         residual = features.gather(1, rest[..., None].expand(-1, -1, features.shape[-1]))
-        survivors = self._thin_out(ranking.cosine_matrix(residual), count - important)
+        survivors = self._thin_out(ranking.cosine_matrix(residual, dtype=torch.float64), count - important)
         return torch.cat([chosen, rest.gather(1, survivors)], dim=1)
 
     def _thin_out(self, similarity: Tensor, count: int) -> Tensor:
@@ -86,7 +86,7 @@ class VisPruner(CropReducer):
             # Whole rows are copied far faster than the pairs are picked out of them.
             closest = rows.index_select(0, (first + odd).flatten()).view(batch, -1, size).amax(dim=1).gather(1, even)
             drop = min(surplus, even.shape[1], self.step or even.shape[1])
-            survivors = ranking.descending(closest)[:, drop:]
+            survivors = ranking.descending(ranking.without_noise(closest))[:, drop:]
             if self.order == "similarity":
                 rest = torch.cat([even.gather(1, survivors), odd], dim=1)
             else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import defaults
 from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection
@@ -66,6 +67,7 @@ class Continuation:
         self._model, self._family, self._settings = model, family, settings
         self._results, self._call, self._meter = results, call, meter
 
+    @defaults()
     def reduce(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
         """Return what the model is to be given in place of some inputs."""
         filled, settings = int(cache.get_seq_length()) if cache is not None else 0, self._settings

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import defaults
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.reducer import Method, Positions, identity
@@ -97,6 +98,7 @@ def reduce(
     return reduce_with(model, family, inputs, settings)
 
 
+@defaults()
 def reduce_with(
     model: Any,
     family: Family,
