@@ -92,7 +92,7 @@ def _changed(tokens: VisualTokens, change: Change) -> VisualTokens:
 
 
 def _permutation(seed: int) -> Change:
-    # Of one width the same for all, as the query has the channels of the embeddings.
+    # The same for all of one width, as the query has the channels of the embeddings.
     return lambda x: x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))]
 
 

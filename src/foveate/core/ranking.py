@@ -1,4 +1,4 @@
-"""Ranking and similarity helpers that methods share: exact to float32, stable, ties to the lower index."""
+"""Ranking and similarity helpers that methods share: float32, stable, ties to the lower index."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def top(scores: Tensor, count: int) -> Tensor:
 def cosine_matrix(features: Tensor, others: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return cosine similarities; zero vectors give zero.
 
-    They are computed in float64 and rounded to `dtype`, so that neither the order of the channels nor the kernel, its
-    threads or the batch show in float32. Of features among themselves, products are computed for one triangle of blocks, and mirrored.
+    Of features among themselves, products are computed for one triangle of blocks, and mirrored.
 
     Parameters
     ----------
@@ -38,31 +37,26 @@ def cosine_matrix(features: Tensor, others: Tensor | None = None, dtype: torch.d
     others
         ``[B, M, C]``; by default the features themselves.
     dtype
-        float32, or float64 for what is compared again and again, where the last bits decide.
+        float64 is for what is compared so often that the last bits of float32, and with them the order in which a
+        kernel adds, would decide.
 
     Returns
     -------
     Tensor
         ``[B, N, M]``.
     """
-    unit = unit_vectors(features)
+    unit = torch.nn.functional.normalize(features.to(dtype), dim=-1)
     if others is not None:
-        return torch.bmm(unit, unit_vectors(others).transpose(1, 2)).to(dtype)
+        return torch.bmm(unit, torch.nn.functional.normalize(others.to(dtype), dim=-1).transpose(1, 2))
     size = unit.shape[1]
     block = max(-(-size // _BLOCKS), _SMALLEST_BLOCK)
-    out = unit.new_empty(unit.shape[0], size, size, dtype=dtype)
+    out = unit.new_empty(unit.shape[0], size, size)
     for start in range(0, size, block):
         end = min(start + block, size)
-        products = torch.bmm(unit[:, start:end], unit[:, start:].transpose(1, 2)).to(dtype)
+        products = torch.bmm(unit[:, start:end], unit[:, start:].transpose(1, 2))
         out[:, start:end, start:] = products
         out[:, end:, start:end] = products[:, :, end - start :].transpose(1, 2)
     return out
-
-
-def unit_vectors(features: Tensor) -> Tensor:
-    """Return features ``[B, N, C]`` divided by their norms, in float64; zero vectors stay zero."""
-    norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=torch.float64)
-    return features / norms.clamp(min=1e-12)
 
 
 def without_noise(cosines: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
@@ -60,9 +61,9 @@ class CDPruner(CropReducer):
         if query is None or query.shape[1] == 0:
             relevance = similarity.new_zeros(similarity.shape[:2])
         else:
-            # Sums in float64 and relevance in float32, so that copies are equally relevant to the last bit.
-            direction = ranking.unit_vectors(query).mean(dim=1, keepdim=True)
-            relevance = (ranking.unit_vectors(embeddings) * direction).sum(dim=-1).float()
+            # Products and sums token by token, so that copies are equally relevant to the last bit.
+            direction = normalize(query.float(), dim=-1).mean(dim=1, keepdim=True)
+            relevance = (normalize(embeddings.float(), dim=-1) * direction).sum(dim=-1)
         return most_diverse(similarity, weights(relevance, self.theta), count)
 
 

@@ -49,7 +49,7 @@ class DART(CropReducer):
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         embeddings = crops.probe(probes.Embeddings()).float()
-        kept = ranking.descending(embeddings.abs().sum(dim=-1, dtype=torch.float64).float())[:, : min(self.pivots, count)]
+        kept = ranking.descending(embeddings.abs().sum(dim=-1))[:, : min(self.pivots, count)]
         similarity = ranking.cosine_matrix(embeddings.take_along_dim(kept[:, :, None], dim=1), embeddings)
         taken = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device).scatter(1, kept, True)
         quota = -((kept.shape[1] - count) // self.pivots)

@@ -68,7 +68,7 @@ class GPrune(CropReducer):
 
     def _score(self, embeddings: Tensor) -> Tensor:
         """Return the information per neighbour ``[B, N]`` of tokens ``[B, N, D]``."""
-        similarity = ranking.cosine_matrix(embeddings)
+        similarity = ranking.cosine_matrix(embeddings, dtype=torch.float64).float()
         edges = similarity >= self.threshold
         flow = torch.where(edges, similarity / self.temperature, _NO_EDGE).softmax(dim=-1)
         information: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float64)[:, None]
