@@ -24,6 +24,7 @@ from foveate.core.reducer import Method, identity
 from foveate.core.selection import Merge, Selection, SpanSelection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
+from foveate.engines.finite import check_features
 from foveate.engines.settings import Separators, Settings
 from foveate.families import Family
 
@@ -131,6 +132,8 @@ def look(
     probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
     tokens = family.encode(model, inputs, spans, (*probes, ClsToken()) if ClsSimilarity() in probes else probes)
+    if tokens.device.type == "cpu":  # elsewhere selection waits for nothing, and pixels alone are checked
+        check_features(tokens.spans, tokens.hidden)
     if ClsSimilarity() in probes:
         tokens = _with_cls_similarity(tokens)
     if Query() in probes:

@@ -15,6 +15,7 @@ from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
+from foveate.engines.finite import check_pixels
 from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
@@ -117,6 +118,7 @@ class Continuation:
         check_mask(mask, ids.shape[1] if mask is None or not isinstance(mask, Tensor) else mask.shape[-1])
         ids = ids if _only_new(ids, mask, filled) else ids[:, filled:]
         spans = self._family.spans(self._model, {**inputs, "input_ids": ids})
+        check_pixels(self._model, self._family, inputs, spans)
         self._results.begin(None, len(ids))
         prompts = tokens_by_prompt(spans, mask, ids.shape[1], ids.device, priors=self._priors(spans))
         self._call.prefill = Prefill(prompts, *ids.shape)

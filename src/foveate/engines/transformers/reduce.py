@@ -17,6 +17,7 @@ from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
+from foveate.engines.finite import check_pixels
 from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
@@ -123,6 +124,7 @@ def reduce_with(
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
+    check_pixels(model, family, inputs, spans)
 
     def applied(decision: Decision) -> Reduced:
         ready = apply(model, family, inputs, spans, decision.selection, decision.embeds, settings.positions)
