@@ -19,7 +19,7 @@ ENTRIES = [e for e in METHODS if e[0] not in ("codebook", "downsample", "flowcut
 def test_decisions_do_not_hang_on_rounding(entry, monkeypatch):
     monkeypatch.setattr("foveate.bench.conditioning.GRID", (12, 16))
     (row,) = conditioning([make(entry, 24)], seeds=2)["rows"]
-    assert {change: row[change] for change in CHANGES} == dict.fromkeys(CHANGES, {"same": 1.0, "pictures_same": 2})
+    assert {change: row[change] for change in CHANGES} == {key: {"same": 1.0, "pictures_same": 2} for key in CHANGES}
 
 
 def test_float32_would_not_do(monkeypatch):

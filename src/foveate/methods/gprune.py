@@ -73,7 +73,7 @@ class GPrune(CropReducer):
         flow = torch.where(edges, similarity / self.temperature, _NO_EDGE).softmax(dim=-1)
         information: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float64)[:, None]
         for _ in range(self.steps):
-            parts = flow.split(_COLUMNS, dim=2)
+            parts = [flow[:, :, i : i + _COLUMNS] for i in range(0, flow.shape[2], _COLUMNS)]
             information = torch.cat([torch.bmm(information, part.double()) for part in parts], dim=2)
         # Sums in float64 and scores in float32: copies, whose sums differ in the last bit, score the same.
         return (information.squeeze(1) / edges.sum(dim=-1).clamp(min=1)).float()
