@@ -79,6 +79,48 @@ def selection(
 
 @bench_app.command()
 @guarded
+def conditioning(
+    methods: Annotated[list[str] | None, typer.Argument(help="Names of methods.  \\[default: all]")] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Tokens to keep, of 576.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="Random pictures per method.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell how much of what each method decides stays when nothing but rounding differs."""
+    from foveate.bench.conditioning import conditioning as measured
+    from foveate.core.reducer import Reducer
+    from foveate.registry import get_method, list_methods, load_reducer, parameters_without_default
+
+    left_out = {name: f"stage {get_method(name).stage}" for name in list_methods()}
+    left_out |= {name: f"needs {', '.join(more)}" for name in left_out if (more := parameters_without_default(name))}
+    left_out = {name: why for name, why in left_out.items() if why != "stage before_llm"}
+    if refused := [name for name in methods or () if name in left_out]:
+        raise InputError(f"{refused[0]} does not decide on given tokens alone: {left_out[refused[0]]}")
+    loaded = (load_reducer(n, keep=keep) for n in methods or [n for n in list_methods() if n not in left_out])
+    with ERRORS.status("starting") as status:
+        result = measured([r for r in loaded if isinstance(r, Reducer)], seeds, status.update)
+    if not methods:
+        result["left_out"] |= left_out
+    if out is not None:
+        write_json(out, result)
+    if as_json:
+        print_json(result)
+    else:
+        _show_conditioning(result)
+
+
+def _show_conditioning(result: dict[str, Any]) -> None:
+    changes = ("channels", "noise", "threads", "batch")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("same decisions, %", *changes):
+        table.add_column(column, justify="left" if column not in changes else "right")
+    for row in result["rows"]:
+        table.add_row(row["method"], *(f"{100 * row[change]['same']:.1f}" for change in changes))
+    Console(highlight=False).print(table)
+
+
+@bench_app.command()
+@guarded
 def report(
     results: Annotated[list[Path], typer.Argument(help="What `bench model --out` wrote.")],
     page: Annotated[Path, typer.Option(help="Markdown page with a pair of marker lines for each, named as its file.")],

@@ -18,6 +18,7 @@ from typing import Any, Final, get_args
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import neutral
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import ContractError
 from foveate.core.in_llm import InLlmReducer, LayerTokens, Unit
@@ -49,6 +50,7 @@ def checked_values() -> Iterator[None]:
         _values.reset(token)
 
 
+@neutral()
 def selected(method: Any, tokens: VisualTokens) -> Selection:
     """Let a method before the LLM decide, and check what it returns.
 
@@ -75,6 +77,7 @@ def selected(method: Any, tokens: VisualTokens) -> Selection:
     return chosen
 
 
+@neutral()
 def selected_inside(method: InLlmReducer, tokens: LayerTokens) -> Selection:
     """Let a method decide at a boundary inside the LLM, and check what it returns.
 

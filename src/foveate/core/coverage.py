@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import neutral
 from foveate.core.budget import Coverage
 from foveate.core.probes import Attention
 from foveate.core.tokens import VisualTokens
@@ -17,6 +18,7 @@ _NOISE = 1e-9  # relative: equal tokens, of which a tenth hold a tenth, must not
 
 
 @torch.no_grad()
+@neutral()
 def with_coverage(tokens: VisualTokens, budgets: Sequence[Coverage]) -> VisualTokens:
     """Work out how many tokens each adaptive budget comes to in each crop, and note it in the spans.
 

@@ -8,13 +8,16 @@ from torch import Tensor
 # Of b blocks a triangle has (b + 1) / 2b of the products; small blocks multiply slower.
 _BLOCKS, _SMALLEST_BLOCK = 5, 64
 
+_GRID = 2.0**33
+
 RESOLUTION = 1e-6
 """Cosines in float32 that differ by no more are the same, and so are sums of them that differ by no larger share."""
 
 
 def descending(scores: Tensor) -> Tensor:
     """Return the indices that sort scores ``[B, N]`` from high to low, ties in index order, NaN last."""
-    return scores.float().nan_to_num(nan=-torch.inf).argsort(dim=-1, descending=True, stable=True)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.nan_to_num(nan=-torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -22,8 +25,8 @@ def top(scores: Tensor, count: int) -> Tensor:
     return descending(scores)[:, :count].sort(dim=-1).values
 
 
-def cosine_matrix(features: Tensor, others: Tensor | None = None) -> Tensor:
-    """Return cosine similarities in float32; zero vectors give zero.
+def cosine_matrix(features: Tensor, others: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return cosine similarities; zero vectors give zero.
 
     Of features among themselves, products are computed for one triangle of blocks, and mirrored.
 
@@ -33,15 +36,18 @@ def cosine_matrix(features: Tensor, others: Tensor | None = None) -> Tensor:
         ``[B, N, C]``.
     others
         ``[B, M, C]``; by default the features themselves.
+    dtype
+        float64 is for what is compared so often that the last bits of float32, and with them the order in which a
+        kernel adds, would decide.
 
     Returns
     -------
     Tensor
         ``[B, N, M]``.
     """
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    unit = torch.nn.functional.normalize(features.to(dtype), dim=-1)
     if others is not None:
-        return torch.bmm(unit, torch.nn.functional.normalize(others.float(), dim=-1).transpose(1, 2))
+        return torch.bmm(unit, torch.nn.functional.normalize(others.to(dtype), dim=-1).transpose(1, 2))
     size = unit.shape[1]
     block = max(-(-size // _BLOCKS), _SMALLEST_BLOCK)
     out = unit.new_empty(unit.shape[0], size, size)
@@ -51,6 +57,11 @@ def cosine_matrix(features: Tensor, others: Tensor | None = None) -> Tensor:
         out[:, start:end, start:] = products
         out[:, end:, start:end] = products[:, :, end - start :].transpose(1, 2)
     return out
+
+
+def without_noise(cosines: Tensor) -> Tensor:
+    """Round cosines in float64 to about 1e-10, so that copies tie however their products were summed."""
+    return (cosines * _GRID).round() / _GRID
 
 
 def open_scores(scores: Tensor, taken: Tensor) -> Tensor:

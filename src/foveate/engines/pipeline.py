@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import defaults, neutral
 from foveate.core.checks import selected
 from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.encoder import EncoderReducer
@@ -23,6 +24,7 @@ from foveate.core.reducer import Method, identity
 from foveate.core.selection import Merge, Selection, SpanSelection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
+from foveate.engines.finite import check_features
 from foveate.engines.settings import Separators, Settings
 from foveate.families import Family
 
@@ -64,6 +66,7 @@ class Decision:
     tokens: VisualTokens | None
 
 
+@defaults()
 def run(
     model: Any,
     family: Family,
@@ -112,6 +115,7 @@ def run(
     return applied
 
 
+@defaults()
 def look(
     model: Any, family: Family, inputs: Mapping[str, Any], spans: Sequence[Span], reducers: Sequence[Method]
 ) -> VisualTokens:
@@ -128,6 +132,8 @@ def look(
     probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
     tokens = family.encode(model, inputs, spans, (*probes, ClsToken()) if ClsSimilarity() in probes else probes)
+    if tokens.device.type == "cpu":  # elsewhere selection waits for nothing, and pixels alone are checked
+        check_features(tokens.spans, tokens.hidden)
     if ClsSimilarity() in probes:
         tokens = _with_cls_similarity(tokens)
     if Query() in probes:
@@ -135,6 +141,7 @@ def look(
     return with_coverage(tokens, budgets) if budgets else tokens
 
 
+@neutral()
 def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     """Compare the patches of each crop with its ``[CLS]`` token, for the probe `ClsSimilarity`."""
     features, similarity = iter(tokens.probe(Features())), []
@@ -156,6 +163,7 @@ def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
 
 
 @torch.no_grad()
+@defaults()
 def decide(tokens: VisualTokens, settings: Settings) -> Selection:
     """Run the method before the LLM, if there is one, then settle the separators of each span."""
     before = settings.before

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from foveate.core.ambient import neutral
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Heads, LayerProbe
 
@@ -47,7 +48,7 @@ class Taps:
         """Read one call of a module; `bounds` are where packed sequences begin and end, if several share the call."""
         for probe in self.probes.get(module, ()):
             visible = None if self.lengths is not None else _visible(mask)  # cut apart, pictures need no mask
-            with torch.no_grad():
+            with torch.no_grad(), neutral():
                 for q, k, v in self._sequences(query.detach(), key.detach(), value.detach(), bounds):
                     values = probe.read(Heads(q, k, v, scaling, self.lead, visible))
                     self._parts.setdefault((module, probe), []).append(values)

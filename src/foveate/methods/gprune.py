@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _NO_EDGE = -5000.0  # finite, so that a zero vector, which has no edge at all, gives no NaN
+_COLUMNS = 1024  # of the flow, that are in float64 at once
 
 
 @register("gprune")
@@ -67,10 +68,12 @@ class GPrune(CropReducer):
 
     def _score(self, embeddings: Tensor) -> Tensor:
         """Return the information per neighbour ``[B, N]`` of tokens ``[B, N, D]``."""
-        similarity = ranking.cosine_matrix(embeddings)
+        similarity = ranking.cosine_matrix(embeddings, dtype=torch.float64).float()
         edges = similarity >= self.threshold
         flow = torch.where(edges, similarity / self.temperature, _NO_EDGE).softmax(dim=-1)
-        information: Tensor = torch.linalg.vector_norm(embeddings.float(), dim=-1)[:, None]
+        information: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float64)[:, None]
         for _ in range(self.steps):
-            information = torch.bmm(information, flow)
-        return information.squeeze(1) / edges.sum(dim=-1).clamp(min=1)
+            parts = [flow[:, :, i : i + _COLUMNS] for i in range(0, flow.shape[2], _COLUMNS)]
+            information = torch.cat([torch.bmm(information, part.double()) for part in parts], dim=2)
+        # Sums in float64 and scores in float32: copies, whose sums differ in the last bit, score the same.
+        return (information.squeeze(1) / edges.sum(dim=-1).clamp(min=1)).float()

@@ -41,8 +41,9 @@ class VisPruner(CropReducer):
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives, as the authors
     advise. It is that of the layer that makes the features; last-layer attention with penultimate features, as the
     official code has for SigLIP, is not offered. Where the official code fails (an odd number of residual tokens, fewer
-    than `step` even ones), the even half is the larger and a round drops at most all of it. Sorting is stable in
-    float32, ties to the lower index.
+    than `step` even ones), the even half is the larger and a round drops at most all of it. Cosines
+    and their order are those of float64: in float32 the order in which a kernel adds decides about two of five tokens.
+    Sorting is stable, ties (up to 1e-10) go to the one listed first.
     """
 
     important_ratio: float = 0.5
@@ -73,7 +74,7 @@ class VisPruner(CropReducer):
             return chosen
         features = crops.probe(probes.Features())
         residual = features.gather(1, rest[..., None].expand(-1, -1, features.shape[-1]))
-        survivors = self._thin_out(ranking.cosine_matrix(residual), count - important)
+        survivors = self._thin_out(ranking.cosine_matrix(residual, dtype=torch.float64), count - important)
         return torch.cat([chosen, rest.gather(1, survivors)], dim=1)
 
     def _thin_out(self, similarity: Tensor, count: int) -> Tensor:
@@ -86,7 +87,7 @@ class VisPruner(CropReducer):
             # Whole rows are copied far faster than the pairs are picked out of them.
             closest = rows.index_select(0, (first + odd).flatten()).view(batch, -1, size).amax(dim=1).gather(1, even)
             drop = min(surplus, even.shape[1], self.step or even.shape[1])
-            survivors = ranking.descending(closest)[:, drop:]
+            survivors = ranking.descending(ranking.without_noise(closest))[:, drop:]
             if self.order == "similarity":
                 rest = torch.cat([even.gather(1, survivors), odd], dim=1)
             else:

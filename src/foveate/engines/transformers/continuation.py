@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import defaults
 from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
+from foveate.engines.finite import check_pixels
 from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
@@ -67,6 +69,7 @@ class Continuation:
         self._model, self._family, self._settings = model, family, settings
         self._results, self._call, self._meter = results, call, meter
 
+    @defaults()
     def reduce(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
         """Return what the model is to be given in place of some inputs."""
         filled, settings = int(cache.get_seq_length()) if cache is not None else 0, self._settings
@@ -116,6 +119,7 @@ class Continuation:
         check_mask(mask, ids.shape[1] if mask is None or not isinstance(mask, Tensor) else mask.shape[-1])
         ids = ids if _only_new(ids, mask, filled) else ids[:, filled:]
         spans = self._family.spans(self._model, {**inputs, "input_ids": ids})
+        check_pixels(self._model, self._family, inputs, spans)
         self._results.begin(None, len(ids))
         prompts = tokens_by_prompt(spans, mask, ids.shape[1], ids.device, priors=self._priors(spans))
         self._call.prefill = Prefill(prompts, *ids.shape)

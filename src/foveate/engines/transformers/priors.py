@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import neutral
 from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.selection import Selection
@@ -18,6 +19,7 @@ from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
 
 
+@neutral()
 def priors_of(reducers: Sequence[Any], tokens: VisualTokens, selection: Selection) -> dict[InLlmReducer, list[Tensor]]:
     """Return what methods inside the LLM make of the tokens before it, ``[K]`` per span of those that are left.
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core.ambient import defaults
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
+from foveate.engines.finite import check_pixels
 from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, full_positions, plan, position_behind
@@ -99,6 +101,7 @@ def reduce(
     return reduce_with(model, family, inputs, settings)
 
 
+@defaults()
 def reduce_with(
     model: Any,
     family: Family,
@@ -123,6 +126,7 @@ def reduce_with(
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
+    check_pixels(model, family, inputs, spans)
 
     def applied(decision: Decision) -> Reduced:
         ready = apply(model, family, inputs, spans, decision.selection, decision.embeds, settings.positions)

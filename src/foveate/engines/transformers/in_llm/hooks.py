@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foveate.core.ambient import defaults
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.probes import LayerStates
@@ -67,6 +68,7 @@ class LayerHooks:
             hook.remove()
         self._watch.remove()
 
+    @defaults()
     def begin(self, inputs: Mapping[str, Any], prefill: Prefill | None = None) -> None:
         """Prepare for a forward pass of the model.
 
@@ -86,6 +88,7 @@ class LayerHooks:
         run = self._local.run = LayerPass(self._boundaries, inputs, prompts)
         run.inputs.show_whole_cache()
 
+    @defaults()
     def end(self) -> LayerPass | None:
         """Finish a forward pass, and return it."""
         run = self._running()

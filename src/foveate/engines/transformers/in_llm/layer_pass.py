@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core.ambient import defaults
 from foveate.core.checks import selected_inside
 from foveate.core.errors import InputError
 from foveate.core.rows import Rows
@@ -49,6 +50,7 @@ class LayerPass:
         self.looking_ahead = False
         self._carried: RemainingTokens | None = None  # what the hidden states between the layers hold
 
+    @defaults()
     def enter(self, number: int, layer: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords with which a layer runs instead of those given."""
         hidden, state = kwargs["hidden_states"], self.state
@@ -74,6 +76,7 @@ class LayerPass:
             return (carried.spread(output[0], self.state.width), *output[1:])
         return carried.spread(output, self.state.width)
 
+    @defaults()
     def finish(self, cache: Any) -> None:
         """Note for later passes what a cache keeps after this one."""
         cache = self.inputs.cache if cache is None else cache

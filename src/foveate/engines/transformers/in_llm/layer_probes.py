@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.ambient import neutral
 from foveate.core.errors import InputError
 from foveate.core.in_llm import InLlmReducer, LayerTokens
 from foveate.core.probes import LayerAttention, LayerKeys, LayerStates, LlmProbe, Prior, TextStates
@@ -30,7 +31,7 @@ class LayerProbes:
         prompts = self._state.prompts
         for reducer in self._state.boundaries.reducers:
             if any(isinstance(p, LayerAttention) and p.rows == "judges" for p in reducer.needs):
-                with torch.no_grad():
+                with torch.no_grad(), neutral():
                     self._judges[reducer] = [
                         reducer.judges(hidden[p.sample, visual].detach(), hidden[p.sample, text].detach())
                         for p, visual, text in zip(prompts, self._state.tokens.visual, self._rows("text"), strict=True)
@@ -161,6 +162,7 @@ class LayerProbes:
         return index, counts
 
     @torch.no_grad()
+    @neutral()
     def _attention(self, probe: LayerAttention, rows: Rows, reducer: InLlmReducer) -> list[Tensor]:
         index, counts = self._index(probe.rows)
         if probe.rows == "judges":

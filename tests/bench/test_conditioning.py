@@ -1,0 +1,59 @@
+"""Rounding changes nothing of what methods keep, and the bench that says so would tell."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from foveate.bench.conditioning import conditioning
+from foveate.cli import app
+from foveate.methods import GPrune, VisPruner
+from tiny import METHODS, make, method_id
+
+CHANGES = ("channels", "noise", "threads", "batch")
+ENTRIES = [e for e in METHODS if e[0] not in ("codebook", "downsample", "flowcut", "tome")]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=method_id)
+def test_decisions_do_not_hang_on_rounding(entry, monkeypatch):
+    monkeypatch.setattr("foveate.bench.conditioning.GRID", (12, 16))
+    (row,) = conditioning([make(entry, 24)], seeds=2)["rows"]
+    assert {change: row[change] for change in CHANGES} == {key: {"same": 1.0, "pictures_same": 2} for key in CHANGES}
+
+
+def test_float32_would_not_do(monkeypatch):
+    from foveate.core import ranking
+
+    exact = ranking.cosine_matrix
+    monkeypatch.setattr("foveate.core.ranking.cosine_matrix", lambda x, dtype=None: exact(x).to(dtype))
+    (row,) = conditioning([VisPruner(keep=64)], seeds=2)["rows"]
+    assert row["channels"]["same"] < 0.9
+
+
+def test_the_command(tmp_path):
+    out = tmp_path / "c.json"
+    result = CliRunner().invoke(
+        app, ["bench", "conditioning", "gprune", "--keep", "9", "--seeds", "1", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "gprune" in result.output
+    assert json.loads(out.read_text())["rows"][0]["channels"] == {"same": 1.0, "pictures_same": 1}
+    refused = CliRunner().invoke(app, ["bench", "conditioning", "fastv"])
+    assert refused.exit_code != 0
+
+
+@pytest.mark.parametrize("method", [VisPruner, GPrune], ids=lambda m: m.name)
+def test_copies_tie_whatever_is_added_first(method):
+    from foveate.core.crops import CropBatch
+    from foveate.core.probes import Attention, Embeddings, Features
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 9, 128, generator=generator)[:, torch.randint(9, (90,), generator=generator)]
+    saliency = torch.rand(1, 90, generator=generator)
+    order = torch.randperm(128, generator=generator)
+    kept = []
+    for x in (features, features[..., order]):
+        planes = {Features(): x, Embeddings(): x, Attention(): saliency}
+        kept.append(method(keep=20).pick(CropBatch(None, (0,), 90, torch.device("cpu"), planes), 20))
+    assert torch.equal(*kept)
