@@ -16,9 +16,11 @@ from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
-from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
+from foveate.core.probes import Query
+from foveate.engines.pipeline import UNMETERED, Decision, Meter, probes_of, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
+from foveate.engines.transformers.packing import keep_apart, packed_prompts, renumbered
 from foveate.engines.transformers.priors import priors_of
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.families import Family, family_of
@@ -118,6 +120,7 @@ def reduce_with(
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
     spans = family.spans(model, inputs)
+    refuse_packed(settings, packed_prompts(inputs, family.keeps_positions) is not None)
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
@@ -145,7 +148,8 @@ def apply(
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
     # M-RoPE positions follow from the ids and sizes of the full prompt: of the compact one they cannot be computed.
     own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
-    full = with_positions(inputs, inputs["input_ids"].shape, positions, own)
+    packed = packed_prompts(inputs, family.keeps_positions)
+    full = dict(inputs) if packed is not None else with_positions(inputs, inputs["input_ids"].shape, positions, own)
     if family.keeps_positions and positions == "original":
         # A later turn goes on behind the last M-RoPE position, which the number of columns does not tell.
         full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
@@ -154,7 +158,9 @@ def apply(
     # The images are encoded: a model that is given pixels beside mm_encoder_outputs may encode them again.
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
-    if out.get("position_ids") is not None and out.get("attention_mask") is None:
+    if packed is not None:
+        keep_apart(out, model, renumbered(packed, compaction), positions, family.keeps_positions)
+    elif out.get("position_ids") is not None and out.get("attention_mask") is None:
         # Without a mask, transformers takes gaps between positions for the borders of packed prompts.
         out["attention_mask"] = torch.ones_like(out["input_ids"])
     out["mm_encoder_outputs"] = family.encoder_outputs(spans, embeds)
@@ -199,6 +205,14 @@ def rotary_axes(positions: Tensor, batch: int) -> Tensor:
     """
     axes = positions[-3:] if positions.dim() == 3 else positions[None]
     return axes.expand(3, batch, -1)
+
+
+def refuse_packed(settings: Settings, packed: bool) -> None:
+    """Raise `InputError` if prompts are packed, and a method would read the whole row for one of them."""
+    reading = (*settings.inside, *([settings.before] if settings.before is not None else []))
+    for method in reading if packed else ():
+        if method in settings.inside or Query() in probes_of([method]):
+            raise InputError(f"{method.name} reads the text of a whole row, and this one packs several prompts: unpack")
 
 
 def refuse_vllm(model: Any, reducer: Method) -> None:
