@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import every_position
 
 import foveate
 from foveate.core.errors import InputError
 from foveate.families import family_of
-from oracle import every_position
 from tiny import VISUALS, collate, model, sample
 
 STOCK = {

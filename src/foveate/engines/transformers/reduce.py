@@ -12,11 +12,11 @@ from torch import Tensor
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
+from foveate.core.probes import Query
 from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
-from foveate.core.probes import Query
 from foveate.engines.pipeline import UNMETERED, Decision, Meter, probes_of, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
