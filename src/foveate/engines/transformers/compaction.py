@@ -167,6 +167,12 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
     for key, value in inputs.items():
         if not isinstance(value, Tensor):
             continue
+        if key == "shift_labels" and value.shape == shape:
+            out[key] = _shifted(value, compaction)
+            continue
+        if key == "logits_to_keep" and value.dim() == 1:
+            out[key] = _kept_places(value, compaction)
+            continue
         if key == "attention_mask":
             check_mask(value, compaction.length)
         fill = pad_id if key == "input_ids" else _FILL.get(key, 0)
@@ -179,3 +185,21 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
     if compaction.padded and out.get("attention_mask") is None:
         out["attention_mask"] = (compaction.columns >= 0).long()
     return out
+
+
+def _shifted(targets: Tensor, compaction: Compaction) -> Tensor:
+    """Compact targets that stand at the column before theirs, which may be dropped while they stay."""
+    labels = torch.nn.functional.pad(targets, (1, 0), value=-100)[:, :-1]
+    return torch.nn.functional.pad(compaction.apply(labels, -100), (0, 1), value=-100)[:, 1:]
+
+
+def _kept_places(index: Tensor, compaction: Compaction) -> Tensor:
+    """Return where columns ``[k]`` of the full prompts are in the compact ones: a dropped one at the last before it."""
+    columns, index = compaction.columns.to(index.device), index.long() % compaction.length
+    at_or_before = (columns[:, None] >= 0) & (columns[:, None] <= index[:, None])
+    last = (at_or_before * torch.arange(1, compaction.width + 1, device=index.device)).amax(dim=-1) - 1
+    if bool((last < 0).any()) or bool((last != last[:1]).any()):
+        raise InputError(
+            "columns that logits_to_keep names have no common place in the reduced prompts: pass one prompt at a time"
+        )
+    return last[0]

@@ -51,6 +51,11 @@ def keep_apart(out: dict[str, Any], model: Any, text: Tensor, positions: str, ax
             "flash attention reads the borders of packed prompts from positions, which have gaps now: use "
             "positions='compact'"
         )
+    elif "create_masks_for_generate" in vars(type(model)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lets images see both ways, by a mask of its own that knows no packed prompts with "
+            "gaps: use positions='compact'"
+        )
     else:
         # Gaps between positions look like borders: the mask says where these are.
         like = model.get_input_embeddings().weight.new_empty(*text.shape, 1)
