@@ -80,3 +80,31 @@ def test_logits_to_keep_names_columns_of_the_full_prompt():
             want = net(**batch).logits
             got = net(**batch, logits_to_keep=torch.tensor([1, last - 2, last])).logits
         assert torch.allclose(got, want[:, [1, -3, -1]], atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_borders_of_packed_prompts_move_with_their_columns():
+    net, alone, row = packed_row("llava")
+    second, length = alone["input_ids"].shape[1], row["input_ids"].shape[1]
+    borders = torch.tensor([0, length - second, length], dtype=torch.int32)
+    packed = {**row, "cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": 99, "max_length_k": 99}
+    out = foveate.reduce(net, packed, "uniform", keep=0.4, positions="compact")
+    width = foveate.reduce(net, alone, "uniform", keep=0.4)["input_ids"].shape[1]
+    whole = out["input_ids"].shape[1]
+    assert out["cu_seq_lens_q"].tolist() == [0, whole - width, whole]
+    assert out["max_length_k"] == max(width, whole - width)
+
+
+@torch.no_grad()
+def test_position_ids_that_generate_throws_away_are_refused(monkeypatch):
+    net = model("llava")
+    batch = collate([sample(4, VISUALS["llava"][0], 5, seed=1)])
+    prepare = net.prepare_inputs_for_generation
+
+    def without(*args, **kwargs):
+        return {**prepare(*args, **kwargs), "position_ids": None}
+
+    monkeypatch.setattr(net, "prepare_inputs_for_generation", without)
+    refused = pytest.raises(UnsupportedModelError, match="throws position_ids away")
+    with foveate.attach(net, "uniform", keep=0.4, positions="original"), refused:
+        net.generate(**batch, max_new_tokens=2)

@@ -160,7 +160,11 @@ def apply(
         out.pop(key, None)
     if packed is not None:
         keep_apart(out, model, renumbered(packed, compaction), positions, family.keeps_positions)
-    elif out.get("position_ids") is not None and out.get("attention_mask") is None:
+    elif (
+        out.get("position_ids") is not None
+        and out.get("attention_mask") is None
+        and out.get("cu_seq_lens_q") is None  # flash attention reads the borders there, if there is no mask
+    ):
         # Without a mask, transformers takes gaps between positions for the borders of packed prompts.
         out["attention_mask"] = torch.ones_like(out["input_ids"])
     out["mm_encoder_outputs"] = family.encoder_outputs(spans, embeds)
