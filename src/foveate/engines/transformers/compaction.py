@@ -182,10 +182,6 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
             out[key] = compaction.apply(value, fill, dim=2)
         elif key == "position_ids" and value.shape == (1, compaction.length):
             out[key] = compaction.apply(value.expand(shape), fill)
-    for side in ("q", "k"):
-        if (borders := inputs.get(f"cu_seq_lens_{side}")) is not None:
-            out[f"cu_seq_lens_{side}"] = moved = _borders(borders, compaction)
-            out[f"max_length_{side}"] = int(moved.diff().max())
     if compaction.padded and out.get("attention_mask") is None:
         out["attention_mask"] = (compaction.columns >= 0).long()
     return out
@@ -207,12 +203,3 @@ def _kept_places(index: Tensor, compaction: Compaction) -> Tensor:
             "columns that logits_to_keep names have no common place in the reduced prompts: pass one prompt at a time"
         )
     return last[0]
-
-
-def _borders(borders: Tensor, compaction: Compaction) -> Tensor:
-    """Return where packed prompts begin and end among the compact columns, in the flat batch."""
-    if compaction.padded:
-        raise InputError("cu_seq_lens know no padding, which prompts of different reduced lengths need: pass one row")
-    rows = torch.arange(len(compaction.columns), device=compaction.columns.device)[:, None]
-    flat = (compaction.columns + rows * compaction.length).flatten().contiguous()
-    return torch.searchsorted(flat, borders.to(flat)).to(borders)

@@ -18,14 +18,12 @@ from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
 from foveate.engines.transformers.compaction import Compaction, check_mask, compact_planes, position_behind
-from foveate.engines.transformers.packing import packed_prompts
 from foveate.engines.transformers.priors import priors_from_scores
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.engines.transformers.reduce import (
     Reduced,
     pad_id,
     reduce_with,
-    refuse_packed,
     rotary_axes,
     shown_to_llm,
     with_positions,
@@ -83,8 +81,6 @@ class Continuation:
             )
         known: Compaction | None = noted(cache, COMPACTION)
         if settings.before is None and not settings.judging and known is None:
-            if self._has_images(inputs):
-                refuse_packed(self._settings, packed_prompts(inputs, self._family.keeps_positions) is not None)
             self._show_whole(inputs, filled)
             # Later turns of M-RoPE models need the positions of what is cached; others count along it by themselves.
             if not (filled and self._family.keeps_positions):

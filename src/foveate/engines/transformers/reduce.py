@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
-from foveate.core.probes import Query
 from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
-from foveate.engines.pipeline import UNMETERED, Decision, Meter, probes_of, run
+from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
-from foveate.engines.transformers.packing import keep_apart, packed_prompts, renumbered
+from foveate.engines.transformers.packing import check_packing, packed_prompts, repack
 from foveate.engines.transformers.priors import priors_of
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.families import Family, family_of
@@ -120,7 +119,6 @@ def reduce_with(
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
     spans = family.spans(model, inputs)
-    refuse_packed(settings, packed_prompts(inputs, family.keeps_positions) is not None)
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
@@ -145,11 +143,13 @@ def apply(
 ) -> Reduced:
     """Compact all planes of the inputs together and hand the embeddings over."""
     family.check_kept(model, selection)
+    packed = packed_prompts(inputs)
+    if packed is not None:
+        check_packing(family, model, positions)
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
     # M-RoPE positions follow from the ids and sizes of the full prompt: of the compact one they cannot be computed.
     own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
-    packed = packed_prompts(inputs, family.keeps_positions)
-    full = dict(inputs) if packed is not None else with_positions(inputs, inputs["input_ids"].shape, positions, own)
+    full = with_positions(inputs, inputs["input_ids"].shape, positions, own, packed is not None)
     if family.keeps_positions and positions == "original":
         # A later turn goes on behind the last M-RoPE position, which the number of columns does not tell.
         full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
@@ -159,12 +159,8 @@ def apply(
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
     if packed is not None:
-        keep_apart(out, model, renumbered(packed, compaction), positions, family.keeps_positions)
-    elif (
-        out.get("position_ids") is not None
-        and out.get("attention_mask") is None
-        and out.get("cu_seq_lens_q") is None  # flash attention reads the borders there, if there is no mask
-    ):
+        repack(out, inputs, packed, compaction, positions, model.get_input_embeddings().weight.dtype)
+    elif out.get("position_ids") is not None and out.get("attention_mask") is None:
         # Without a mask, transformers takes gaps between positions for the borders of packed prompts.
         out["attention_mask"] = torch.ones_like(out["input_ids"])
     out["mm_encoder_outputs"] = family.encoder_outputs(spans, embeds)
@@ -183,7 +179,11 @@ def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Prefill:
 
 
 def with_positions(
-    inputs: Mapping[str, Any], shape: Sequence[int], positions: Positions, own: Tensor | None = None
+    inputs: Mapping[str, Any],
+    shape: Sequence[int],
+    positions: Positions,
+    own: Tensor | None = None,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """Return the inputs of full prompts of a shape ``[B, L]`` with the position ids that their tokens are to keep.
 
@@ -196,7 +196,7 @@ def with_positions(
             device = inputs["input_ids"].device
             counted = full_positions(inputs.get("attention_mask"), shape[0], shape[1], device)
             full["position_ids"] = counted if own is None else own
-    elif positions == "compact":
+    elif positions == "compact" and not packed:  # those of packed prompts are counted anew, each by itself
         raise InputError("position_ids number the full prompt: leave them out, or use positions='original'")
     return full
 
@@ -209,14 +209,6 @@ def rotary_axes(positions: Tensor, batch: int) -> Tensor:
     """
     axes = positions[-3:] if positions.dim() == 3 else positions[None]
     return axes.expand(3, batch, -1)
-
-
-def refuse_packed(settings: Settings, packed: bool) -> None:
-    """Raise `InputError` if prompts are packed, and a method would read the whole row for one of them."""
-    reading = (*settings.inside, *([settings.before] if settings.before is not None else []))
-    for method in reading if packed else ():
-        if method in settings.inside or Query() in probes_of([method]):
-            raise InputError(f"{method.name} reads the text of a whole row, and this one packs several prompts: unpack")
 
 
 def refuse_vllm(model: Any, reducer: Method) -> None:
@@ -245,7 +237,19 @@ def pad_id(model: Any) -> int:
 
 
 def base_model(model: Any) -> Any:
-    """Return the model inside a PEFT wrapper, or the model itself."""
+    """Return the model inside a PEFT wrapper, or the model itself.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is hidden in another wrapper; the message says where it is.
+    """
+    inner = getattr(model, "module", None)  # DistributedDataParallel, DataParallel, FullyShardedDataParallel, DeepSpeed
+    if isinstance(inner, nn.Module) and not hasattr(model, "config"):
+        raise UnsupportedModelError(f"{type(model).__name__} runs a model of its own: pass its .module")
+    inner = getattr(model, "model", None)
+    if not isinstance(model, nn.Module) and isinstance(inner, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is no model, but has one: pass its .model")
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError("torch.compile hides the parts of this model: pass the one that it was made of")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
