@@ -144,6 +144,14 @@ def test_inside_the_llm_they_are_refused():
             net(**inputs, use_cache=False)
 
 
+def test_methods_that_read_the_question_refuse_them():
+    net = model("llava")
+    inputs, _ = packed("llava", net)
+    for name in ("cdpruner", "mmtok", "fsr", "gaze_query"):
+        with pytest.raises(InputError, match=f"{name} reads the question"):
+            foveate.reduce(net, inputs, name, keep=9)
+
+
 def test_flash_attention_is_refused_where_it_needs_a_mask():
     net = model("llava")
     inputs, _ = packed("llava", net)

@@ -44,6 +44,8 @@ class Call(threading.local):
     ----------
     generating
         Whether the passes of the model are those of ``generate``, which was given reduced inputs.
+    numbered
+        Whether the next pass of ``generate`` must be given position ids.
     prefill
         The visual tokens that the next pass gives the LLM.
     compaction
@@ -53,6 +55,7 @@ class Call(threading.local):
     """
 
     generating: bool = False
+    numbered: bool = False
     prefill: Prefill | None = None
     compaction: Compaction | None = None
     scores: Sequence[Tensor] | None = None

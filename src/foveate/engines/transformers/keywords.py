@@ -43,7 +43,7 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
     Raises
     ------
     InputError
-        If a keyword names columns that are dropped, or that prompts of the batch would not agree about.
+        If a keyword names columns that are not left, or that prompts of the batch would not agree about.
     """
     out = dict(inputs)
     shape = (len(compaction.columns), compaction.length)
@@ -97,11 +97,12 @@ def compact_columns(key: str, value: Any, compaction: Compaction) -> Any:
         return kept[0]
     if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
         raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
-    wanted = torch.where(value < 0, value + compaction.length, value).to(compaction.columns.device)
-    found = compaction.columns[:, None] == wanted[None, :, None]  # [B, k, W]
-    if not bool(found.any(dim=-1).all()):
-        raise InputError(f"{key} asks for columns that are dropped from some prompts: ask for columns of the text")
-    ranks = found.int().argmax(dim=-1)
+    # A dropped column stands where the last one before it that is left does, as in what methods inside the LLM give back.
+    columns, wanted = compaction.columns.to(value.device), value.long() % compaction.length
+    before = (columns[:, None] >= 0) & (columns[:, None] <= wanted[:, None])  # [B, k, W]
+    ranks = (before * torch.arange(1, compaction.width + 1, device=value.device)).amax(dim=-1) - 1
+    if bool((ranks < 0).any()):
+        raise InputError(f"{key} asks for columns in front of the first one that is left of a prompt")
     if bool((ranks != ranks[:1]).any()):
-        raise InputError(f"{key} names columns that lie elsewhere in each compact prompt: ask for one prompt at a time")
+        raise InputError(f"{key} names columns that lie elsewhere in each compact prompt: pass one prompt at a time")
     return ranks[0].to(value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from foveate.core.ambient import defaults
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
+from foveate.core.probes import Query
 from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
@@ -127,6 +128,12 @@ def reduce_with(
         out.selection = identity(spans)
         return out
     check_pixels(model, family, inputs, spans)
+
+    readers = [r for r in (settings.before, *settings.judging) if r is not None and Query() in r.needs]
+    if readers and packed_prompts(inputs) is not None:
+        raise InputError(
+            f"{readers[0].name} reads the question of a prompt, and a packed row holds several: pad the prompts to a batch"
+        )
 
     def applied(decision: Decision) -> Reduced:
         ready = apply(model, family, inputs, spans, decision.selection, decision.embeds, settings.positions)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.errors import AttachError, InputError
+from foveate.core.errors import AttachError, InputError, UnsupportedModelError
 from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
 from foveate.engines.transformers.callbacks import show_whole_prompts
 from foveate.engines.transformers.continuation import Call, Continuation
@@ -94,6 +94,7 @@ class Wrapping:
 
     def _run_generate(self, kwargs: Mapping[str, Any]) -> Any:
         self._call.generating = True
+        self._call.numbered = kwargs.get("position_ids") is not None
         try:
             return self._generate(**kwargs)
         finally:
@@ -111,6 +112,12 @@ class Wrapping:
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call
+        if call.generating and call.numbered:
+            call.numbered = False  # of the first pass alone
+            if kwargs.get("position_ids") is None:
+                raise UnsupportedModelError(
+                    f"generate of {type(module).__name__} throws position_ids away: use positions='compact'"
+                )
         if call.generating and self._layers is None:
             return None
         # By the class: accelerate puts a forward of its own on the instance.
