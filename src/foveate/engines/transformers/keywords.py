@@ -97,7 +97,7 @@ def compact_columns(key: str, value: Any, compaction: Compaction) -> Any:
         return kept[0]
     if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
         raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
-    # A dropped column stands where the last one before it that is left does, as in what methods inside the LLM give back.
+    # A dropped column stands where the last one before it that is left does, as behind methods inside the LLM.
     columns, wanted = compaction.columns.to(value.device), value.long() % compaction.length
     before = (columns[:, None] >= 0) & (columns[:, None] <= wanted[:, None])  # [B, k, W]
     ranks = (before * torch.arange(1, compaction.width + 1, device=value.device)).amax(dim=-1) - 1

@@ -132,7 +132,8 @@ def reduce_with(
     readers = [r for r in (settings.before, *settings.judging) if r is not None and Query() in r.needs]
     if readers and packed_prompts(inputs) is not None:
         raise InputError(
-            f"{readers[0].name} reads the question of a prompt, and a packed row holds several: pad the prompts to a batch"
+            f"{readers[0].name} reads the question of a prompt, and a packed row holds several: pad the prompts to a "
+            "batch instead"
         )
 
     def applied(decision: Decision) -> Reduced:
