@@ -192,7 +192,7 @@ def _drop_twin(encoder: nn.Module) -> None:
         _tapped[id(config)] -= 1
         if not _tapped[id(config)]:
             del _tapped[id(config)]
-            config._attn_implementation_internal = _original_name(config._attn_implementation)
+            config._attn_implementation_internal = attention_name(config)
 
 
 _originals: dict[str, str] = {}
@@ -288,8 +288,10 @@ def _seen_as(name: str, module: nn.Module) -> Any:
     return module if config is None else _View(module, config=_View(config, _attn_implementation=name))
 
 
-def _original_name(twin: str) -> str:
-    return _originals[twin]
+def attention_name(config: Any) -> str | None:
+    """Return the attention implementation of a configuration, whoever reads probes there at the moment."""
+    name = getattr(config, "_attn_implementation", None)
+    return _originals.get(name, name)  # type: ignore[arg-type]
 
 
 def _attention_function(name: str, module: nn.Module) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from foveate.families import Family, family_of
 from foveate.registry import load_reducer
 
 _HANDLE: Final = "_foveate"
+_lock = threading.Lock()
 
 
 def attach(
@@ -77,6 +79,10 @@ class Handle:
     """
 
     def __init__(self, model: Any, family: Family, settings: Settings, meter: Meter):
+        with _lock:
+            self._attach(model, family, settings, meter)
+
+    def _attach(self, model: Any, family: Family, settings: Settings, meter: Meter) -> None:
         if (other := attached(model)) is not None:
             raise AttachError(
                 f"{other.reducer!r} is attached to this model already: detach it first, or attach a Chain of both"
@@ -134,12 +140,13 @@ class Handle:
 
     def detach(self) -> None:
         """Restore the model exactly. Detaching twice does no harm."""
-        if attached(self._model) is not self:
-            return
-        self._wrapping.remove()
-        if self._layers is not None:
-            self._layers.remove()
-        delattr(self._model, _HANDLE)
+        with _lock:
+            if attached(self._model) is not self:
+                return
+            self._wrapping.remove()
+            if self._layers is not None:
+                self._layers.remove()
+            delattr(self._model, _HANDLE)
 
     def __enter__(self) -> Handle:
         return self

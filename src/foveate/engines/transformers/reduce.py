@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
@@ -230,4 +230,12 @@ def base_model(model: Any) -> Any:
     """Return the model inside a PEFT wrapper, or the model itself."""
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError("torch.compile hides the parts of this model: pass the one that it was made of")
+    config = getattr(model, "config", None)
+    if config is None or not callable(getattr(config, "get_text_config", None)) or not isinstance(model, nn.Module):
+        for name in ("module", "model"):
+            if isinstance(vars(model).get(name, getattr(model, name, None)), nn.Module):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} is a wrapper around the model: pass its .{name}, and go on calling the "
+                    "wrapper"
+                )
     return model.get_base_model() if hasattr(model, "get_base_model") else model

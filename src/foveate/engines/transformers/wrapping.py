@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.core.errors import AttachError
+from foveate.core.errors import AttachError, InputError
 from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
-from foveate.engines.transformers.callbacks import show_whole_prompts
+from foveate.engines.transformers.callbacks import WholePrompts, wrap_callbacks
 from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.in_llm.support import check_options
@@ -35,6 +37,9 @@ class Wrapping:
         self._wrapper = self._wrapped_generate  # a bound method is another object each time it is asked for
         self._removed = False
         model.generate = self._wrapper
+        # The first that any ``generate`` of `transformers` calls; no pass outside of it does.
+        self._own_prepare: Callable[..., Any] = model._prepare_generation_config
+        model._prepare_generation_config = self._prepare
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             # Called after a fault too: a pass must end, lest the next one takes its place for another's.
@@ -46,6 +51,7 @@ class Wrapping:
         self._removed = True
         for hook in self._hooks:
             hook.remove()
+        vars(self._model).pop("_prepare_generation_config", None)
         if vars(self._model).get("generate") is not self._wrapper:
             return  # wrapped by somebody since, whose wrapper goes on to the model's own
         del self._model.generate
@@ -56,22 +62,24 @@ class Wrapping:
         """Refuse copies: they would reduce by way of this wrapping, and of this model."""
         raise AttachError("a model cannot be copied or pickled while a method is attached: detach it first")
 
-    def _wrapped_generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _wrapped_generate(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:
-            return self._generate(*(() if inputs is None else (inputs,)), *args, **kwargs)
-        if inputs is not None:
-            kwargs["input_ids"] = inputs
+            return self._generate(*args, **kwargs)
+        kwargs = self._named(args, kwargs)
         cache = given_cache(kwargs)
         if self._layers is not None:
             check_options(self._model, kwargs)
         with torch.no_grad():
             reduced = self._continuation.reduce(kwargs, cache)
+        full_ids = kwargs.get("input_ids")
         if reduced.compaction is None:
-            return self._run_generate(args, reduced)
-        full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
+            wrap_callbacks(reduced, WholePrompts(None, 0, self._outside))
+            return self._run_generate(reduced)
+        assert full_ids is not None
+        width = reduced["input_ids"].shape[1]
         shorten_limits(self._model, reduced, full_ids.shape[1] - width)
-        show_whole_prompts(reduced, full_ids, width)
-        out = self._run_generate(args, reduced)
+        wrap_callbacks(reduced, WholePrompts(full_ids, width, self._outside))
+        out = self._run_generate(reduced)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
         whole = torch.cat([prompts, sequences[:, width:]], dim=1)
@@ -83,13 +91,54 @@ class Wrapping:
         out.sequences = whole
         return out
 
-    def _run_generate(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of ``generate`` by name; those of the class, if the instance's own only hands on."""
+        found = {**kwargs}
+        for function in (self._generate, functools.partial(type(self._model).generate, self._model)):
+            parameters = inspect.signature(function).parameters.values()
+            names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            if len(args) <= len(names):
+                break
+        else:
+            raise TypeError(f"generate takes {len(names)} arguments without a name, and was given {len(args)}")
+        if twice := [name for name in names[: len(args)] if name in kwargs]:
+            raise TypeError(f"generate got several values for {', '.join(twice)}")
+        found |= dict(zip(names, args, strict=False))
+        inputs = found.pop("inputs", None)
+        if inputs is None:
+            return found
+        if found.get("input_ids") is not None:
+            raise InputError("generate was given both inputs and input_ids, which are the same: leave one out")
+        return {**found, "input_ids": inputs}
+
+    def _run_generate(self, kwargs: Mapping[str, Any]) -> Any:
         self._call.generating = True
         try:
-            return self._generate(*args, **kwargs)
+            return self._generate(**kwargs)
         finally:
             self._call.generating = False
             self._call.prefill = None
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Let what a callback of ``generate`` runs be reduced as outside of it; ``generate`` then goes on."""
+        call = self._call
+        before = (call.generating, call.prefill, call.compaction)
+        call.generating, call.prefill, call.compaction = False, None, None
+        try:
+            with self._results.aside():
+                yield
+        finally:
+            call.generating, call.prefill, call.compaction = before
+
+    def _prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a ``generate`` that does not pass through the wrapper: it would give back compact prompts."""
+        if not (self._removed or self._call.generating):
+            raise AttachError(
+                "this generate was taken from the model before a method was attached, or from its class, and does not "
+                "know of it: call model.generate(...) of the model itself"
+            )
+        return self._own_prepare(*args, **kwargs)
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call
