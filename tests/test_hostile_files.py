@@ -12,9 +12,17 @@ from foveate.registry import get_method, load_reducer
 from tiny import IN_LLM, METHODS, STAGED, VIDEO_METHODS, make, method_id
 
 VALUES = [
-    None, 5, -1, 1.5, float("nan"), float("inf"), "x", "", [], {}, [[]], [{}], {"a": 1}, True, 10**26, -(10**26), ["x", 1],
-    {"method": "random", "keep": 9}, {"method": 5}, {"budget": {}}, {"budget": 10**26}, {"coverage": []},
+    None, 5, -1, 1.5, float("nan"), float("inf"), "x", "", [], {}, [[]], [{}], {"a": 1}, True, 10**26, -(10**26),
+    ["x", 1], {"method": "random", "keep": 9}, {"method": 5}, {"budget": {}}, {"budget": 10**26}, {"coverage": []},
 ]  # fmt: skip
+
+
+def refusal(path):
+    try:
+        load_reducer(path)
+    except FoveateError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS + IN_LLM + STAGED, ids=method_id)
@@ -25,12 +33,9 @@ def test_any_value_in_any_field_of_a_method(entry, tmp_path):
     for key in data:
         for value in VALUES:
             path.write_text(json.dumps({**data, key: value}))
-            try:
-                load_reducer(path)
-            except FoveateError as error:
-                assert "\n" not in str(error)
-            else:
-                assert value not in (10**26, -(10**26))
+            message = refusal(path)
+            assert message is None or "\n" not in message
+            assert message or value not in (10**26, -(10**26))
 
 
 @pytest.mark.parametrize("depth", [70, 400, 5000])

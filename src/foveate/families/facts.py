@@ -51,6 +51,8 @@ class Facts:
     """Whether some layers of the LLM are convolutions or recurrent ones."""
     two_way: ClassVar[bool] = False
     """Whether the tokens of an image see each other in the LLM in both directions."""
+    packs: ClassVar[bool] = True
+    """Whether `transformers` keeps the prompts of a packed row apart."""
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ class Lfm2Vl(RasterFamily):
     """
 
     recurrent = True
+    packs = False
     name = "lfm2_vl"
     model_types = ("lfm2_vl",)
     side_inputs = ("spatial_shapes", "pixel_attention_mask")

@@ -192,10 +192,16 @@ def _drop_twin(encoder: nn.Module) -> None:
         _tapped[id(config)] -= 1
         if not _tapped[id(config)]:
             del _tapped[id(config)]
-            config._attn_implementation_internal = attention_name(config)
+            config._attn_implementation_internal = _original_name(config._attn_implementation)
 
 
 _originals: dict[str, str] = {}
+
+
+def implementation_of(config: Any) -> str | None:
+    """Return the attention implementation of a model, also while a pass on another thread reads it by way of a twin."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return None if name is None else _originals.get(name, name)
 
 
 def _register_twin(name: str) -> str:
@@ -288,10 +294,8 @@ def _seen_as(name: str, module: nn.Module) -> Any:
     return module if config is None else _View(module, config=_View(config, _attn_implementation=name))
 
 
-def attention_name(config: Any) -> str | None:
-    """Return the attention implementation of a configuration, whoever reads probes there at the moment."""
-    name = getattr(config, "_attn_implementation", None)
-    return _originals.get(name, name)  # type: ignore[arg-type]
+def _original_name(twin: str) -> str:
+    return _originals[twin]
 
 
 def _attention_function(name: str, module: nn.Module) -> Callable[..., Any]:

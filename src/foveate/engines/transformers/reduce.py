@@ -20,6 +20,7 @@ from foveate.core.tokens import VisualTokens
 from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
+from foveate.engines.transformers.packing import check_packing, packed_prompts, repack
 from foveate.engines.transformers.priors import priors_of
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.families import Family, family_of
@@ -145,10 +146,13 @@ def apply(
 ) -> Reduced:
     """Compact all planes of the inputs together and hand the embeddings over."""
     family.check_kept(model, selection)
+    packed = packed_prompts(inputs)
+    if packed is not None:
+        check_packing(family, model, positions)
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
     # M-RoPE positions follow from the ids and sizes of the full prompt: of the compact one they cannot be computed.
     own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
-    full = with_positions(inputs, inputs["input_ids"].shape, positions, own)
+    full = with_positions(inputs, inputs["input_ids"].shape, positions, own, packed is not None)
     if family.keeps_positions and positions == "original":
         # A later turn goes on behind the last M-RoPE position, which the number of columns does not tell.
         full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
@@ -157,7 +161,9 @@ def apply(
     # The images are encoded: a model that is given pixels beside mm_encoder_outputs may encode them again.
     for key in (*family.inputs, *family.side_inputs):
         out.pop(key, None)
-    if out.get("position_ids") is not None and out.get("attention_mask") is None:
+    if packed is not None:
+        repack(out, inputs, packed, compaction, positions, model.get_input_embeddings().weight.dtype)
+    elif out.get("position_ids") is not None and out.get("attention_mask") is None:
         # Without a mask, transformers takes gaps between positions for the borders of packed prompts.
         out["attention_mask"] = torch.ones_like(out["input_ids"])
     out["mm_encoder_outputs"] = family.encoder_outputs(spans, embeds)
@@ -176,7 +182,11 @@ def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Prefill:
 
 
 def with_positions(
-    inputs: Mapping[str, Any], shape: Sequence[int], positions: Positions, own: Tensor | None = None
+    inputs: Mapping[str, Any],
+    shape: Sequence[int],
+    positions: Positions,
+    own: Tensor | None = None,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """Return the inputs of full prompts of a shape ``[B, L]`` with the position ids that their tokens are to keep.
 
@@ -189,7 +199,7 @@ def with_positions(
             device = inputs["input_ids"].device
             counted = full_positions(inputs.get("attention_mask"), shape[0], shape[1], device)
             full["position_ids"] = counted if own is None else own
-    elif positions == "compact":
+    elif positions == "compact" and not packed:  # those of packed prompts are counted anew, each by itself
         raise InputError("position_ids number the full prompt: leave them out, or use positions='original'")
     return full
 
@@ -230,15 +240,19 @@ def pad_id(model: Any) -> int:
 
 
 def base_model(model: Any) -> Any:
-    """Return the model inside a PEFT wrapper, or the model itself."""
+    """Return the model inside a PEFT wrapper, or the model itself.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is hidden in another wrapper; the message says where it is.
+    """
+    inner = getattr(model, "module", None)  # DistributedDataParallel, DataParallel, FullyShardedDataParallel, DeepSpeed
+    if isinstance(inner, nn.Module) and not hasattr(model, "config"):
+        raise UnsupportedModelError(f"{type(model).__name__} runs a model of its own: pass its .module")
+    inner = getattr(model, "model", None)
+    if not isinstance(model, nn.Module) and isinstance(inner, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is no model, but has one: pass its .model")
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError("torch.compile hides the parts of this model: pass the one that it was made of")
-    config = getattr(model, "config", None)
-    if config is None or not callable(getattr(config, "get_text_config", None)) or not isinstance(model, nn.Module):
-        for name in ("module", "model"):
-            if isinstance(vars(model).get(name, getattr(model, name, None)), nn.Module):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} is a wrapper around the model: pass its .{name}, and go on calling the "
-                    "wrapper"
-                )
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,9 +36,10 @@ class Wrapping:
         self._wrapper = self._wrapped_generate  # a bound method is another object each time it is asked for
         self._removed = False
         model.generate = self._wrapper
-        # The first that any ``generate`` of `transformers` calls; no pass outside of it does.
-        self._own_prepare: Callable[..., Any] = model._prepare_generation_config
-        model._prepare_generation_config = self._prepare
+        self._prepare = model.prepare_inputs_for_generation
+        self._instances_prepare = vars(model).get("prepare_inputs_for_generation")
+        self._watcher = self._watched_prepare
+        model.prepare_inputs_for_generation = self._watcher
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             # Called after a fault too: a pass must end, lest the next one takes its place for another's.
@@ -51,12 +51,15 @@ class Wrapping:
         self._removed = True
         for hook in self._hooks:
             hook.remove()
-        vars(self._model).pop("_prepare_generation_config", None)
-        if vars(self._model).get("generate") is not self._wrapper:
+        self._restore("generate", self._wrapper, self._instances_own)
+        self._restore("prepare_inputs_for_generation", self._watcher, self._instances_prepare)
+
+    def _restore(self, name: str, ours: Any, before: Any) -> None:
+        if vars(self._model).get(name) is not ours:
             return  # wrapped by somebody since, whose wrapper goes on to the model's own
-        del self._model.generate
-        if self._instances_own is not None:
-            self._model.generate = self._instances_own
+        delattr(self._model, name)
+        if before is not None:
+            setattr(self._model, name, before)
 
     def __getstate__(self) -> Any:
         """Refuse copies: they would reduce by way of this wrapping, and of this model."""
@@ -65,18 +68,18 @@ class Wrapping:
     def _wrapped_generate(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:
             return self._generate(*args, **kwargs)
-        kwargs = self._named(args, kwargs)
+        kwargs = named(type(self._model).generate, args, kwargs)
+        if (inputs := kwargs.pop("inputs", None)) is not None:  # the first one that transformers takes
+            kwargs["input_ids"] = inputs
         cache = given_cache(kwargs)
         if self._layers is not None:
             check_options(self._model, kwargs)
         with torch.no_grad():
             reduced = self._continuation.reduce(kwargs, cache)
-        full_ids = kwargs.get("input_ids")
         if reduced.compaction is None:
             wrap_callbacks(reduced, WholePrompts(None, 0, self._outside))
             return self._run_generate(reduced)
-        assert full_ids is not None
-        width = reduced["input_ids"].shape[1]
+        full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
         shorten_limits(self._model, reduced, full_ids.shape[1] - width)
         wrap_callbacks(reduced, WholePrompts(full_ids, width, self._outside))
         out = self._run_generate(reduced)
@@ -90,26 +93,6 @@ class Wrapping:
             return whole
         out.sequences = whole
         return out
-
-    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of ``generate`` by name; those of the class, if the instance's own only hands on."""
-        found = {**kwargs}
-        for function in (self._generate, functools.partial(type(self._model).generate, self._model)):
-            parameters = inspect.signature(function).parameters.values()
-            names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-            if len(args) <= len(names):
-                break
-        else:
-            raise TypeError(f"generate takes {len(names)} arguments without a name, and was given {len(args)}")
-        if twice := [name for name in names[: len(args)] if name in kwargs]:
-            raise TypeError(f"generate got several values for {', '.join(twice)}")
-        found |= dict(zip(names, args, strict=False))
-        inputs = found.pop("inputs", None)
-        if inputs is None:
-            return found
-        if found.get("input_ids") is not None:
-            raise InputError("generate was given both inputs and input_ids, which are the same: leave one out")
-        return {**found, "input_ids": inputs}
 
     def _run_generate(self, kwargs: Mapping[str, Any]) -> Any:
         self._call.generating = True
@@ -131,22 +114,21 @@ class Wrapping:
         finally:
             call.generating, call.prefill, call.compaction = before
 
-    def _prepare(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a ``generate`` that does not pass through the wrapper: it would give back compact prompts."""
-        if not (self._removed or self._call.generating):
+    def _watched_prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a `generate` that does not come by way of the wrapper: its loop counts the tokens of full prompts."""
+        if not self._removed and not self._call.generating:
             raise AttachError(
-                "this generate was taken from the model before a method was attached, or from its class, and does not "
-                "know of it: call model.generate(...) of the model itself"
+                "this generate was taken from the model before a method was attached, or from its class, and knows of "
+                "no reduction: call model.generate"
             )
-        return self._own_prepare(*args, **kwargs)
+        return self._prepare(*args, **kwargs)
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call
         if call.generating and self._layers is None:
             return None
-        if args:  # named by the class: accelerate puts a forward of its own on the instance
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        # By the class: accelerate puts a forward of its own on the instance.
+        kwargs = named(type(module).forward, args, kwargs)
         if not call.generating:
             reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
             call.compaction = reduced.compaction
@@ -164,6 +146,25 @@ class Wrapping:
                 self._results.inside = run.state
         if not self._call.generating and self._call.compaction is not None and cache is not None:
             note(cache, COMPACTION, self._call.compaction)
+
+
+def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a method's call by their names.
+
+    Raises
+    ------
+    TypeError
+        As Python does, if there are too many, or one is there twice.
+    """
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(function).bind_partial(None, *args)
+    by_place = dict(list(bound.arguments.items())[1:])
+    if "args" in by_place:
+        raise InputError(f"{function.__qualname__} does not say what its arguments are called: pass them by name")
+    if twice := by_place.keys() & kwargs.keys():
+        raise TypeError(f"{function.__qualname__}() got multiple values for argument {min(twice)!r}")
+    return {**by_place, **kwargs}
 
 
 def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:

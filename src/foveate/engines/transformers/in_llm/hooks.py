@@ -26,6 +26,7 @@ from foveate.engines.transformers.in_llm.layer_pass import LayerPass, embedded
 from foveate.engines.transformers.in_llm.layer_probes import reads_ahead, reads_executed
 from foveate.engines.transformers.in_llm.look_ahead import LookedAhead
 from foveate.engines.transformers.in_llm.support import check_decoder
+from foveate.engines.transformers.packing import packed_prompts
 from foveate.engines.transformers.prompt_tokens import Prefill, PromptTokens, placeholders, tokens_by_prompt
 from foveate.families import Family
 from foveate.families.taps import Watch
@@ -76,7 +77,13 @@ class LayerHooks:
         prefill
             The visual tokens that it gives the LLM, where they are known.
         """
-        run = self._local.run = LayerPass(self._boundaries, inputs, self._prompts(inputs, prefill))
+        prompts = self._prompts(inputs, prefill)
+        if prompts and packed_prompts(inputs) is not None:
+            raise InputError(
+                f"{self._boundaries.reducers[0].name} ranks visual tokens by what stands at the end of a prompt, and a "
+                "packed row holds several: pad the prompts to a batch instead"
+            )
+        run = self._local.run = LayerPass(self._boundaries, inputs, prompts)
         run.inputs.show_whole_cache()
 
     def end(self) -> LayerPass | None:
