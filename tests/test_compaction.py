@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from foveate.core.errors import InputError
 from foveate.core.selection import Selection, SpanSelection
 from foveate.core.spans import Crop, Span
-from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan
+from foveate.engines.transformers.compaction import Compaction, full_positions, plan
+from foveate.engines.transformers.keywords import compact_planes
 
 PAD_ID = 9
 

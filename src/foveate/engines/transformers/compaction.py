@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from torch import Tensor
 from foveate.core.errors import InputError
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
-
-_FILL = {"labels": -100}
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,24 +155,3 @@ def position_behind(positions: Tensor, mask: Tensor | None) -> Tensor:
         return highest[:, -1] + 1
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(dim=1, keepdim=True)
     return highest.gather(1, last.to(highest.device))[:, 0] + 1
-
-
-def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: int) -> dict[str, Any]:
-    """Compact every plane of the inputs that runs along the prompt; leave all else as it is."""
-    out = dict(inputs)
-    shape = (len(compaction.columns), compaction.length)
-    for key, value in inputs.items():
-        if not isinstance(value, Tensor):
-            continue
-        if key == "attention_mask":
-            check_mask(value, compaction.length)
-        fill = pad_id if key == "input_ids" else _FILL.get(key, 0)
-        if value.shape[:2] == shape:
-            out[key] = compaction.apply(value, fill)
-        elif key == "position_ids" and value.shape[-2:] == shape:
-            out[key] = compaction.apply(value, fill, dim=2)
-        elif key == "position_ids" and value.shape == (1, compaction.length):
-            out[key] = compaction.apply(value.expand(shape), fill)
-    if compaction.padded and out.get("attention_mask") is None:
-        out["attention_mask"] = (compaction.columns >= 0).long()
-    return out

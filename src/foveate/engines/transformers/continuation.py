@@ -17,7 +17,8 @@ from foveate.core.spans import Span
 from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
-from foveate.engines.transformers.compaction import Compaction, check_mask, compact_planes, position_behind
+from foveate.engines.transformers.compaction import Compaction, check_mask, position_behind
+from foveate.engines.transformers.keywords import compact_columns, compact_planes
 from foveate.engines.transformers.priors import priors_from_scores
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
 from foveate.engines.transformers.reduce import (
@@ -181,7 +182,10 @@ class Continuation:
         whole = prefix.followed_by(kept)
         batch, own = len(inputs["input_ids"]), inputs.get("position_ids")
         full = with_positions(inputs, (batch, whole.length), self._settings.positions)
+        wanted = full.pop("logits_to_keep", None) if only_new else None
         out = Reduced(compact_planes(full, whole, pad_id(self._model)))
+        if wanted is not None:  # counted from the first new column, or from the end
+            out["logits_to_keep"] = compact_columns("logits_to_keep", wanted, kept)
         if only_new:  # planes that run along the whole conversation are compact now, those of the new columns are not
             out["input_ids"] = tail["input_ids"]
             if own is not None and own.shape[-1] == kept.length:

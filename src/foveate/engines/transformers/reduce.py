@@ -19,7 +19,8 @@ from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
 from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
 from foveate.engines.settings import Separators, Settings, inside_llm
-from foveate.engines.transformers.compaction import Compaction, compact_planes, full_positions, plan, position_behind
+from foveate.engines.transformers.compaction import Compaction, full_positions, plan, position_behind
+from foveate.engines.transformers.keywords import compact_planes
 from foveate.engines.transformers.packing import check_packing, packed_prompts, repack
 from foveate.engines.transformers.priors import priors_of
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt

@@ -1,0 +1,107 @@
+"""What each keyword of a model's `forward` means along the prompt, and how it follows when columns are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from foveate.core.errors import InputError
+from foveate.engines.transformers.compaction import Compaction, check_mask
+
+Role: TypeAlias = Literal["plane", "next plane", "columns", "bounds", "longest"]
+
+ROLES: Final[Mapping[str, Role]] = {
+    "input_ids": "plane",
+    "attention_mask": "plane",
+    "position_ids": "plane",
+    "token_type_ids": "plane",
+    "mm_token_type_ids": "plane",
+    "labels": "plane",
+    "shift_labels": "next plane",
+    "logits_to_keep": "columns",
+    "cu_seq_lens_q": "bounds",
+    "cu_seq_lens_k": "bounds",
+    "max_length_q": "longest",
+    "max_length_k": "longest",
+}
+"""The keywords that say something about columns of the prompt.
+
+A plane ``[B, L, ...]``, or ``[..., B, L]``, is compacted; the next plane holds at each column what a plane holds at the
+one behind it; columns are named by their numbers, or by how many of the last ones are meant; bounds of packed prompts,
+and the longest of them, are worked out anew (`packing`). Any other tensor of the shape of a plane is compacted, too, and
+all else is free: images and their sizes, caches, flags.
+"""
+_FILL: Final = {"labels": -100, "shift_labels": -100}
+
+
+def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: int) -> dict[str, Any]:
+    """Let everything among some inputs that runs along the prompt, or names its columns, follow a compaction.
+
+    Raises
+    ------
+    InputError
+        If a keyword names columns that are dropped, or that prompts of the batch would not agree about.
+    """
+    out = dict(inputs)
+    shape = (len(compaction.columns), compaction.length)
+    for key, value in inputs.items():
+        role, fill = ROLES.get(key), pad_id if key == "input_ids" else _FILL.get(key, 0)
+        if role == "columns" and value is not None:
+            out[key] = compact_columns(key, value, compaction)
+        elif not isinstance(value, Tensor) or role in ("bounds", "longest"):
+            continue
+        elif role == "next plane":
+            out[key] = _next_plane(key, value, compaction, fill)
+        elif key == "attention_mask":
+            check_mask(value, compaction.length)
+            out[key] = compaction.apply(value, fill) if value.shape[:2] == shape else value
+        elif value.shape[:2] == shape:
+            out[key] = compaction.apply(value, fill)
+        elif value.dim() > 2 and value.shape[-2:] == shape:
+            out[key] = compaction.apply(value, fill, dim=value.dim() - 1)
+        elif value.shape == (1, compaction.length):
+            # One row for all prompts, which may keep different columns of it.
+            out[key] = compaction.apply(value.expand(shape), fill)
+    if compaction.padded and out.get("attention_mask") is None:
+        out["attention_mask"] = (compaction.columns >= 0).long()
+    return out
+
+
+def _next_plane(key: str, value: Tensor, compaction: Compaction, fill: int) -> Tensor:
+    """Compact a plane ``[B, L]`` that holds at each column what belongs to the one behind it.
+
+    What stands at a dropped column belongs to the one behind it, which may stay: the first word behind an image is
+    predicted from the last token of it that is left.
+    """
+    due = [len(compaction.columns), compaction.length]
+    if [*value.shape] != due:
+        raise InputError(f"{key} has the shape of input_ids, {due}, not {[*value.shape]}")
+    own = torch.nn.functional.pad(value[:, :-1], (1, 0), value=fill)
+    kept = compaction.apply(own, fill)
+    return torch.cat([kept[:, 1:], value[:, -1:]], dim=1)
+
+
+def compact_columns(key: str, value: Any, compaction: Compaction) -> Any:
+    """Return which columns of compact prompts are meant: a number of the last ones, or a vector of column numbers."""
+    if isinstance(value, int):
+        if value in (0, 1):  # all, or the last one, which always stays
+            return value
+        kept = (compaction.columns >= compaction.length - value).sum(dim=1).tolist()
+        if len({*kept}) > 1:
+            raise InputError(
+                f"{key}={value} reaches into images of which the prompts keep different numbers: leave it out"
+            )
+        return kept[0]
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
+        raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
+    wanted = torch.where(value < 0, value + compaction.length, value).to(compaction.columns.device)
+    found = compaction.columns[:, None] == wanted[None, :, None]  # [B, k, W]
+    if not bool(found.any(dim=-1).all()):
+        raise InputError(f"{key} asks for columns that are dropped from some prompts: ask for columns of the text")
+    ranks = found.int().argmax(dim=-1)
+    if bool((ranks != ranks[:1]).any()):
+        raise InputError(f"{key} names columns that lie elsewhere in each compact prompt: ask for one prompt at a time")
+    return ranks[0].to(value)
