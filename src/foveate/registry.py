@@ -122,6 +122,7 @@ def reducer_from_dict(data: dict[str, Any]) -> Method:
     """Build a reducer from the data of `Method.to_dict`."""
     if not isinstance(data, dict) or "method" not in data:
         raise FoveateError('a reducer configuration is an object with the keys "method", "keep", ...')
+    _check_size(data)
     if not isinstance(data["method"], str):
         raise FoveateError(f'"method" is the name of a method, such as "vispruner", not {data["method"]!r}')
     cls = get_method(data["method"])
@@ -132,6 +133,23 @@ def reducer_from_dict(data: dict[str, Any]) -> Method:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, OSError) as error:  # also of another package's method
         raise FoveateError(_signature_help(cls, arguments, error)) from error
+
+
+_DEEPEST, _LARGEST = 64, 2**63
+
+
+def _check_size(data: Any) -> None:
+    """Raise `FoveateError` for a configuration that is nested too deep to be read, or holds numbers torch cannot."""
+    level, depth = [data], 0
+    while level:
+        if depth > _DEEPEST:
+            raise FoveateError(f"a reducer configuration is nested more than {_DEEPEST} deep: flatten its chains")
+        for value in level:
+            if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+                raise FoveateError(f"a reducer configuration holds whole numbers of 64 bits, not one of {value:.0e}")
+        parts = [v for v in level if isinstance(v, dict | list | tuple)]
+        level = [x for v in parts for x in (v.values() if isinstance(v, dict) else v)]
+        depth += 1
 
 
 def load_reducer(method: str | Path | Method, **config: Any) -> Method:

@@ -156,15 +156,6 @@ def test_a_static_cache_is_refused():
         net(**inputs, **{CACHE: cache})
 
 
-def test_gradient_checkpointing_is_refused():
-    net, inputs = deep_model("llava"), collate(samples("llava"))
-    net.gradient_checkpointing_enable()
-    net.train()
-    with foveate.attach(net, FastV(keep=9)), pytest.raises(FoveateError, match="gradient checkpointing"):
-        net(**inputs)
-    net.eval()
-
-
 @pytest.mark.parametrize("family", ["lfm2_vl", "qwen3_5"])
 def test_recurrent_layers_are_refused(family):
     with pytest.raises(FoveateError, match="attention in every layer of the LLM"):

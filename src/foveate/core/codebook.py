@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from foveate.core.errors import FoveateError
+from foveate.core.offload import weights_at_hand
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16
 
@@ -89,16 +90,22 @@ def projector_hash(projector: nn.Module) -> str:
     Weights are rounded to bfloat16, and those that float16 holds with less precision than that count as zero. Worked
     out once, and again when a weight has changed.
     """
-    weights = list(projector.state_dict(keep_vars=True).values())
-    state = [(weight.data_ptr(), weight._version) for weight in weights]
-    known = _hashes.get(projector)
-    if known is not None and known[0] == state:
-        return known[1]
-    digest = hashlib.sha256()
-    for weight in weights:
-        rounded = weight.detach().to(torch.bfloat16).float().cpu()
-        rounded = torch.where(rounded.abs() < _SMALLEST_NORMAL, 0.0, rounded)
-        digest.update(f"{tuple(rounded.shape)}".encode())
-        digest.update(rounded.numpy().tobytes())
+    with weights_at_hand(projector.modules()):
+        weights = list(projector.state_dict(keep_vars=True).values())
+        if quantised := {str(w.dtype) for w in weights if isinstance(w, Tensor) and not w.dtype.is_floating_point}:
+            raise FoveateError(
+                f"the projector has quantised weights ({', '.join(sorted(quantised))}), which do not tell whether a "
+                "codebook was made for it: leave the projector out of the quantisation"
+            )
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        known = _hashes.get(projector)
+        if known is not None and known[0] == state:
+            return known[1]
+        digest = hashlib.sha256()
+        for weight in weights:
+            rounded = weight.detach().to(torch.bfloat16).float().cpu()
+            rounded = torch.where(rounded.abs() < _SMALLEST_NORMAL, 0.0, rounded)
+            digest.update(f"{tuple(rounded.shape)}".encode())
+            digest.update(rounded.numpy().tobytes())
     _hashes[projector] = (state, digest.hexdigest())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 from foveate.core.errors import UnknownNameError, did_you_mean
 from foveate.measure.loading import first_line
@@ -146,10 +146,16 @@ def load_shape(name: str) -> tuple[Any, Any]:
     known = f"built-in shapes are nano, {', '.join(SHAPES)}; otherwise pass a hub id or a folder with config.json"
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (ValueError, KeyError, StrictDataclassError) as error:
+    # transformers checks few types in its files, and fails on them anyhow.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise UnknownNameError(f"no usable model configuration at {name!r}: {first_line(error)}") from error
     except OSError as error:
         raise UnknownNameError(f"no model configuration at {name!r}: {known}{did_you_mean(name, SHAPES)}") from error
+    for part in config.sub_configs:
+        if not isinstance(getattr(config, part, None), PreTrainedConfig | None):
+            raise UnknownNameError(
+                f"no usable model configuration at {name!r}: {part} is an object, not {getattr(config, part)!r}"
+            )
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):  # not every model needs one to tell what an image comes to

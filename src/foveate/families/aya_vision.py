@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.offload import tables, weights_at_hand
 from foveate.families.tiled import TiledFamily, vision_layer
 
 
@@ -29,6 +30,8 @@ class AyaVision(TiledFamily):
 
     def patches(self, model: Any, pixels: Tensor) -> Tensor:
         layer, cut = model.config.vision_feature_layer, model.config.vision_feature_select_strategy == "default"
-        output = model.model.vision_tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
+        tower = model.model.vision_tower
+        with weights_at_hand(tables(tower)):
+            output = tower(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
         layers = [layer] if isinstance(layer, int) else layer
         return torch.cat([output.hidden_states[i][:, int(cut) :] for i in layers], dim=-1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.core.offload import tables, weights_at_hand
 from foveate.families.tiled import TiledFamily
 
 
@@ -24,5 +25,7 @@ class Cohere2Vision(TiledFamily):
         return list(gap) == [end]
 
     def patches(self, model: Any, pixels: Tensor) -> Tensor:
-        output = model.model.vision_tower(pixels, interpolate_pos_encoding=True)
+        tower = model.model.vision_tower
+        with weights_at_hand(tables(tower)):
+            output = tower(pixels, interpolate_pos_encoding=True)
         return output.last_hidden_state  # type: ignore[no-any-return]

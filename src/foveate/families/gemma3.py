@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.core.offload import tables, weights_at_hand
 from foveate.core.spans import Span
 from foveate.families.base import Process, Size
 from foveate.families.batches import joined_outputs
@@ -49,11 +50,12 @@ class Gemma3(RasterFamily):
         (h, w), block = grid, self.block(model)
         side = block * model.config.vision_config.patch_size
         small = resized(inputs["pixel_values"][picture], (h * side, w * side))
-        patches = model.model.vision_tower(pixel_values=small, interpolate_pos_encoding=True).last_hidden_state
-        # The projector takes whole pictures only; this is what it does behind the pooling.
-        projector = model.model.multi_modal_projector
-        tokens = projector.mm_soft_emb_norm(mean_of_blocks(patches, (h * block, w * block), block))
-        return tokens[0] @ projector.mm_input_projection_weight  # type: ignore[no-any-return]
+        tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+        with weights_at_hand([*tables(tower), projector]):
+            patches = tower(pixel_values=small, interpolate_pos_encoding=True).last_hidden_state
+            # The projector takes whole pictures only; this is what it does behind the pooling.
+            tokens = projector.mm_soft_emb_norm(mean_of_blocks(patches, (h * block, w * block), block))
+            return tokens[0] @ projector.mm_input_projection_weight  # type: ignore[no-any-return]
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         return joined_outputs(spans, embeds)

@@ -96,10 +96,9 @@ class Ovis2(MergedFamily):
         return mean_of_blocks(values, (side, side), stride).flatten(0, 1)
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
-        count = model.config.vision_config.num_visual_indicator_tokens
-        markers = model.model.visual_embeddings_table.weight[-count:]
-        if not torch.is_grad_enabled():  # a view would go on asking for gradients
-            markers = markers.detach()
+        vision = model.config.vision_config
+        ids = torch.arange(vision.vocab_size - vision.num_visual_indicator_tokens, vision.vocab_size)
+        markers = model.model.visual_embeddings_table(ids.to(inputs["input_ids"].device))
         return tuple(MarkedSpan(**vars(span), markers=markers) for span in super().spans(model, inputs))
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import UnsupportedModelError
+from foveate.core.offload import tables, weights_at_hand
 from foveate.core.probes import ClsToken, Features, LayerProbe, Probe
 from foveate.core.spans import Crop
 from foveate.core.tokens import VisualTokens
@@ -132,7 +133,10 @@ def resized_crops(
             crop.encoder_row, :, top * patch : (top + rows) * patch, left * patch : (left + columns) * patch
         ]
         small = resized(picture, (h * patch, w * patch))
-        features, _ = run_tower(tower, small, feature_layers, has_cls, (), final=final, interpolate_pos_encoding=True)
+        with weights_at_hand(tables(tower)):
+            features, _ = run_tower(
+                tower, small, feature_layers, has_cls, (), final=final, interpolate_pos_encoding=True
+            )
         results.append(features[0, int(has_cls) :])
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +15,38 @@ from transformers.generation.streamers import BaseStreamer
 
 @dataclass(frozen=True, eq=False)
 class WholePrompts:
-    """Full prompts ``[B, L]``, in place of the first `width` columns that the model is given."""
+    """Full prompts ``[B, L]``, in place of the first `width` columns that the model is given.
 
-    prompts: Tensor
+    Attributes
+    ----------
+    prompts
+        `None` if the model is given the full prompts.
+    outside
+        Entered around each callback: what it runs on the model is no part of this ``generate``.
+    """
+
+    prompts: Tensor | None
     width: int
+    outside: Callable[[], AbstractContextManager[None]]
 
     def ids(self, ids: Tensor) -> Tensor:
         """Return ids ``[B * n, width + t]`` with the full prompts in front, each of which stands n times in a row."""
+        if self.prompts is None:
+            return ids
         prompts = self.prompts.to(ids.device).repeat_interleave(len(ids) // len(self.prompts), dim=0)
         return torch.cat([prompts, ids[:, self.width :]], dim=1)
 
+    def of_prompt(self, prompt: int, ids: Tensor) -> Tensor:
+        """Return the ids ``[width + t]`` of one prompt with the full one in front."""
+        if self.prompts is None:
+            return ids
+        return torch.cat([self.prompts[prompt].to(ids.device), ids[self.width :]])
 
-def show_whole_prompts(kwargs: dict[str, Any], prompts: Tensor, width: int) -> None:
+
+def wrap_callbacks(kwargs: dict[str, Any], whole: WholePrompts) -> None:
     """Wrap the callbacks among the keywords of ``generate``: streamers, criteria, processors, allowed tokens."""
-    whole = WholePrompts(prompts, width)
     if kwargs.get("streamer") is not None:
-        kwargs["streamer"] = _Streamer(kwargs["streamer"], prompts)
+        kwargs["streamer"] = _Streamer(kwargs["streamer"], whole)
     if kwargs.get("stopping_criteria"):
         kwargs["stopping_criteria"] = StoppingCriteriaList(_Criterion(c, whole) for c in kwargs["stopping_criteria"])
     if kwargs.get("logits_processor"):
@@ -39,16 +56,18 @@ def show_whole_prompts(kwargs: dict[str, Any], prompts: Tensor, width: int) -> N
 
 
 class _Streamer(BaseStreamer):  # type: ignore[misc]
-    def __init__(self, streamer: BaseStreamer, prompt: Tensor):
-        self._streamer, self._prompt = streamer, prompt
+    def __init__(self, streamer: BaseStreamer, whole: WholePrompts):
+        self._streamer, self._prompt, self._outside = streamer, whole.prompts, whole.outside
 
     def put(self, value: Tensor) -> None:
         # What `generate` puts first is the prompt.
-        self._streamer.put(value if self._prompt is None else self._prompt.cpu())
-        self._prompt = None  # type: ignore[assignment]
+        value, self._prompt = (value if self._prompt is None else self._prompt.cpu()), None
+        with self._outside():
+            self._streamer.put(value)
 
     def end(self) -> None:
-        self._streamer.end()
+        with self._outside():
+            self._streamer.end()
 
 
 class _Criterion(StoppingCriteria):  # type: ignore[misc]
@@ -56,7 +75,8 @@ class _Criterion(StoppingCriteria):  # type: ignore[misc]
         self._criterion, self._whole = criterion, whole
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return self._criterion(self._whole.ids(input_ids), scores, **kwargs)
+        with self._whole.outside():
+            return self._criterion(self._whole.ids(input_ids), scores, **kwargs)
 
 
 class _Processor(LogitsProcessor):  # type: ignore[misc]
@@ -64,13 +84,15 @@ class _Processor(LogitsProcessor):  # type: ignore[misc]
         self._processor, self._whole = processor, whole
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._processor(self._whole.ids(input_ids), scores)
+        with self._whole.outside():
+            return self._processor(self._whole.ids(input_ids), scores)
 
 
 def _allowed(
     function: Callable[[int, Tensor], Sequence[int]], whole: WholePrompts
 ) -> Callable[[int, Tensor], Sequence[int]]:
     def allowed(prompt: int, ids: Tensor) -> Sequence[int]:
-        return function(prompt, torch.cat([whole.prompts[prompt].to(ids.device), ids[whole.width :]]))
+        with whole.outside():
+            return function(prompt, whole.of_prompt(prompt, ids))
 
     return allowed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.in_llm import InLlmReducer
-from foveate.core.selection import Selection, SpanSelection
+from foveate.core.selection import Merge, Selection, SpanSelection
 from foveate.core.spans import Crop, Span
 from foveate.engines.transformers.compaction import Compaction, check_visible
 
@@ -74,19 +74,31 @@ class PromptTokens:
             start += len(kept)
         return tuple(thinned_crop(crop, torch.arange(self.free)) for crop in crops) if self.fixed else tuple(crops)
 
-    def selection(self, origin: Tensor) -> list[SpanSelection]:
-        """Return, per span, which of its tokens are left when those at `origin` among the n are."""
+    def selection(self, origin: Tensor, merge: Merge | None = None) -> list[SpanSelection]:
+        """Return, per span, which of its tokens are left when those at `origin` among the n are, merged if they are.
+
+        Tokens of other images that flowed into one of a span have no place in it, and are left out.
+        """
         found, start = [], 0
         for span, kept in zip(self.spans, self.kept, strict=True):
-            inside = origin[(origin >= start) & (origin < start + len(kept))] - start
-            places = kept.to(inside.device).index_select(0, inside)
-            found.append(SpanSelection(len(span), places, sample=self.sample, kind=span.kind))
+            own = (origin >= start) & (origin < start + len(kept))
+            inside, kept_here = origin[own] - start, kept.to(origin.device)
+            places = kept_here.index_select(0, inside)
+            here = None if merge is None else _within(merge, own, kept_here, start)
+            found.append(SpanSelection(len(span), places, here, self.sample, span.kind))
             start += len(kept)
         return found
 
     def repeated(self, times: int) -> list[PromptTokens]:
         """Return the prompt as often as it stands in a batch in which each prompt stands several times in a row."""
         return [replace(self, sample=self.sample * times + i) for i in range(times)]
+
+
+def _within(merge: Merge, own: Tensor, kept: Tensor, start: int) -> Merge:
+    """Return the entries of a merge of a prompt that stay in the span whose tokens begin at `start`."""
+    stays = own[merge.target] & (merge.source >= start) & (merge.source < start + len(kept))
+    rank = own.cumsum(0) - 1
+    return Merge(rank[merge.target[stays]], kept.index_select(0, merge.source[stays] - start), merge.weight[stays])
 
 
 def thinned_crop(crop: Crop, tokens: Tensor, start: int = 0) -> Crop:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from foveate.core.ambient import defaults
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
+from foveate.core.offload import weights_at_hand
 from foveate.core.probes import Query
 from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
@@ -142,7 +143,9 @@ def reduce_with(
             ready.priors = priors_of(settings.judging, decision.tokens, decision.selection)
         return ready
 
-    return run(model, family, inputs, spans, settings, applied, meter, seen)
+    # Families read parameters of these two, such as the newline of LLaVA-NeXT, and no call of theirs loads them.
+    with weights_at_hand(part for part in (model, getattr(model, "model", None)) if part is not None):
+        return run(model, family, inputs, spans, settings, applied, meter, seen)
 
 
 def apply(

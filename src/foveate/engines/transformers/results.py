@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from foveate.core.selection import Selection, SpanSelection
 from foveate.engines.transformers.in_llm.pass_state import PassState
 
@@ -23,6 +26,15 @@ class Results:
     def begin(self, selection: Selection | None, batch: int) -> None:
         """Take note of a call with so many prompts, and of what methods before the LLM kept, if they acted."""
         self._selection, self._batch, self.inside = selection, batch, None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keep what the call came to, whatever calls the body of the ``with`` statement makes."""
+        before = (self._selection, self._batch, self.inside)
+        try:
+            yield
+        finally:
+            self._selection, self._batch, self.inside = before
 
     def selections(self) -> list[list[SpanSelection]]:
         """Return what was kept, per prompt and span; of methods inside the LLM in its last layer."""

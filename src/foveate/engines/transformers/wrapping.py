@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from foveate.core.errors import AttachError, InputError, UnsupportedModelError
 from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
-from foveate.engines.transformers.callbacks import show_whole_prompts
+from foveate.engines.transformers.callbacks import WholePrompts, wrap_callbacks
 from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.in_llm.support import check_options
@@ -76,10 +77,11 @@ class Wrapping:
         with torch.no_grad():
             reduced = self._continuation.reduce(kwargs, cache)
         if reduced.compaction is None:
+            wrap_callbacks(reduced, WholePrompts(None, 0, self._outside))
             return self._run_generate(reduced)
         full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
         shorten_limits(self._model, reduced, full_ids.shape[1] - width)
-        show_whole_prompts(reduced, full_ids, width)
+        wrap_callbacks(reduced, WholePrompts(full_ids, width, self._outside))
         out = self._run_generate(reduced)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
@@ -100,6 +102,18 @@ class Wrapping:
         finally:
             self._call.generating = False
             self._call.prefill = None
+
+    @contextmanager
+    def _outside(self) -> Iterator[None]:
+        """Let what a callback of ``generate`` runs be reduced as outside of it; ``generate`` then goes on."""
+        call = self._call
+        before = (call.generating, call.prefill, call.compaction)
+        call.generating, call.prefill, call.compaction = False, None, None
+        try:
+            with self._results.aside():
+                yield
+        finally:
+            call.generating, call.prefill, call.compaction = before
 
     def _watched_prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse a `generate` that does not come by way of the wrapper: its loop counts the tokens of full prompts."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from foveate.core.in_llm import InLlmReducer, planned
-from foveate.core.selection import SpanSelection
+from foveate.core.merges import composed, joined
+from foveate.core.selection import Merge, SpanSelection
 from foveate.core.spans import Crop
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
 from foveate.engines.transformers.in_llm.kept_columns import RemainingTokens
@@ -35,6 +36,9 @@ class PassState:
         What is left behind the last boundary at which tokens were dropped; `None` in front of the first one.
     cuts
         The boundaries at which tokens were dropped, and what was left behind them.
+    merges
+        Per such boundary and prompt, how the prompt's visual tokens as they entered the LLM flow into those left
+        there, if any have merged so far.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class PassState:
         self.batch, self.width = shape
         self.remaining: RemainingTokens | None = None
         self.cuts: list[tuple[int, RemainingTokens]] = []
+        self.merges: dict[int, list[Merge | None]] = {}
         if prompts:  # a step of decoding has none, and must cost nothing
             self._take_in(mask)
 
@@ -135,13 +140,24 @@ class PassState:
             index = torch.where(keep.gather(1, order), index, -1)
         origin = [o.index_select(0, picked.kept) for o, picked in zip(before.origin, chosen, strict=True)]
         self.remaining = RemainingTokens(index, lengths, visual_now, origin)
+        earlier = self.merges[self.cuts[-1][0]] if self.cuts else [None] * len(self.prompts)
+        self.merges[boundary] = [
+            composed(merge, places, picked)
+            for merge, places, picked in zip(earlier, before.origin, chosen, strict=True)
+        ]
         self.cuts.append((boundary, self.remaining))
         return order
 
     def selections(self, remaining: RemainingTokens | None = None) -> list[list[SpanSelection]]:
         """Return which tokens of each image are left, by default behind the last boundary, prompt by prompt."""
+        left = remaining or self.tokens
+        boundary = next((b for b, behind in self.cuts if behind is left), None)
+        merges = [None] * len(self.prompts) if boundary is None else self.merges[boundary]
         rows: list[list[SpanSelection]] = [[] for _ in range(self.batch)]
-        for prompt, origin in zip(self.prompts, (remaining or self.tokens).origin, strict=True):
+        for prompt, origin, merge in zip(self.prompts, left.origin, merges, strict=True):
             last = torch.arange(prompt.free, len(prompt.columns), device=origin.device)
-            rows[prompt.sample] = prompt.selection(torch.cat([origin, last]))
+            if merge is not None:
+                ones = torch.ones(len(last), device=origin.device)
+                merge = joined(merge, Merge(last - prompt.free + len(origin), last, ones))
+            rows[prompt.sample] = prompt.selection(torch.cat([origin, last]), merge)
         return rows

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.modeling_layers import GradientCheckpointingLayer
+
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.reducer import Positions
 
@@ -12,6 +14,7 @@ _STATIC = (
     "a static cache has one length for all layers, but methods inside the LLM shorten some: use the default "
     "DynamicCache"
 )
+_RECOMPUTES_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def check_decoder(decoder: Any, positions: Positions) -> None:
@@ -32,9 +35,11 @@ def check_decoder(decoder: Any, positions: Positions) -> None:
 
 def check_pass(decoder: Any, cache: Any) -> None:
     """Raise `UnsupportedModelError` if an LLM, as it is set now, cannot run a pass in which tokens are dropped."""
-    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+    # Later versions recompute the layer alone; hooks, and with them what was chosen, stay outside.
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False) and _RECOMPUTES_HOOKS:
         raise UnsupportedModelError(
-            "gradient checkpointing runs layers twice, so a method inside the LLM would choose twice: switch it off"
+            "gradient checkpointing of this version of transformers runs the hooks of a layer twice, so a method "
+            "inside the LLM would choose twice: update transformers, or switch it off"
         )
     if "flex" in str(decoder.config._attn_implementation):
         raise UnsupportedModelError(
