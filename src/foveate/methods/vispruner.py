@@ -40,9 +40,11 @@ class VisPruner(CropReducer):
 
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives, as the authors
     advise. It is that of the layer that makes the features; last-layer attention with penultimate features, as the
-    official code has for SigLIP, is not offered. Where the official code fails (an odd number of residual tokens, fewer
-    than `step` even ones), the even half is the larger and a round drops at most all of it. Sorting is stable in
-    float32, ties to the lower index.
+    official code has for SigLIP, is not offered. On LLaVA-NeXT the official code leaves the picture padded: a crop's
+    budget goes to all its patches, those that show padding too, where here they are no candidates, as the model itself
+    cuts them off. Newline vectors are dropped there, and here by default (`separators`). Where the official code fails
+    (an odd number of residual tokens, fewer than `step` even ones), the even half is the larger and a round drops at
+    most all of it. Sorting is stable in float32, ties to the lower index.
     """
 
     important_ratio: float = 0.5
