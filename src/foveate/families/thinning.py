@@ -32,8 +32,8 @@ def run_tower_inside(
 ) -> tuple[Tensor, dict[Probe, Tensor]]:
     """Run a CLIP-like vision tower up to the layer that the projector reads, with a method inside.
 
-    Crops of equal size and budget run together, but each alone if a method asks for it. Patches of a row that are not in
-    its crop, because they show padding, are attended to as ever, and no candidates.
+    Crops of equal size and budget run together, but each alone if a method asks for it. Patches of a row that are not
+    in its crop, because they show padding, are attended to as ever, and no candidates.
 
     Parameters
     ----------

@@ -135,4 +135,4 @@ def _left(size: int, count: int, remaining: int, entropy: float) -> int:
         return count
     if remaining % 2:
         return size
-    return max(size - round((size - count) / remaining**0.5 * (1 - entropy**2)), count)
+    return max(size - round((size - count) / math.sqrt(remaining) * (1 - entropy**2)), count)
