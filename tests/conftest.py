@@ -5,7 +5,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 
+# Code that mutmut watches draws examples slowly.
+settings.register_profile("mutants", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # The models of the tests are tiny: a second thread costs more than it brings.
 torch.set_num_threads(1)
 

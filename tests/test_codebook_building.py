@@ -150,7 +150,7 @@ def test_a_token_is_tested_as_described(repeat, monkeypatch):
     leave_out = made._leave_out
     monkeypatch.setattr(made, "_leave_out", lambda ask, places: seen.setdefault("effect", leave_out(ask, places)))
     monkeypatch.setattr(
-        "foveate.core.codebook._confidence", lambda logits, _: seen.setdefault("logits", logits)[:, 0].tolist()
+        "foveate.fit.codebook._confidence", lambda logits, _: seen.setdefault("logits", logits)[:, 0].tolist()
     )
     made.add(inputs)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate import Chain, FoveateError, VisPruner
+from foveate import Chain, FoveateError, VisPruner, nano
 from foveate.author import (
     ContractError,
     CropBatch,
@@ -29,6 +29,7 @@ from foveate.author import (
     register,
 )
 from foveate.core import checks
+from foveate.nano.runner import Condition, Runner
 from tiny import collate, deep_model, model, sample
 
 INPUTS = collate([sample(4, "image", 5, seed=1), sample(2, "image", 3, "image", 6, seed=2)])
@@ -323,6 +324,16 @@ def test_adaptive_methods_may_keep_less():
     assert [len(s) for s in foveate.reduce(model("llava"), INPUTS, adaptive(keep=9, make=half)).selection] == [5] * 3
     with pytest.raises(ContractError, match="at most 9"):
         foveate.reduce(model("llava"), INPUTS, adaptive(keep=9, make=changed(kept=torch.arange(10))))
+
+
+def test_evaluations_check_values(monkeypatch):
+    monkeypatch.setattr(checks, "_values", checks.ContextVar("off", default=False))
+    runner = Runner(*nano.load())
+    shown = next(nano.scenes(1, 1, "validation"))
+    twice = Faulty(keep=9, make=kept(torch.zeros_like))
+    inputs, tokens = runner.look(shown.image, [twice])
+    with pytest.raises(ContractError, match="faulty keeps a token twice"):
+        runner.ask(inputs, tokens, Condition("faulty", twice), shown.questions[:1])
 
 
 def test_a_method_has_a_name_before_it_is_registered():

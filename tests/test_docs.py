@@ -16,21 +16,20 @@ from foveate.eval.leaderboard import table_rows
 from foveate.eval.published import UNPRUNED
 from foveate.eval.scenes import BLOCK, Entry, collect, draws
 from foveate.measure.baselines import BASELINES
-from foveate.nano import inside
-from foveate.nano.card import tables
-from foveate.nano.comparison import MARKER, table
 from foveate.registry import get_method, load_reducer
 from foveate.tune.candidates import BUDGETS, METHODS
 from foveate.tune.findings import markdown as tune_table
+from training.nano import excerpt, guiding
+from training.nano.card import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def test_the_readme_shows_the_table_of_the_results():
-    result = json.loads((ROOT / "results/nano-comparison.json").read_text(encoding="utf-8"))
+def test_the_readme_shows_the_leaderboard_in_brief():
+    table = excerpt.table(leaderboard.load(ROOT / "results/leaderboard.json"))
     shown = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- {MARKER} -->\n{table(result)}\n<!-- /{MARKER} -->" in shown
+    assert f"<!-- {excerpt.MARKER} -->\n{table}\n<!-- /{excerpt.MARKER} -->" in shown
 
 
 def test_the_table_of_methods_and_families_is_current():
@@ -139,5 +138,5 @@ def test_the_page_on_tuning_shows_the_results_and_the_defaults():
 def test_the_page_of_guides_and_exits_shows_the_results():
     result = json.loads((ROOT / "results/nano-inside.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs/guiding.md").read_text(encoding="utf-8")
-    for name, shown in inside.tables(result).items():
+    for name, shown in guiding.tables(result).items():
         assert f"<!-- {name} -->\n{shown}\n<!-- /{name} -->" in page

@@ -20,7 +20,8 @@ import torch
 import foveate
 import foveate.registry
 from foveate.core.probes import Features
-from foveate.core.tokens import Crop, Span, VisualTokens
+from foveate.core.spans import Crop, Span
+from foveate.core.tokens import VisualTokens
 
 assert "largest_norm" in foveate.list_methods() and "vispruner" in foveate.list_methods()
 reducer = foveate.load_reducer("largest_norm", keep=3, order=1.0)
@@ -62,3 +63,44 @@ def test_it_is_a_method_like_any_other(installed: dict[str, str]) -> None:
 
 def test_it_is_not_there_without_its_package() -> None:
     assert "largest_norm" not in foveate.list_methods()
+
+
+DIRECT = """
+import sys
+
+from foveate_largest_norm import LargestNorm
+
+{body}
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "LargestNorm(keep=32).save(sys.argv[1]); print(LargestNorm.name)",
+        "import foveate; foveate.list_methods(); print(LargestNorm(keep=3).to_dict()['method'])",
+        "import foveate; print(foveate.Chain(LargestNorm(keep=3)).to_dict()['reducers'][0]['method'])",
+        "import foveate; print(foveate.load_reducer(LargestNorm(keep=3), keep=4).name)",
+    ],
+    ids=["saved", "listed before", "in a chain", "changed"],
+)
+def test_it_has_its_name_however_it_was_imported(installed: dict[str, str], tmp_path: Path, body: str) -> None:
+    command = [sys.executable, "-c", DIRECT.format(body=body), str(tmp_path / "method.json")]
+    done = subprocess.run(command, env=installed, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "largest_norm\n"), done.stderr
+
+
+def test_it_has_its_name_in_a_spawned_worker(installed: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "spawning.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "def name(reducer):\n"
+        "    return reducer.to_dict()['method']\n"
+        "if __name__ == '__main__':\n"
+        "    from foveate_largest_norm import LargestNorm\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(name, (LargestNorm(keep=3),)))\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(script)], env=installed, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "largest_norm\n"), done.stderr

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import foveate.core.probes
 import foveate.families.taps
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.probes import Attention, Features, cls_row, received
+from foveate.core.probes import Attention, Features, attention_received, cls_row
 from foveate.families.merged import mean_of_blocks
 from foveate.families.taps import Taps, layer_outputs, tap
 from foveate.families.tower import encoder_layers, run_tower
@@ -135,7 +135,7 @@ def wave(n, c, f):
 def test_received_check_values():
     query = wave(16, 4, lambda h, i, c: math.sin(0.7 * (i + 1) + 1.1 * (h + 1) * (c + 1)))
     key = wave(16, 4, lambda h, i, c: 1.5 * math.cos(0.703 * (i + 1) * (c + 1) + 0.6 * (h + 1)))
-    values = received(query, key, 0.5)
+    values = attention_received(query, key, 0.5)
     published = [0.059091, 0.068178, 0.075789, 0.065843, 0.056212, 0.059994, 0.059977, 0.055996,
                  0.051159, 0.058784, 0.069677, 0.074087, 0.064927, 0.058036, 0.061830, 0.060417]  # fmt: skip
     torch.testing.assert_close(values[0], torch.tensor(published), atol=1e-6, rtol=0)
@@ -146,13 +146,13 @@ def test_received_in_chunks_equals_the_whole_map(monkeypatch):
     whole = (query @ key.mT * 0.5).softmax(-1).mean(1).mean(1)
     for chunk in (1, 5, 21, 256):
         monkeypatch.setattr(foveate.core.probes, "_QUERY_CHUNK", chunk)
-        torch.testing.assert_close(received(query, key, 0.5), whole)
-        torch.testing.assert_close(received(query, key, 0.5, skip=1), whole[:, 1:])
+        torch.testing.assert_close(attention_received(query, key, 0.5), whole)
+        torch.testing.assert_close(attention_received(query, key, 0.5, skip=1), whole[:, 1:])
 
 
 def test_half_precision_is_read_in_single():
     query, key = torch.randn(2, 3, 9, 4).half(), torch.randn(2, 3, 9, 4).half()
-    for reader in (cls_row, received):
+    for reader in (attention_received, cls_row):
         assert reader(query, key, 0.5).dtype == torch.float32
         assert torch.equal(reader(query, key, 0.5), reader(query.float(), key.float(), 0.5))
 
@@ -260,10 +260,13 @@ def padded(n, shown):
 def test_padding_neither_gives_nor_gets_attention(monkeypatch, chunk):
     monkeypatch.setattr(foveate.core.probes, "_QUERY_CHUNK", chunk)
     query, key, mask = padded(7, (5, 7))
-    values, row = received(query, key, 0.5, 0, mask[:, None, None]), cls_row(query, key, 0.5, mask[:, None, None])
+    values, row = (
+        attention_received(query, key, 0.5, 0, mask[:, None, None]),
+        cls_row(query, key, 0.5, mask[:, None, None]),
+    )
     for i, n in enumerate((5, 7)):
         alone = query[i : i + 1, :, :n], key[i : i + 1, :, :n]
-        torch.testing.assert_close(values[i, :n], received(*alone, 0.5)[0])
+        torch.testing.assert_close(values[i, :n], attention_received(*alone, 0.5)[0])
         torch.testing.assert_close(row[i, : n - 1], cls_row(*alone, 0.5)[0])
         assert not values[i, n:].any()
         assert not row[i, n - 1 :].any()
@@ -272,8 +275,8 @@ def test_padding_neither_gives_nor_gets_attention(monkeypatch, chunk):
 def test_sequences_told_apart_by_a_mask():
     query, key, _ = padded(7, (7, 7))
     blocks = torch.block_diag(torch.ones(3, 3), torch.ones(4, 4)).bool().expand(2, 1, -1, -1)
-    values = received(query, key, 0.5, 0, blocks)
-    first, second = (received(query[:, :, part], key[:, :, part], 0.5) for part in (slice(3), slice(3, 7)))
+    values = attention_received(query, key, 0.5, 0, blocks)
+    first, second = (attention_received(query[:, :, part], key[:, :, part], 0.5) for part in (slice(3), slice(3, 7)))
     torch.testing.assert_close(values, torch.cat([first * 3, second * 4], dim=1) / 7)
 
 
@@ -289,7 +292,7 @@ def test_masks_of_every_implementation(kind):
     taps = Taps({module: [probe]}, 0)
     taps.read(module, query, key, key, 0.5, None, given)
     (values,) = taps.values(module, probe)
-    torch.testing.assert_close(values, received(query, key, 0.5, 0, mask[:, None, None]))
+    torch.testing.assert_close(values, attention_received(query, key, 0.5, 0, mask[:, None, None]))
 
 
 class Attending(torch.nn.Linear):
@@ -319,7 +322,7 @@ def test_calls_of_the_fused_kernel_are_read():
     query, key, _ = torch.nn.functional.linear(encoder.timm_model[0](x), marked.weight, marked.bias).reshape(
         2, 5, 3, 2, 4
     ).permute(2, 0, 3, 1, 4)  # fmt: skip
-    torch.testing.assert_close(values, received(query, key, 0.5))
+    torch.testing.assert_close(values, attention_received(query, key, 0.5))
     assert not marked._forward_hooks
     assert not marked._forward_pre_hooks
 
@@ -349,7 +352,7 @@ def test_attention_received_and_its_mean_over_blocks_by_hand():
     tokens, heads, width = range(1, 17), range(1, 3), range(1, 5)
     query = torch.tensor([[[[math.sin(0.7 * i + 1.1 * h * c) for c in width] for i in tokens] for h in heads]])
     key = torch.tensor([[[[1.5 * math.cos(0.703 * i * c + 0.6 * h) for c in width] for i in tokens] for h in heads]])
-    got = received(query, key, 0.5)
+    got = attention_received(query, key, 0.5)
     expected = [
         0.059091, 0.068178, 0.075789, 0.065843, 0.056212, 0.059994, 0.059977, 0.055996, 0.051159, 0.058784, 0.069677,
         0.074087, 0.064927, 0.058036, 0.061830, 0.060417,

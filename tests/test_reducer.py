@@ -36,7 +36,9 @@ def registry(monkeypatch):
     registry = dict(foveate.registry._registry)
     monkeypatch.setattr(foveate.registry, "_registry", registry)
     monkeypatch.setattr(foveate.registry, "_seen_plugins", set())
-    return registry
+    foveate.registry._plugins.cache_clear()
+    yield registry
+    foveate.registry._plugins.cache_clear()
 
 
 @pytest.mark.parametrize("keep", KEEPS, ids=str)

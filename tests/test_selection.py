@@ -85,6 +85,25 @@ def test_wrong_plane_is_refused():
         SpanSelection(5, torch.tensor([1])).apply(torch.zeros(4, 2))
 
 
+def test_rows_behind_the_span_are_there_to_merge_from():
+    """A method may merge what the encoder made beside the tokens, such as that of `[CLS]`."""
+    merge = Merge(torch.tensor([0, 0]), torch.tensor([1, 4]), torch.tensor([1.0, 2.0]))
+    span = SpanSelection(4, torch.tensor([1]), merge, extra=1)
+    span.check()
+    x = torch.arange(5.0)[:, None]
+    assert span.apply(x).tolist() == [[1.0 + 2 * 4.0]]
+    with pytest.raises(InputError, match="4 tokens; the plane has 3 rows"):
+        span.apply(x[:3])
+    after = SpanSelection.from_dict(json.loads(json.dumps(span.to_dict())))
+    assert (after.extra, after.apply(x).tolist()) == (1, [[9.0]])
+
+
+def test_nothing_kept_survives_json():
+    span = SpanSelection.from_dict(json.loads(json.dumps(SpanSelection(4, torch.arange(0)).to_dict())))
+    assert span.kept.dtype == torch.long
+    assert span.apply(torch.zeros(4, 2)).shape == (0, 2)
+
+
 def test_apply_over_spans_and_by_prompt():
     first, second = SpanSelection(3, torch.tensor([2]), sample=1), SpanSelection(2, torch.tensor([0, 1]), sample=0)
     selection = Selection((first, second))
@@ -107,6 +126,7 @@ def entry(target, source, weight):
     [
         ({"kept": [1, 1]}, "ascend"),
         ({"kept": [2, 1]}, "ascend"),
+        ({"kept": [0, 2, 1]}, "ascend"),
         ({"kept": [4]}, "0..3"),
         ({"kept": [-1, 2]}, "ascend"),
         ({"kept": [[0]]}, "one int64 vector"),

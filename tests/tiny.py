@@ -52,6 +52,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("todre", {"criterion": "k_center"}),
     ("prunesid", {}),
     ("agilepruner", {}),
+    ("gaze", {}),
+    ("gaze", {"saliency": 0.0, "spread": 0.5}),
+    ("gaze_query", {}),
     ("fsr", {}),
     ("fsr", {"focus": 0.3}),
     ("divprune", {}),
@@ -85,8 +88,9 @@ VIDEO_METHODS: list[tuple[str, dict[str, Any]]] = [("evs", {})]
 
 
 def method_id(entry: Any) -> str:
+    """Name a method and its parameters, without those that are files, whose names differ from run to run."""
     name, config = entry
-    return "-".join([name, *(f"{k}={v}" for k, v in config.items())])
+    return "-".join([name, *(f"{k}={v}" for k, v in config.items() if k not in ("gates", "codebook"))])
 
 
 def make(entry: tuple[str, dict[str, Any]], keep: Any, family: str | None = None) -> Reducer:
@@ -161,6 +165,21 @@ STAGED: list[tuple[str, dict[str, Any]]] = [
     ("text_interaction", {"keep": 0.4, "layer": 1}),
 ]
 """Methods with stages before and inside the LLM, with parameters for one of four layers."""
+
+
+def of_each_kind(methods: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    """Return entries, all but the first of each kind as slow tests.
+
+    Methods of a kind have the same stage, probes, merging and pictures, which is all that an engine asks of them.
+    """
+    kinds, entries = set(), []
+    for entry in methods:
+        reducer = make(entry, 9)
+        kind = (reducer.stage, frozenset(map(type, reducer.needs)), reducer.merges, reducer.video_only)
+        entries.append(pytest.param(entry, marks=pytest.mark.slow) if kind in kinds else entry)
+        kinds.add(kind)
+    return entries
+
 
 IN_LLM_FAMILIES = [name for name in FAMILIES if name not in ("lfm2_vl", "qwen3_5")]
 """Families with attention in every layer of the LLM."""

@@ -7,11 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate.core.spans import Span
-from foveate.families.batches import joined_outputs
-from foveate.families.layout import Grid
-from foveate.families.raster import RasterFamily
-from foveate.families.tower import resized
+from foveate.author import Grid, RasterFamily, Span, joined_outputs, resized
 
 
 class DeepseekVl(RasterFamily):

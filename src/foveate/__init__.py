@@ -1,18 +1,24 @@
 """foveate: keep only the visual tokens that matter, in stock vision-language models."""
 
-from foveate.core.budget import Budget
-from foveate.core.errors import FoveateError
-from foveate.core.reducer import Reducer
-from foveate.core.selection import Selection
-from foveate.core.tokens import VisualTokens
-from foveate.engines.transformers.attach import attach
-from foveate.engines.transformers.reduce import reduce
-from foveate.families import list_families
-from foveate.fit.gates import train_gates
-from foveate.guided.guide import guide
-from foveate.methods import VisPruner
-from foveate.methods.chain import Chain
-from foveate.registry import list_methods, load_reducer, register
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveate.core.budget import Budget
+    from foveate.core.errors import FoveateError
+    from foveate.core.reducer import Reducer
+    from foveate.core.selection import Selection
+    from foveate.core.tokens import VisualTokens
+    from foveate.engines.transformers.attach import attach
+    from foveate.engines.transformers.reduce import reduce
+    from foveate.families import list_families
+    from foveate.fit.gates import train_gates
+    from foveate.guided.guide import guide
+    from foveate.methods import VisPruner
+    from foveate.methods.chain import Chain
+    from foveate.registry import list_methods, load_reducer, register
 
 __version__ = "0.1.0"
 
@@ -33,3 +39,34 @@ __all__ = [
     "register",
     "train_gates",
 ]
+
+_HOMES = {
+    "Budget": "core.budget",
+    "Chain": "methods.chain",
+    "FoveateError": "core.errors",
+    "Reducer": "core.reducer",
+    "Selection": "core.selection",
+    "VisPruner": "methods",
+    "VisualTokens": "core.tokens",
+    "attach": "engines.transformers.attach",
+    "guide": "guided.guide",
+    "list_families": "families",
+    "list_methods": "registry",
+    "load_reducer": "registry",
+    "reduce": "engines.transformers.reduce",
+    "register": "registry",
+    "train_gates": "fit.gates",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: all at once would load torch and transformers for `foveate --help` too."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -58,11 +59,16 @@ def _origin(cls: type) -> tuple[str, str]:
 def _all() -> dict[str, type[Method]]:
     for module in BUILT_IN:
         importlib.import_module(module)
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in _plugins():
         if (point.name, point.value) not in _seen_plugins:
             _seen_plugins.add((point.name, point.value))
             _add_plugin(point)
     return _registry
+
+
+@cache  # reading the metadata of all installed packages is slow, and every look-up of a method comes here
+def _plugins() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINTS))
 
 
 _seen_plugins: set[tuple[str, str]] = set()
@@ -91,7 +97,7 @@ def get_method(name: str) -> type[Method]:
     """
     methods = _all()
     if name not in methods:
-        raise UnknownNameError(f"no method is called {name!r}; there are: {', '.join(sorted(methods))}")
+        raise UnknownNameError.among("no method is called", name, sorted(methods))
     return methods[name]
 
 

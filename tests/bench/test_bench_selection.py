@@ -56,6 +56,7 @@ def test_random_tokens_have_the_shapes_of_their_probes():
 
 def test_command(tmp_path, monkeypatch):
     monkeypatch.setattr("foveate.bench.selection.GRIDS", ((8, 8),))
+    monkeypatch.setattr("foveate.bench.selection.against_plain", lambda **_: {})
     out = tmp_path / "selection.json"
     arguments = ["bench", "selection", "uniform", "--keep", "5", "--repeats", "1", "--out", str(out), "--json"]
     result = CliRunner().invoke(app, arguments)

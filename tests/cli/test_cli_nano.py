@@ -8,7 +8,7 @@ import pytest
 
 from foveate import nano
 from foveate.measure.loading import model_inputs, open_image, prompt_for
-from foveate.nano.export import build_processor
+from training.nano.export import build_processor
 
 needs_weights = pytest.mark.skipif(not (nano.WEIGHTS / "config.json").is_file(), reason="nano is not trained yet")
 
@@ -26,12 +26,12 @@ def test_questions_reach_nano_as_in_training() -> None:
 def test_eval_shows_gates_and_fails_with_them(
     foveate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: bool
 ) -> None:
-    from foveate.nano import gates
+    from training.nano import acceptance
 
     score = {"all": {"accuracy": 91.25, "error": 0.5, "questions": 8}}
     gate = {"value": 91.25, "limit": 90.0, "rule": "at least", "passed": passed}
     result = {"accuracy": {"full": score}, "gates": {"whole": gate}}
-    monkeypatch.setattr(gates, "measure", lambda *_: result)
+    monkeypatch.setattr(acceptance, "measure", lambda *_: result)
     (tmp_path / "config.json").write_text("{}")
     shown = foveate("nano", "eval", "--model", tmp_path, "--out", "scores/nano.json")
     assert shown.code == 1 - passed
@@ -68,6 +68,7 @@ def test_nano_takes_dtype_and_attention(foveate: Any) -> None:
 
 
 @needs_weights
+@pytest.mark.slow
 def test_nano_eval(foveate: Any) -> None:
     result = foveate("nano", "eval", "--images", 2, "--processes", 1, "--out", "scores/nano.json", "--json")
     assert result.code in (0, 1)
@@ -75,6 +76,7 @@ def test_nano_eval(foveate: Any) -> None:
 
 
 @needs_weights
+@pytest.mark.slow
 def test_guides_and_exits(foveate: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     names = ("inside-about", "sgl", "early-exit", "exits")

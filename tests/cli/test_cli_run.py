@@ -342,7 +342,7 @@ def test_questions_cannot_bring_placeholders(folder: Path) -> None:
 
 
 def test_standard_output_holds_json_alone(folder: Path, photo: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "foveate.cli", "run", str(photo), "what ?", "--model", str(folder), "--json"]
+    command = [sys.executable, "-m", "foveate", "run", str(photo), "what ?", "--model", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert json.loads(done.stdout)["tokens"]["after"] == 16
     assert "loading" in done.stderr

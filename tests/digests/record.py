@@ -56,14 +56,10 @@ def nano_entries() -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
                 config["gates"] = _gates_file()
             keeps = [budget, budget / 256] if name not in ("todre_exit", "visual_exit", "dyvte") else []
             yield (
-                f"{method_id(_without_paths(entry))} {budget}",
+                f"{method_id(entry)} {budget}",
                 name,
                 [*({**config, "keep": k} for k in keeps), config],
             )
-
-
-def _without_paths(entry: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    return entry[0], {k: v for k, v in entry[1].items() if k != "gates"}
 
 
 def of_nano() -> Iterator[tuple[str, dict[str, Any]]]:

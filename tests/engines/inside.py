@@ -24,8 +24,21 @@ from tiny import (
 TOKENS = 9
 DEPTH = 4
 methods = pytest.mark.parametrize("inside", IN_LLM, ids=method_id)
+each_method = pytest.mark.parametrize(
+    "inside",
+    [
+        pytest.param(entry, marks=pytest.mark.slow if entry[0] in [name for name, _ in IN_LLM[:i]] else [])
+        for i, entry in enumerate(IN_LLM)
+    ],
+    ids=method_id,
+)
+"""Further parameters of the same method only among the slow tests."""
 every_family = pytest.mark.parametrize("family", IN_LLM_FAMILIES)
 every_family_in_depth = pytest.mark.parametrize("family", [pytest.param(f, marks=in_depth(f)) for f in IN_LLM_FAMILIES])
+one_family_in_depth = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f == "llava" else pytest.mark.slow) for f in IN_LLM_FAMILIES]
+)
+"""For what the layers of the LLM decide: the core families have the same, and oracles compare what differs."""
 
 
 def make(inside):

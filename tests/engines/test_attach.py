@@ -16,7 +16,7 @@ from foveate import Chain, FoveateError
 from foveate.core.errors import AttachError, BudgetError, InputError, UnknownNameError
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.methods import FastV, PyramidDrop, Random, SparseVLM, Uniform, VisPruner
-from tiny import METHODS, TINIES, collate, deep_model, make, method_id, model, sample, samples
+from tiny import METHODS, TINIES, collate, deep_model, make, method_id, model, of_each_kind, sample, samples
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
@@ -36,7 +36,7 @@ def state(net):
 
 
 @every_family_in_depth
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
+@pytest.mark.parametrize("entry", of_each_kind(METHODS), ids=method_id)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_detaching_restores_the_model(family, entry, attention):
     net, inputs = model(family, attention), collate(samples(family))
@@ -199,8 +199,10 @@ def test_a_cache_that_was_emptied_is_as_good_as_new(reducer):
 
 
 @every_family_in_depth
-@pytest.mark.parametrize("entry", METHODS, ids=method_id)
-@pytest.mark.parametrize("positions", [None, "original", "compact"])
+@pytest.mark.parametrize("entry", of_each_kind(METHODS), ids=method_id)
+@pytest.mark.parametrize(
+    "positions", [None, *(pytest.param(p, marks=pytest.mark.slow) for p in ("original", "compact"))]
+)
 def test_reduce_equals_attach(family, entry, positions):
     if positions not in (None, *TINIES[family].positions):
         with pytest.raises(InputError, match="use positions='original'"):

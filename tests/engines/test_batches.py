@@ -30,14 +30,15 @@ from tiny import (
     make,
     method_id,
     model,
+    of_each_kind,
     sample,
     samples,
 )
 
 
 @every_family_in_depth
-@pytest.mark.parametrize("keep", [1.0, 10_000])
-@pytest.mark.parametrize("entry", METHODS + VIDEO_METHODS, ids=method_id)
+@pytest.mark.parametrize("keep", [1.0, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("entry", of_each_kind(METHODS + VIDEO_METHODS), ids=method_id)
 def test_a_budget_for_everything_is_bit_identical(family, keep, entry):
     net, inputs = model(family), collate(samples(family))
     plain = generate(net, inputs, max_new_tokens=3)

@@ -11,12 +11,14 @@ from inside import (
     answer_of,
     answered,
     close,
+    each_method,
     every_family,
     every_family_in_depth,
     generate,
     kept,
     make,
     methods,
+    one_family_in_depth,
     positions_of,
 )
 from layered import layered, layered_answer
@@ -24,6 +26,7 @@ from oracle import visible_columns
 
 import foveate
 from foveate import Chain
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.selection import SpanSelection
 from foveate.cost import kv_bytes
 from foveate.engines.transformers.caches import NAME as CACHE
@@ -54,7 +57,7 @@ def test_generation_equals_hidden_columns(family, inside):
     close(torch.stack(out.logits, 1), layered_answer(net, inputs, handle.layers, answer_of(out, inputs), positions))
 
 
-@methods
+@each_method
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize(("attention", "dtype"), [("eager", torch.float32), ("sdpa", torch.bfloat16)], ids=str)
 def test_implementations_and_precisions(inside, positions, attention, dtype):
@@ -87,7 +90,7 @@ def test_the_oracle_tells_selections_apart(inside):
     assert (right - layered_answer(net, inputs, wrong, answer, "original")).abs().max() > 1e-2
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 @pytest.mark.parametrize("count", [1, 3], ids=["alone", "padded-batch"])
 def test_cached_decoding_equals_full_recomputation(family, inside, count, monkeypatch):
@@ -103,8 +106,8 @@ def test_cached_decoding_equals_full_recomputation(family, inside, count, monkey
     close(torch.stack(out.logits, 1), logits[:, -18:-1])
 
 
-@every_family_in_depth
-@methods
+@one_family_in_depth
+@each_method
 def test_a_prompt_alone_and_in_padded_batches(family, inside, monkeypatch):
     reducer, rows = make(inside), samples(family)
     net = deep_model(family)
@@ -132,7 +135,7 @@ def test_every_family_generates_with_fastv(family):
     close(torch.stack(out.logits, 1), layered_answer(net, inputs, handle.layers, answer_of(out, inputs), "original"))
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 def test_layers_hold_what_the_schedule_says(family, inside):
     reducer = make(inside)
@@ -143,7 +146,7 @@ def test_layers_hold_what_the_schedule_says(family, inside):
     text = inputs["input_ids"].shape[1] - visual
     with foveate.attach(net, reducer) as handle:
         out = generate(net, inputs, max_new_tokens=3)
-    schedule = reducer.schedule(DEPTH, visual)
+    schedule = tokens_per_layer(reducer, DEPTH, visual)
     sizes = [layer.get_seq_length() for layer in cache_of(out).layers]
     assert sizes == [text + n + 2 for n in schedule]
     assert schedule[-1] < visual
@@ -154,8 +157,8 @@ def test_layers_hold_what_the_schedule_says(family, inside):
                 span.check()
 
 
-@every_family_in_depth
-@methods
+@one_family_in_depth
+@each_method
 def test_nothing_to_drop_is_bit_identical(family, inside):
     name, config = inside
     if make(inside).adaptive:
@@ -172,7 +175,7 @@ def test_nothing_to_drop_is_bit_identical(family, inside):
     assert torch.equal(torch.stack(after.logits), torch.stack(plain.logits))
 
 
-@methods
+@each_method
 def test_text_alone_passes_through(inside):
     net, inputs = deep_model("llava"), collate([sample(7), sample(4, seed=1)])
     plain = generate(net, inputs)
@@ -182,7 +185,7 @@ def test_text_alone_passes_through(inside):
     assert handle.selections == []
 
 
-@methods
+@each_method
 def test_a_prompt_without_image_in_the_batch(inside):
     net = deep_model("llava")
     rows = [sample(3, "image", 4), sample(90, seed=2), sample(2, "image", 3, "image", 5, seed=4)]
@@ -193,7 +196,7 @@ def test_a_prompt_without_image_in_the_batch(inside):
             close(together[i, -len(row["ids"]) :], net(**inputs).logits[0])
 
 
-@methods
+@each_method
 def test_a_prompt_that_ends_with_its_image(inside):
     net, inputs = deep_model("llava"), collate([sample(3, "image"), sample(5, "image", seed=2)])
     with foveate.attach(net, make(inside)) as handle:
@@ -205,7 +208,7 @@ def test_a_prompt_that_ends_with_its_image(inside):
         close(torch.stack(out.logits, 1), expected)
 
 
-@methods
+@each_method
 def test_beams(inside):
     reducer = make(inside)
     net, inputs = deep_model("llava"), collate(samples("llava"))
@@ -221,7 +224,7 @@ def test_beams(inside):
         close(out.sequences_scores[k::2], score)
 
 
-@methods
+@each_method
 def test_several_answers(inside):
     reducer = make(inside)
     net, inputs = deep_model("llava"), collate(samples("llava"))
@@ -245,8 +248,8 @@ def left(layers, boundary, shown):
     return [[SpanSelection(s.length, torch.arange(s.length), kind=s.kind) for s in row] for row in shown]
 
 
-@every_family_in_depth
-@methods
+@one_family_in_depth
+@each_method
 @pytest.mark.parametrize("new_image", [False, True], ids=["text", "image"])
 def test_second_turn_on_the_same_cache(family, inside, new_image, monkeypatch):
     reducer = make(inside)
@@ -283,7 +286,7 @@ def test_second_turn_on_the_same_cache(family, inside, new_image, monkeypatch):
     close(torch.stack(two.logits, 1), layered_answer(net, whole, cuts, answer_of(two, turn), positions))
 
 
-@methods
+@each_method
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss(inside, side):
     reducer = make(inside)
@@ -319,7 +322,7 @@ def test_what_each_layer_received(inside):
     assert handle.received == [[20, 20, 7, 7], [40, 40, 14, 14], [20, 20, 7, 7]]
 
 
-@every_family_in_depth
+@one_family_in_depth
 @methods
 def test_a_cache_is_as_large_as_the_costs_say(family, inside):
     net, inputs = deep_model(family), collate(samples(family)[:1])
@@ -332,7 +335,7 @@ def test_a_cache_is_as_large_as_the_costs_say(family, inside):
     assert held == kv_bytes(config, [text + n for n in received], 4)
 
 
-@methods
+@each_method
 def test_a_prompt_with_a_single_visual_token(inside):
     """All but one of the tokens of a picture are dropped before the LLM."""
     reducer = make(inside)
@@ -344,7 +347,7 @@ def test_a_prompt_with_a_single_visual_token(inside):
     assert all(row[0] == n for row, n in zip(handle.received, (1, 2), strict=True))
 
 
-@methods
+@each_method
 def test_an_image_that_stands_twice_in_a_prompt(inside):
     row = sample(3, "image", 4, "image", 5)
     row["pixel_values"][1] = row["pixel_values"][0]

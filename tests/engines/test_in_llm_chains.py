@@ -19,7 +19,7 @@ from transformers import DynamicCache, StaticCache
 import foveate
 from foveate import Budget, Chain, FoveateError
 from foveate.core.errors import BudgetError, UnsupportedModelError
-from foveate.core.in_llm import received
+from foveate.core.in_llm import tokens_in_layers
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import FastV, PyramidDrop, ToDREExit, TopV, VisPruner
@@ -210,8 +210,12 @@ def test_each_method_of_a_chain_counts_from_what_the_one_before_it_left():
     with foveate.attach(net, halves, positions="original") as handle:
         generate(net, inputs)
         assert handle.received == [[64, 32, 16, 8]]
-        assert received(halves.stages(), 4, [("image", 64)]) == (64, 32, 16, 8)
-    assert received((FastV(keep=0.5, layer=1), FastV(keep=3, layer=2)), 3, [("image", 8), ("video", 4)]) == (12, 6, 5)
+        assert tokens_in_layers(halves.stages(), 4, [("image", 64)]) == (64, 32, 16, 8)
+    assert tokens_in_layers((FastV(keep=0.5, layer=1), FastV(keep=3, layer=2)), 3, [("image", 8), ("video", 4)]) == (
+        12,
+        6,
+        5,
+    )
     with foveate.attach(
         net, Chain(FastV(keep=0.5, layer=1), ToDREExit(tau=0.0, layer=2), FastV(keep=0.25, layer=3))
     ) as handle:

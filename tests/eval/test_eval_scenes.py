@@ -9,6 +9,7 @@ import torch
 
 from foveate import Budget, nano
 from foveate.core.errors import FoveateError, InputError
+from foveate.core.in_llm import tokens_per_layer
 from foveate.eval import leaderboard, scenes
 from foveate.eval.plot import plot
 from foveate.measure.job import prepare
@@ -120,7 +121,7 @@ def test_methods_asked_for_must_run(model: Any, method: str):
 
 def test_methods_inside_the_llm_get_as_many_equivalent_tokens():
     reducer = scenes.equal_tokens("fastv", 160, 256, 4)
-    assert reducer.schedule(4, 256) == (256, 256, 64, 64)
+    assert tokens_per_layer(reducer, 4, 256) == (256, 256, 64, 64)
     with pytest.raises(FoveateError, match="cannot come down to 64"):
         scenes.equal_tokens("fastv", 64, 256, 4)
 

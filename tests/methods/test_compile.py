@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from foveate import Chain
 from foveate.methods import EVS, FasterVLM, Uniform
 from foveate.registry import get_method, list_methods
-from tiny import METHODS, VIDEO_METHODS, make, method_id, visual_tokens
+from tiny import METHODS, VIDEO_METHODS, make, method_id, of_each_kind, visual_tokens
 
 LAYOUT = [(0, [(3, 4)]), (1, [(3, 4), (3, 4)])]
 NOT_ONE_GRAPH = {
@@ -20,12 +20,8 @@ NOT_ONE_GRAPH = {
 WAITING = [("prumerge", {"adaptive": True}), ("text_interaction_image", {}), ("vflowopt", {"a": 2.0, "exact": False})]
 """Options that leave a number of tokens that depends on values."""
 
-one_graph = [
-    # Other parameters of the same method only where CI asks for slow tests.
-    pytest.param(entry, marks=[] if entry[0] not in [name for name, _ in METHODS[:i]] else pytest.mark.slow)
-    for i, entry in enumerate(METHODS + VIDEO_METHODS)
-    if entry[0] not in NOT_ONE_GRAPH
-]
+one_graph = of_each_kind([entry for entry in METHODS + VIDEO_METHODS if entry[0] not in NOT_ONE_GRAPH])
+"""Every method waits for nothing, by fake tensors; that those also compile is a slow test, but for one of each kind."""
 
 
 def tokens_for(reducer):

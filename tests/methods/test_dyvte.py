@@ -13,7 +13,7 @@ import foveate
 from foveate import FoveateError
 from foveate.core.errors import BudgetError
 from foveate.core.exit_gates import Gate, Gates, feature
-from foveate.core.in_llm import schedule
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import LayerAttention
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import DyVTE, VisualExit
@@ -94,7 +94,7 @@ def test_numbers_of_weights(width, depth, each, all_layers):
 
 @pytest.mark.parametrize(("e", "mean"), [(8, 162), (12, 234), (15, 288), (20, 378), (24, 450), (28, 522)])
 def test_mean_tokens_of_an_exit_behind_a_layer(e, mean):
-    received = schedule(VisualExit(keep=(e + 1) / 32), 32, 576)
+    received = tokens_per_layer(VisualExit(keep=(e + 1) / 32), 32, 576)
     assert sum(received) / 32 == mean == 18 * (e + 1)
 
 

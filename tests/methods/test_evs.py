@@ -131,7 +131,7 @@ def test_a_ratio_counts_as_the_published_rate(frames):
     for percent in range(100):
         rate = percent / 100
         for keep in (1 - rate, (100 - percent) / 100):
-            assert EVS(keep=keep)._count(span) == count_of(frames, 1, rate)
+            assert EVS(keep=keep).count(span) == count_of(frames, 1, rate)
 
 
 def test_images_are_never_touched():

@@ -11,6 +11,7 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import LayerAttention
 from foveate.core.rows import Rows
 from foveate.core.spans import Crop
@@ -107,7 +108,7 @@ def test_masks_windows_and_chunks(monkeypatch):
 
 
 def test_schedule():
-    assert FastV(keep=0.5).schedule(32, 576) == (576,) * 2 + (288,) * 30
+    assert tokens_per_layer(FastV(keep=0.5), 32, 576) == (576,) * 2 + (288,) * 30
     assert FastV(keep=0.5).counts(32, [("image", 577)]) == (288,)  # 288.5, half to even
     assert FastV(keep=0.5).counts(32, [("image", 579)]) == (290,)  # 289.5
     assert FastV(keep=[64, 16]).counts(32, [("image", 576), ("image", 576)]) == (80,)
@@ -123,7 +124,7 @@ def test_equivalent_tokens(layer, equivalent, keep):
     assert solved == FastV(keep=keep, equivalent=equivalent, layer=layer)
     assert f"keep={keep}" in repr(solved)
     assert f"equivalent={equivalent}" in repr(solved)
-    assert abs(sum(solved.schedule(32, 576)) / 32 - equivalent) < 0.5
+    assert abs(sum(tokens_per_layer(solved, 32, 576)) / 32 - equivalent) < 0.5
 
 
 def test_bad_parameters():
@@ -142,9 +143,9 @@ def test_bad_parameters():
         with pytest.raises(BudgetError, match="one for all"):
             FastV(keep=keep, per_image=True)
     with pytest.raises(BudgetError, match="earlier layer"):
-        FastV(equivalent=30).schedule(32, 576)
+        tokens_per_layer(FastV(equivalent=30), 32, 576)
     with pytest.raises(UnsupportedModelError, match="layers 0 to 31"):
-        FastV(keep=9, layer=32).schedule(32, 576)
+        tokens_per_layer(FastV(keep=9, layer=32), 32, 576)
     with pytest.raises(BudgetError):
         FastV(keep=0)
 

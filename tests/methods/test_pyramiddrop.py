@@ -6,6 +6,7 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import LayerAttention
 from foveate.engines.transformers.caches import cache_of
 from foveate.methods import PyramidDrop
@@ -29,12 +30,12 @@ def test_counts_are_rounded_down(tokens, counts):
 
 
 def test_schedule():
-    schedule = PyramidDrop().schedule(32, 576)
+    schedule = tokens_per_layer(PyramidDrop(), 32, 576)
     assert schedule == (576,) * 8 + (288,) * 8 + (144,) * 8 + (72,) * 8
     assert sum(schedule) == 8640
     assert sum(schedule) / 32 == 270
-    assert PyramidDrop(layers=(1, 2, 3)).schedule(4, 8) == (8, 4, 2, 1)
-    assert sum(PyramidDrop(layers=(1, 2, 3)).schedule(4, 8)) / 4 == 3.75
+    assert tokens_per_layer(PyramidDrop(layers=(1, 2, 3)), 4, 8) == (8, 4, 2, 1)
+    assert sum(tokens_per_layer(PyramidDrop(layers=(1, 2, 3)), 4, 8)) / 4 == 3.75
     assert PyramidDrop().boundaries(28) == (7, 14, 21)
     assert PyramidDrop().boundaries(2) == (1,)
 
@@ -63,7 +64,7 @@ def test_equivalent_tokens(target, layers, share, counts, mean):
     solved = PyramidDrop(layers=layers, equivalent=target).solved(32, 576)
     assert solved.keep == pytest.approx(share, abs=6e-5)
     assert solved.counts(32, [("image", 576)]) == counts
-    assert sum(solved.schedule(32, 576)) / 32 == pytest.approx(mean, abs=0.03)
+    assert sum(tokens_per_layer(solved, 32, 576)) / 32 == pytest.approx(mean, abs=0.03)
 
 
 def test_decoded_tokens_are_counted_along_what_each_stage_holds():

@@ -8,7 +8,7 @@ from layer_cases import layer_tokens
 
 from foveate import FoveateError
 from foveate.core.errors import BudgetError
-from foveate.core.in_llm import schedule
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import Prior
 from foveate.core.rows import Rows
 from foveate.engines.transformers.prompt_tokens import PromptTokens
@@ -115,7 +115,7 @@ def test_probabilities_end_with_the_answer():
 def test_mean_shares(depth, share, boundary, mean):
     method = SGL(keep=share, depth=share)
     assert list(method.boundaries(depth)) == [boundary]
-    received = schedule(method, depth, 10_000)
+    received = tokens_per_layer(method, depth, 10_000)
     assert sum(received) / depth / 10_000 == pytest.approx(mean, abs=5e-5)
 
 

@@ -6,6 +6,7 @@ from layer_cases import layer_tokens
 
 from foveate.core.clustering import density_peaks, dpc_knn
 from foveate.core.errors import BudgetError, FoveateError, UnsupportedModelError
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import LayerAttention, LayerStates
 from foveate.methods import SparseVLM, SparseVLMPlus
 from foveate.methods.sparsevlm import gravity, priority_scores
@@ -17,7 +18,7 @@ IMAGE = [("image", 576)]
 
 def received(reducer, depth=32, images=IMAGE):
     """Mean number of tokens that the layers receive."""
-    return sum(reducer.schedule(depth, sum(n for _, n in images))) / depth
+    return sum(tokens_per_layer(reducer, depth, sum(n for _, n in images))) / depth
 
 
 def at_boundary(planes, counts, **fields):

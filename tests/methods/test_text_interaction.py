@@ -8,6 +8,7 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate import Budget, FoveateError
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import ClsSimilarity, LayerAttention
 from foveate.core.ranking import cosine_matrix
 from foveate.methods import FastV, TextInteraction, TextInteractionImage, TextInteractionLLM
@@ -132,7 +133,7 @@ def test_stage_two():
 
 
 def test_the_default_comes_to_the_share_of_the_abstract():
-    received = TextInteractionLLM(keep=0.4).schedule(32, 288)
+    received = tokens_per_layer(TextInteractionLLM(keep=0.4), 32, 288)
     assert sum(received) / 32 / 576 == pytest.approx(0.219, abs=0.002)
 
 
@@ -140,11 +141,13 @@ def test_the_default_comes_to_the_share_of_the_abstract():
 def test_budgets_are_means_over_the_layers(keep):
     first, second = TextInteraction(keep=keep).stages()
     assert (first.keep, first.adaptive) == (keep * 3 // 2, False)
-    received = second.schedule(32, first.keep)
+    received = tokens_per_layer(second, 32, first.keep)
     assert received[:2] == (first.keep,) * 2
     assert sum(received) / 32 == pytest.approx(keep, abs=0.5)
     first, second = TextInteraction(keep=keep / 576).stages()
-    assert sum(second.schedule(32, first.keep and round(first.keep * 576))) / 32 == pytest.approx(keep, abs=0.5)
+    assert sum(tokens_per_layer(second, 32, first.keep and round(first.keep * 576))) / 32 == pytest.approx(
+        keep, abs=0.5
+    )
 
 
 def test_the_whole_is_its_stages():

@@ -7,7 +7,7 @@ from layer_cases import layer_tokens
 import foveate
 from foveate import Chain
 from foveate.core.errors import FoveateError, UnsupportedModelError
-from foveate.core.in_llm import schedule
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import LayerAttention
 from foveate.methods import ToDRE, ToDREAll, ToDREExit
 from tiny import collate, deep_model, sample, samples
@@ -110,7 +110,7 @@ def test_both_stages_are_those_alone():
 
 
 def test_the_schedule_is_the_most_there_can_be():
-    assert schedule(ToDREAll(keep=0.25), 32, 576) == (144,) * 32
+    assert tokens_per_layer(ToDREAll(keep=0.25), 32, 576) == (144,) * 32
 
 
 def test_it_has_no_budget():

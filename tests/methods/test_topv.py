@@ -7,6 +7,7 @@ import torch
 from layer_cases import layer_tokens
 
 from foveate.core.errors import BudgetError, FoveateError
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.probes import LayerStates
 from foveate.core.spans import Crop, Span
 from foveate.methods import TopV
@@ -145,7 +146,7 @@ def test_a_thinned_out_grid_keeps_its_places():
 
 
 def test_one_cut_at_a_mean():
-    assert TopV(keep=268).schedule(32, 576) == (576,) * 3 + (268,) * 29
+    assert tokens_per_layer(TopV(keep=268), 32, 576) == (576,) * 3 + (268,) * 29
     assert TopV(equivalent=192, recovery=0).counts(32, [("image", 576)]) == (152,)
     with pytest.raises(BudgetError, match="earlier layer"):
         TopV(equivalent=50, recovery=0).counts(32, [("image", 576)])

@@ -6,7 +6,7 @@ from layer_cases import layer_tokens
 
 import foveate
 from foveate.core.errors import BudgetError, FoveateError, UnknownNameError, UnsupportedModelError
-from foveate.core.in_llm import of_encoder, schedule
+from foveate.core.in_llm import of_encoder, tokens_per_layer
 from foveate.core.probes import Prior
 from foveate.fit.vflowopt import last_ratio, mean_share
 from foveate.methods import VFlowOpt, VFlowOptAll, VFlowOptLlm
@@ -27,7 +27,7 @@ def test_released_strategies(budget, counts, share):
     assert round(729 * before.keep) == counts[0]
     assert tuple(inside.counts(28, [("image", counts[0])])) == counts[1:]
     assert inside.boundaries(28) == CUTS
-    assert schedule(reducer, 28, 729) == tuple([counts[0]] * 9 + [counts[1]] * 9 + [counts[2]] * 10)
+    assert tokens_per_layer(reducer, 28, 729) == tuple([counts[0]] * 9 + [counts[1]] * 9 + [counts[2]] * 10)
     assert mean_share(28, CUTS, reducer.ratios) == pytest.approx(share, abs=5e-5)
     assert (before.t, before.a, inside.t) == (RELEASED[budget]["t"], RELEASED[budget]["a"], RELEASED[budget]["t"])
 
@@ -66,7 +66,7 @@ def test_the_least_important_of_those_left_go():
 
 def test_a_plain_budget_is_met_on_average():
     for keep, tokens in ((0.25, 576), (64, 576), (0.9, 729), (1.0, 64)):
-        layers = schedule(VFlowOptAll(keep=keep), 28, tokens)
+        layers = tokens_per_layer(VFlowOptAll(keep=keep), 28, tokens)
         wanted = keep if isinstance(keep, int) else keep * tokens
         assert sum(layers) / 28 == pytest.approx(wanted, rel=0.02)
         assert layers[0] == min(tokens, round(1.25 * wanted))

@@ -146,7 +146,9 @@ def test_counts_of_the_specification(keep, counts):
     assert [first, *inside.counts(32, [("image", first)])] == counts
     assert inside.boundaries(32) == (8, 16, 24)
     assert sum(counts) / 4 == pytest.approx(keep, abs=0.5)
-    assert foveate.core.in_llm.schedule(VisionDropAll(keep=keep), 32, 576) == tuple(c for c in counts for _ in range(8))
+    assert foveate.core.in_llm.tokens_per_layer(VisionDropAll(keep=keep), 32, 576) == tuple(
+        c for c in counts for _ in range(8)
+    )
 
 
 def visual_span_budget(reducer, n):

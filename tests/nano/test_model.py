@@ -97,8 +97,8 @@ def test_answers_validation_scenes(loaded: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("condition", [
     Condition("full"),
-    Condition("original", VisPruner(keep=32), "original"),
-    Condition("compact", VisPruner(keep=32), "compact"),
+    pytest.param(Condition("original", VisPruner(keep=32), "original"), marks=pytest.mark.slow),
+    pytest.param(Condition("compact", VisPruner(keep=32), "compact"), marks=pytest.mark.slow),
     Condition("question", CDPruner(keep=32), "compact"),
 ])  # fmt: skip
 def test_shared_prefix_answers_as_generate_does(loaded: tuple[Any, Any], condition: Condition) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 from foveate.core.errors import UnknownNameError
 from foveate.nano import Scene, SceneObject, scene, scenes
-from foveate.nano.architecture import WORD_IDS
 from foveate.nano.drawing import SIDE
 from foveate.nano.labels import CENTER, COLOR, DIGIT, IGNORE, KIND, concepts, patch_labels
 from foveate.nano.questions import CLEARLY, QUESTION_KINDS, ask
 from foveate.nano.scenes import BUCKETS, bucket, generator, plan_scene, render
-from foveate.nano.texts import words_of
 from foveate.nano.vocabulary import COLORS, KINDS, PLURALS, REGIONS
+from training.nano.architecture import WORD_IDS
+from training.nano.texts import words_of
 
 SINGULAR = {plural: kind for kind, plural in PLURALS.items()}
 

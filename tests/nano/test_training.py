@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from foveate.core.errors import FoveateError
 from foveate.nano import scene
-from foveate.nano.architecture import initial_weights
-from foveate.nano.export import build_model, build_processor
-from foveate.nano.lean import TEXT, decode, project, tower
 from foveate.nano.questions import Question
-from foveate.nano.recipe import Recipe
-from foveate.nano.texts import BOS_ID, attention_mask, pack, positions
-from foveate.nano.train import train
-from foveate.nano.worker import Worker
+from training.nano.architecture import initial_weights
+from training.nano.export import build_model, build_processor
+from training.nano.lean import TEXT, decode, project, tower
+from training.nano.recipe import Recipe
+from training.nano.texts import BOS_ID, attention_mask, pack, positions
+from training.nano.train import train
+from training.nano.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ def test_a_run_is_not_overwritten(tiny: Recipe, trained: Path) -> None:
         train(replace(tiny, seed=7), trained, resume=True, processes=1)
 
 
+@pytest.mark.slow
 def test_two_processes_write_a_model_folder(tiny: Recipe, tmp_path: Path) -> None:
     folder = train(tiny, tmp_path, processes=2)
     assert (folder / "model.safetensors").exists()

@@ -19,7 +19,7 @@ from foveate import nano
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
-COMMAND = (sys.executable, "-u", "-m", "foveate.cli", "view")
+COMMAND = (sys.executable, "-u", "-m", "foveate", "view")
 CHOSEN = ("--method", "vispruner", "--method", "visionzip", "--keep", "16", "--keep", "64", "--repeats", "1")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.bench.naive import plain_selection
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.in_llm import InLlmReducer, LayerTokens
+from foveate.core.in_llm import InLlmReducer, LayerTokens, tokens_per_layer
 from foveate.core.reducer import Method
 from foveate.core.schedules import Images
 from foveate.core.selection import Selection, SpanSelection
@@ -132,7 +132,7 @@ def inside(job: Job, settings: Settings) -> list[Arm]:
         raise UnsupportedModelError(
             f"{reducer.name} has no oracle: inside the LLM, single methods with a fixed number of tokens have one"
         )
-    received = reducer.schedule(job.depth, job.visual_tokens)
+    received = tokens_per_layer(reducer, job.depth, job.visual_tokens)
     free = replace(settings, reducer=_Free(keep=None, like=reducer))  # type: ignore[arg-type]
     return [attached("method", job, settings, received), attached("oracle", job, free, received)]
 
@@ -151,7 +151,7 @@ class _Free(InLlmReducer):
     def counts(self, depth: int, images: Images) -> Sequence[int]:
         return self.like.counts(depth, images)
 
-    def select(self, tokens: LayerTokens) -> Selection:  # type: ignore[override]
+    def select(self, tokens: LayerTokens) -> Selection:
         return tokens.per_prompt(
             lambda prompts, count: _ranks(prompts.size)[:count].to(prompts.device).expand(len(prompts.ordinals), -1)
         )

@@ -47,7 +47,7 @@ def random_model(
     """
     if isinstance(config, str):
         if config not in LLAVA_SHAPES:
-            raise UnknownNameError(f"no shape is called {config!r}; there are: {', '.join(LLAVA_SHAPES)}")
+            raise UnknownNameError.among("no shape is called", config, LLAVA_SHAPES)
         config, _ = load_shape(config)
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:

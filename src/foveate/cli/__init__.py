@@ -1,321 +1,60 @@
-"""The command line. Results go to standard output; progress, logs and errors go to standard error."""
+"""The command line. Results go to standard output; progress, logs and errors go to standard error.
+
+Modules of commands import typer and rich at their top and nothing heavier: help and a mistyped word are answered before
+torch is loaded, which takes seconds.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from foveate.cli.bench import bench_app
-from foveate.cli.calibrate import calibrate
-from foveate.cli.codebook import codebook
-from foveate.cli.cost import cost
-from foveate.cli.eval import evaluate
-from foveate.cli.nano import nano_app
-from foveate.cli.tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
-from foveate.cli.tune import tune
-from foveate.cli.view import view
-from foveate.core.errors import FoveateError, InputError, UnknownNameError
-from foveate.measure.units import show_bytes, show_flops, show_time
+from foveate import __version__
+from foveate.cli import (
+    bench,
+    calibrate,
+    codebook,
+    cost,
+    eval,
+    families,
+    methods,
+    nano,
+    run,
+    scenes,
+    table,
+    tune,
+    view,
+)
 
-if TYPE_CHECKING:
-    from foveate.core.reducer import Positions
-    from foveate.engines.settings import Separators
-
-app = typer.Typer(
-    help="Keep only the visual tokens that matter, in stock vision-language models.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-)  # fmt: skip
-app.add_typer(nano_app, name="nano")
-app.add_typer(bench_app, name="bench")
-app.command()(guarded(codebook))
-app.command()(guarded(calibrate))
-app.command()(cost)
-app.command("eval")(evaluate)
-app.command()(tune)
-app.command()(view)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-@app.command()
-@guarded
-def run(
-    asked: Annotated[list[str], typer.Argument(metavar="[IMAGE]... QUESTION", help="Image files, and a question.")],
-    video: Annotated[
-        str | None,
-        typer.Option(help="A folder of frames, or an animated GIF, WebP or PNG file."),
-    ] = None,
-    frames: Annotated[int, typer.Option(help="Frames of the video to take, spread evenly.")] = 8,
-    model: Annotated[str, typer.Option(help="nano, a hub id, or a folder.")] = "nano",
-    method: Annotated[str, typer.Option(help="Name of a method, or a JSON file with one.")] = "vispruner",
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="32: tokens. 0.1: share. coverage:0.9: adaptive. 64,16: one per image.  "
-            "\\[default: the method's own, or 0.25]"
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Further parameter of the method: name=value, value in JSON.")
-    ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also run the baselines at the same budget.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the overlay.  \\[default: runs/IMAGE-METHOD]")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
-    attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
-    prompt_template: Annotated[
-        str | None, typer.Option(help="Text with {question}, an <image> per image, and a <video> for a video.")
-    ] = None,
-    positions: Annotated[str | None, typer.Option(help="original or compact.  \\[default: as in the paper]")] = None,
-    separators: Annotated[str, typer.Option(help="Newline and frame tokens: drop, keep or nonempty.")] = "drop",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on the answer.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured runs; the median counts.")] = 3,
-    as_json: Json = False,
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"foveate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
-    """Ask a model about one or more images or a video, unpruned and pruned, and measure both."""
-    with contextlib.redirect_stdout(sys.stderr):
-        reducer = reducer_from(method, keep, set_ or [])
-        from foveate.engines.settings import Settings
-        from foveate.measure.baselines import baselines
-        from foveate.measure.job import prepare
-        from foveate.measure.loading import open_image, prompt_for
-        from foveate.measure.provenance import machine, versions
-        from foveate.measure.run import run_methods
-        from foveate.measure.summary import summarize
-        from foveate.measure.video import open_video
-
-        where, between = cast("Positions | None", positions), cast("Separators", separators)
-        Settings.make(reducer, where, between)
-        *images, question = asked
-        if not images and video is None:
-            raise InputError(f"one argument, {question!r}: pass an image or --video, and a question")
-        pictures = [open_image(path) for path in images]
-        clip = open_video(video, frames) if video is not None else []
-        if prompt_template is not None:
-            prompt_for(None, question, prompt_template, len(images), video is not None)
-        loaded, processor = load(model, dtype, device_map, attn)
-        job = prepare(loaded, processor, pictures, question, prompt_template, max_new_tokens, clip)
-        others = baselines(job, reducer, ERRORS.print) if compare else []
-        with ERRORS.status("running") as status:
-            arms = [None, reducer, *others]
-            unpruned, pruned, *rest = run_methods(job, arms, where, between, repeats, status.update)
-            data = summarize(job, unpruned, pruned, rest)
-            status.update("drawing")
-            folder = make_folder(out, f"{Path(images[0] if images else str(video)).stem}-{reducer.name}")
-            drawn = all(crop.grid for span in job.spans for crop in span.crops)
-            if drawn:
-                _draw(folder / "overlay.png", job, pruned, pictures, clip, question, data)
-        overlay = str(folder / "overlay.png") if drawn else None
-        data = {
-            **data, "model": model, "images": images, "video": video, "question": question, "overlay": overlay,
-            "dtype": str(loaded.dtype).removeprefix("torch."), "attention": loaded.config._attn_implementation,
-            "versions": versions(), "machine": machine(),
-        }  # fmt: skip
-        write_json(folder / "result.json", data)
-    if as_json:
-        print_json(data)
-    else:
-        _show(data, unpruned, pruned)
+    """Keep only the visual tokens that matter, in stock vision-language models."""
 
 
-def _draw(
-    path: Path, job: Any, pruned: Any, images: list[Any], clip: list[Any], question: str, data: dict[str, Any]
-) -> None:
-    from foveate.viz import save
-
-    before, after = data["tokens"]["before"], data["tokens"]["after"]
-    same = pruned.answer == data["answer_unpruned"]
-    unpruned = "the same unpruned" if same else f"unpruned: {data['answer_unpruned']}"
-    try:
-        save(
-            path, job.views(images, clip), job.spans, pruned.selection, pruned.saliency,
-            title=f"{pruned.reducer.name}: {after} of {before} visual tokens ({after / before:.1%})",
-            caption=f"{question}  →  {pruned.answer}  ({unpruned})",
-        )  # fmt: skip
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
-
-
-def _show(data: dict[str, Any], unpruned: Any, pruned: Any) -> None:
-    console = Console(highlight=False)
-    name = pruned.reducer.name
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("", "unpruned", name, "change"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("visual tokens", str(unpruned.kept), str(pruned.kept), _change(unpruned.kept, pruned.kept))
-    if pruned.equivalent != pruned.kept:
-        table.add_row(*_row("  mean over layers", unpruned.equivalent, pruned.equivalent, "{:.1f}".format), style="dim")
-    if unpruned.cost is not None:
-        table.add_row(*_row("prefill FLOPs", unpruned.cost.total, pruned.cost.total, show_flops))
-        for part in ("vision", "projector", "selection", "prefill", "lm_head"):
-            label = {"prefill": "LLM", "lm_head": "LM head"}.get(part, part)
-            table.add_row(
-                *_row(f"  {label}", getattr(unpruned.cost, part), getattr(pruned.cost, part), show_flops), style="dim"
-            )
-    table.add_row(*_row("KV cache", unpruned.kv_bytes, pruned.kv_bytes, show_bytes))
-    table.add_row(*_row("time", unpruned.seconds["total"], pruned.seconds["total"], show_time))
-    for stage in ("vision", "select", "prefill", "decode"):
-        table.add_row(*_row(f"  {stage}", unpruned.seconds[stage], pruned.seconds[stage], show_time), style="dim")
-    table.add_row("answer tokens", str(unpruned.answer_tokens), str(pruned.answer_tokens), "")
-    agrees = "the same" if pruned.answer == unpruned.answer else "differs"
-    console.print(f"\n[bold]{escape(data['question'])}[/bold]")
-    width = max(len(name), len("unpruned"))
-    console.print(f"  {'unpruned':<{width}}  {escape(unpruned.answer)}")
-    console.print(f"  {name:<{width}}  {escape(pruned.answer)}  [dim]({agrees})[/dim]\n")
-    console.print(table)
-    if "compare" in data:
-        console.print(_comparison(data["compare"], unpruned.answer))
-    overlay = data["overlay"] or "none: it is not known where in the image the tokens are"
-    console.print(f"\n[dim]{escape(data['method'])}[/dim]\noverlay  {escape(overlay)}", soft_wrap=True)
-
-
-def _comparison(rows: list[dict[str, Any]], reference: str) -> Table:
-    table = Table(
-        box=None, padding=(0, 2, 0, 0), header_style="bold", title="\nat the same budget", title_justify="left"
-    )
-    for column in ("method", "tokens", "FLOPs", "first token", "total", "answer"):
-        table.add_column(column, justify="left" if column in ("method", "answer") else "right")
-    for row in rows:
-        seconds, mark = row["seconds"], "" if row["answer"] == reference else "  (differs)"
-        table.add_row(
-            escape(row["method"].partition("(")[0]), f"{row['equivalent_tokens']:g}",
-            "unknown" if row["flops"] is None else show_flops(row["flops"]),
-            show_time(seconds["total"] - seconds["decode"]), show_time(seconds["total"]), escape(row["answer"]) + mark,
-        )  # fmt: skip
-    return table
-
-
-def _row(label: str, before: float, after: float, unit: Callable[[float], str]) -> tuple[str, str, str, str]:
-    return label, unit(before), unit(after), _change(before, after)
-
-
-def _change(before: float, after: float) -> str:
-    return f"{after / before - 1:+.1%}" if before else ""
-
-
-@app.command()
-@guarded
-def methods(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")] = "*", as_json: Json = False) -> None:
-    """List the methods and their parameters."""
-    from foveate.registry import get_method, list_methods
-
-    names = list_methods(pattern)
-    if not names:
-        raise UnknownNameError(f"no method matches {pattern!r}; there are: {', '.join(list_methods())}")
-    rows = [_method_row(get_method(name)) for name in names]
-    if as_json:
-        print_json(rows)
-        return
-    console = Console(highlight=False)
-    for row in rows:
-        given = ", ".join(f"{n}={json.dumps(v['default'])}" if v else n for n, v in row["parameters"].items())
-        facts = ", ".join(filter(None, (row["stage"], row["complexity"], row["paper"])))
-        console.print(
-            f"[bold]{escape(row['name'])}[/bold]({escape(given)})  [dim]{escape(facts)}[/dim]", soft_wrap=True
-        )
-        console.print(f"    {escape(row['summary'])}", soft_wrap=True)
-        flags = ["asks for the question"] * row["query_aware"] + ["merges"] * row["merges"]
-        names = row["families"]
-        known = f"{len(names)} families (foveate table)" if len(names) > 3 else ", ".join(names) or "no family"
-        read = f"reads {', '.join(row['reads']) or 'nothing'}"
-        console.print(f"    [dim]{escape('; '.join([read, *flags, f'runs on {known}']))}[/dim]", soft_wrap=True)
-
-
-def _method_row(cls: Any) -> dict[str, Any]:
-    from foveate.cli.compatibility import NO, reads, runs
-    from foveate.core.reducer import declared
-    from foveate.families import all_families
-    from foveate.registry import by_default
-
-    parameters = {
-        p.name: {} if p.default is p.empty else {"default": p.default}
-        for p in inspect.signature(cls).parameters.values()
-    }
-    merges = declared(cls, "merges") is not None
-    return {
-        "name": cls.name, "stage": cls.stage, "query_aware": declared(cls, "query_aware"), "trained": cls.trained,
-        "merges": merges, "paper": cls.paper, "complexity": cls.complexity, "reads": reads(by_default(cls.name)),
-        "families": [name for name, family in all_families().items() if runs(cls, family) != NO],
-        "positions": cls.positions, "parameters": parameters,
-        "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ").replace("``", ""),
-    }  # fmt: skip
-
-
-@app.command()
-@guarded
-def families(as_json: Json = False) -> None:
-    """List the supported families of models."""
-    from foveate.families import all_families
-
-    rows: list[dict[str, Any]] = [
-        {"name": f.name, "model_types": list(f.model_types), "inputs": dict(f.inputs), "notes": f.notes}
-        for f in all_families().values()
-    ]
-    if as_json:
-        print_json(rows)
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("family", "model types", "takes", "notes"):
-        table.add_column(column)
-    for row in rows:
-        takes = ", ".join(dict.fromkeys(row["inputs"].values()))
-        table.add_row(row["name"], ", ".join(row["model_types"]) or "any other", takes, escape(row["notes"]))
-    Console(highlight=False).print(table)
-
-
-@app.command()
-@guarded
-def table(as_json: Json = False) -> None:
-    """Print which methods run on which families, as the markdown page docs/compatibility.md."""
-    from foveate.cli import compatibility
-
-    if as_json:
-        print_json(compatibility.table())
-    else:
-        print(compatibility.page(), end="")
-
-
-@app.command()
-@guarded
-def scenes(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("scenes"),
-    n: Annotated[int, typer.Option("--n", min=1, help="How many.")] = 8,
-    seed: Annotated[int, typer.Option(help="Different seeds give different scenes.")] = 0,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
-    as_json: Json = False,
-) -> None:
-    """Write drawn scenes with questions and answers to a folder."""
-    try:
-        from foveate.nano.scenes import scenes as draw_scenes
-    except ImportError as error:
-        raise FoveateError(f"this installation has no scenes: {error}") from error
-
-    folder, rows, lines = make_folder(out, ""), [], []
-    try:
-        for scene in draw_scenes(seed, n, split):
-            path = folder / f"{scene.split}-{scene.seed}-{scene.index:05d}.png"
-            scene.image.save(path)
-            asked = [{"text": q.text, "answer": q.answer, "kind": q.kind} for q in scene.questions]
-            objects = [{"kind": o.kind, "color": o.color, "box": list(o.box)} for o in scene.objects]
-            rows.append({"image": str(path), "background": scene.background, "objects": objects, "questions": asked})
-            lines += [{"image": path.name, "question": q["text"], "answer": q["answer"]} for q in asked]
-        (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
-    write_json(folder / "scenes.json", rows)
-    if as_json:
-        print_json({"folder": str(folder), "scenes": rows})
-    else:
-        print(f"{len(rows)} scenes with {len(lines)} questions in {folder}, listed in scenes.json and questions.jsonl")
-
-
-if __name__ == "__main__":
-    app()
+app.command()(run.run)
+app.command()(view.view)
+app.command()(tune.tune)
+app.command()(cost.cost)
+app.command("eval")(eval.evaluate)
+app.add_typer(bench.bench_app, name="bench")
+app.command()(methods.methods)
+app.command()(families.families)
+app.command()(table.table)
+app.command()(scenes.scenes)
+app.command()(calibrate.calibrate)
+app.command()(codebook.codebook)
+app.add_typer(nano.nano_app, name="nano")

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from foveate.cli.names import check_methods
 from foveate.cli.tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, refuse, write_json
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes
@@ -41,6 +42,7 @@ def selection(
     as_json: Json = False,
 ) -> None:
     """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
+    check_methods(methods or ())
     from foveate.bench import selection as bench
     from foveate.bench.inputs import random_codebook
     from foveate.core.reducer import Reducer
@@ -142,6 +144,7 @@ def model(
     as_json: Json = False,
 ) -> None:
     """Time a model unpruned, with a method, and with as many tokens for free; measure memory; say when it pays."""
+    check_methods([method])
     from foveate.bench import model as bench
     from foveate.bench.random_models import LLAVA_SHAPES
     from foveate.engines.settings import Settings

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from foveate.cli.tools import ERRORS, Json, load, print_json, write_json
+from foveate.cli.tools import ERRORS, Json, guarded, load, print_json, write_json
 from foveate.core.errors import InputError
 
 
+@guarded
 def calibrate(
     out: Annotated[Path, typer.Option(help="File to write, *.json: a method for --method and load_reducer.")],
     keep: Annotated[float, typer.Option(help="Mean share of visual tokens that the layers receive.")] = 0.25,

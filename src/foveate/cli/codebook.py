@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from foveate.cli.tools import Json, print_json
+from foveate.cli.tools import Json, guarded, print_json
 from foveate.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
+@guarded
 def codebook(
     out: Annotated[Path, typer.Option(help="File to write, *.safetensors.")],
     model: Annotated[str, typer.Option(help="nano, a hub id, or a folder.")] = "nano",

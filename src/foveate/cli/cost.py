@@ -53,14 +53,13 @@ def cost(
     if visual_tokens is not None:
         refuse(context, ("image_size",), "the number of visual tokens is given, whatever the size of the images")
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("counting"):
+        reducer, size = reducer_from(method, keep, set_ or []), _size(image_size)
         from foveate.cost import anatomy_of
         from foveate.cost.figures import deciding, report
         from foveate.cost.imagined import imagine
         from foveate.cost.shapes import load_shape
         from foveate.measure.provenance import versions
 
-        size = _size(image_size)
-        reducer = reducer_from(method, keep, set_ or [])
         config, processor = load_shape(model)
         anatomy = anatomy_of(config)
         count = (0 if frames else 1) if images is None else images

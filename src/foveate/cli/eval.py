@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from foveate.cli.names import check_methods
 from foveate.cli.tools import Json, guarded, print_json, refuse, write_json
 from foveate.core.errors import InputError
 
@@ -98,6 +99,7 @@ def evaluate(
     )  # fmt: skip
     if page is not None and not page.is_file():
         raise InputError(f"no page at {str(page)!r}: make one with the marker lines first")
+    check_methods(_names(methods))
     options = {
         "batch_size": batch_size, "limit": limit, "out": out, "include_path": include_path, "samples": samples,
         "dtype": dtype, "attn": attn, "device_map": device_map,

@@ -1,4 +1,4 @@
-"""Commands on the embedded model."""
+"""Commands that train, judge and report on the embedded model, for those who have the repository."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from foveate.cli.repository import training_of_nano
 from foveate.cli.tools import Json, fill_page, guarded, make_folder, print_json, write_json
 from foveate.core.errors import FoveateError, InputError
 
 nano_app = typer.Typer(
-    help="The embedded model: train it again, score it, compare methods on it.", no_args_is_help=True
+    help="The embedded model: train it again, score it, report on it. Needs a clone of the repository.",
+    no_args_is_help=True,
 )
 
 Folder = Annotated[Path | None, typer.Option("--model", help="Model folder.  \\[default: the shipped one]")]
@@ -35,17 +37,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train the model from nothing."""
-    from foveate.nano.recipe import DEFAULT_PATH, Recipe
-    from foveate.nano.train import train as run_training
-
-    path = recipe or DEFAULT_PATH
+    recipes, training = training_of_nano("recipe"), training_of_nano("train")
+    path = recipe or recipes.DEFAULT_PATH
     try:
-        wanted = Recipe.load(path)
+        wanted = recipes.Recipe.load(path)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise InputError(f"cannot read the recipe {str(path)!r}: {error}") from error
     make_folder(out, "")
     with contextlib.redirect_stdout(sys.stderr):
-        folder = run_training(wanted, out, resume, processes)
+        folder = training.train(wanted, out, resume, processes)
     if as_json:
         print_json({"weights": str(folder), "recipe": wanted.to_dict()})
     else:
@@ -65,8 +65,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score the model on scenes and judge its gates; exit code 1 if one is missed."""
-    folder = _weights(model)
-    from foveate.nano.gates import failed, measure
+    acceptance, folder = training_of_nano("acceptance"), _weights(model)
     from foveate.nano.scenes import BUCKETS
 
     if split not in BUCKETS:
@@ -74,40 +73,15 @@ def evaluate(
     if log is not None and not log.is_file():
         raise InputError(f"no training log at {str(log)!r}")
     with contextlib.redirect_stdout(sys.stderr):
-        result = measure(folder, split, seed, images, processes, log)
+        result = acceptance.measure(folder, split, seed, images, processes, log)
     if out is not None:
         write_json(out, result)
     if as_json:
         print_json(result)
     else:
         _show_scores(result)
-    if failed(result["gates"]):
+    if acceptance.failed(result["gates"]):
         raise typer.Exit(1)
-
-
-@nano_app.command()
-@guarded
-def compare(
-    model: Folder = None,
-    images: Images = 1000,
-    seed: Seed = 0,
-    processes: Processes = 2,
-    out: Result = None,
-    as_json: Json = False,
-) -> None:
-    """Score every method at several budgets on test scenes."""
-    folder = _weights(model)
-    from foveate.nano.comparison import compare as run_comparison
-    from foveate.nano.comparison import table
-
-    with contextlib.redirect_stdout(sys.stderr):
-        result = run_comparison(images, seed, processes, folder)
-    if out is not None:
-        write_json(out, result)
-    if as_json:
-        print_json(result)
-    else:
-        print(table(result))
 
 
 @nano_app.command()
@@ -122,15 +96,15 @@ def inside(
 ) -> None:
     """Score nano guiding itself and a deeper copy (SGL), and gates trained for it (DyVTE) beside exits by rule."""
     from foveate.measure.pages import fill
-    from foveate.nano.inside import measure, tables
 
+    guiding = training_of_nano("guiding")
     if page is not None and not page.is_file():
         raise InputError(f"no page at {str(page)!r}: it has the marker lines between which the tables go")
 
     with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status:
-        result = measure(images, seed, training_images, status.update)
+        result = guiding.measure(images, seed, training_images, status.update)
         if page is not None:
-            fill_page(page, lambda: fill(page, tables(result)), "not a result of `foveate nano inside`", False)
+            fill_page(page, lambda: fill(page, guiding.tables(result)), "not a result of `foveate nano inside`", False)
     if out is not None:
         write_json(out, result)
     if as_json:
@@ -147,14 +121,13 @@ def inside(
 @nano_app.command()
 @guarded
 def report(
-    result: Annotated[Path, typer.Argument(help="What `compare --out` wrote.")],
+    result: Annotated[Path, typer.Argument(help="What `foveate eval --out` wrote.")],
     page: Annotated[Path, typer.Argument(help="Markdown page that has the table's two marker lines.")],
     as_json: Json = False,
 ) -> None:
-    """Put the table of a comparison into a page."""
-    from foveate.nano.comparison import write_table
-
-    fill_page(page, lambda: write_table(result, page), f"{str(result)!r} is no result of a comparison", as_json)
+    """Put a few rows of the leaderboard into a page."""
+    write_table = training_of_nano("excerpt").write_table
+    fill_page(page, lambda: write_table(result, page), f"{str(result)!r} is no leaderboard with these methods", as_json)
 
 
 @nano_app.command()
@@ -165,8 +138,7 @@ def card(
     as_json: Json = False,
 ) -> None:
     """Put the tables of the model card into a page."""
-    from foveate.nano.card import write_card
-
+    write_card = training_of_nano("card").write_card
     fill_page(page, lambda: write_card(results, page), "not results of `foveate nano eval`", as_json)
 
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from foveate.cli.names import check_methods
 from foveate.core.errors import FoveateError, InputError
 from foveate.measure.files import write_text
 
@@ -78,6 +79,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def reducer_from(method: str, keep: str | None, settings: list[str]) -> Method:
     """Build a method from a name or a JSON file, a budget and ``name=value`` settings."""
+    check_methods([method])
     from foveate.core.budget import parse_keep
     from foveate.registry import get_method, load_reducer
 

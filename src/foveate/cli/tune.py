@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from foveate.cli.names import check_methods
 from foveate.cli.tools import ERRORS, Json, guarded, load, make_folder, print_json, write_json
 from foveate.core.errors import InputError
 
@@ -69,6 +70,8 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Find the method and the budget that fulfil a wish on your own images and questions."""
+    if methods is not None:
+        check_methods(_listed(methods, ()))
     from foveate.measure.timing import check_clock
     from foveate.measure.timing import threads as torch_threads
     from foveate.tune.candidates import BUDGETS, METHODS

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.cli.names import check_methods
 from foveate.cli.tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes, show_flops, show_time
@@ -46,6 +47,7 @@ def view(
 ) -> None:
     """Show which tokens methods keep, merge and drop at several budgets, with answers and costs."""
     methods, budgets = tuple(method or METHODS), tuple(keep or BUDGETS)
+    check_methods(methods)
     with contextlib.redirect_stdout(sys.stderr):
         if app:
             if as_json:

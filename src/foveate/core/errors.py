@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FoveateError(Exception):
     """Base class of every error that foveate raises on purpose."""
@@ -13,6 +16,12 @@ class BudgetError(FoveateError, ValueError):
 
 class UnknownNameError(FoveateError, LookupError):
     """A method, family or model name that nothing is registered under."""
+
+    @classmethod
+    def among(cls, fault: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """Return the error for a name that is none of the known ones; a `fault` is "no method is called"."""
+        known = list(known)
+        return cls(f"{fault} {name!r}; there are: {', '.join(known)}{did_you_mean(name, known)}")
 
 
 class UnsupportedModelError(FoveateError, TypeError):
@@ -29,3 +38,15 @@ class ContractError(FoveateError, TypeError):
 
 class AttachError(FoveateError, RuntimeError):
     """A model that cannot be attached to now, for instance because it already is."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the known name that a mistyped one resembles most, as the end of a message, or an empty text.
+
+    Examples
+    --------
+    >>> did_you_mean("vispuner", ["divprune", "vispruner"])
+    "; did you mean 'vispruner'?"
+    """
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -214,13 +214,6 @@ class InLlmReducer(Method):
         """Return the same method with the `keep` that `equivalent` comes to for an image of so many tokens, if any."""
         return self
 
-    def schedule(self, depth: int, tokens: int) -> tuple[int, ...]:
-        """Return how many visual tokens each layer receives if the LLM is given one image of so many tokens.
-
-        Of adaptive methods: at most so many.
-        """
-        return received([self], depth, [("image", tokens)])
-
     def keeps_all(self, spans: Sequence[Span]) -> bool:
         """Return whether no boundary drops anything; what the method sees depends on the LLM, not on spans alone."""
         return False
@@ -265,7 +258,7 @@ def split(stages: Iterable[Method]) -> tuple[tuple[Reducer, ...], tuple[InLlmRed
     return before, tuple(part for part in parts if isinstance(part, InLlmReducer))
 
 
-def schedule(method: Method, depth: int, tokens: int) -> tuple[int, ...]:
+def tokens_per_layer(method: Method, depth: int, tokens: int) -> tuple[int, ...]:
     """Return how many visual tokens each of `depth` layers receives of one image of so many tokens.
 
     Of adaptive methods: at most so many.
@@ -278,7 +271,7 @@ def schedule(method: Method, depth: int, tokens: int) -> tuple[int, ...]:
     before, inside = split(method.stages())
     for part in before:
         tokens = resolve(part.keep, "image", 0).count(tokens)
-    return received(inside, depth, [("image", tokens)])
+    return tokens_in_layers(inside, depth, [("image", tokens)])
 
 
 def solved(method: Method, depth: int, images: Sequence[int]) -> Method:
@@ -334,7 +327,7 @@ def planned(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> lis
     return plans
 
 
-def received(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> tuple[int, ...]:
+def tokens_in_layers(reducers: Sequence[InLlmReducer], depth: int, images: Images) -> tuple[int, ...]:
     """Return how many visual tokens of a prompt each layer receives; of adaptive methods, at most so many."""
     behind: dict[int, int] = {}
     for reducer, plan in zip(reducers, planned(reducers, depth, images), strict=True):

@@ -176,7 +176,7 @@ class Attention(LayerProbe):
             scaling *= query.shape[1] ** -0.5
             query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
         if self.of == "received" or not heads.lead:
-            return received(query, key, scaling, heads.lead, heads.mask)
+            return attention_received(query, key, scaling, heads.lead, heads.mask)
         return cls_row(query, key, scaling, heads.mask)[:, heads.lead - 1 :]
 
 
@@ -302,7 +302,7 @@ def cls_row(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = No
     return logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
 
 
-def received(query: Tensor, key: Tensor, scaling: float, skip: int = 0, mask: Tensor | None = None) -> Tensor:
+def attention_received(query: Tensor, key: Tensor, scaling: float, skip: int = 0, mask: Tensor | None = None) -> Tensor:
     """Attention that each token gets, mean over all query rows and heads.
 
     Works through the rows in chunks, so that no ``N x N`` map is stored.

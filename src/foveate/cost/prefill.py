@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.encoder import EncoderReducer
 from foveate.core.grids import crop_budgets
-from foveate.core.in_llm import received
+from foveate.core.in_llm import tokens_in_layers
 from foveate.core.probes import Embeddings
 from foveate.core.reducer import Method, Reducer
 from foveate.cost.anatomy import Anatomy
@@ -121,7 +121,7 @@ def decided(anatomy: Anatomy, work: Work, reducer: Method, text_tokens: int) -> 
         return sum(lengths), flops
     depth = len(anatomy.decoder)
     images = [(span.kind, n) for span, n in zip(work.spans, lengths, strict=True)]
-    layers = received(inside, depth, images)  # type: ignore[arg-type]
+    layers = tokens_in_layers(inside, depth, images)  # type: ignore[arg-type]
     return layers, flops + inside_flops(anatomy, inside, layers, text_tokens, images)  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoImageProcessor
 
-from foveate.core.errors import UnknownNameError
+from foveate.core.errors import UnknownNameError, did_you_mean
 from foveate.measure.loading import first_line
 
 _VICUNA_7B = {
@@ -131,7 +131,7 @@ def load_shape(name: str) -> tuple[Any, Any]:
         If there is no such model; the message lists the built-in shapes.
     """
     if name == "nano":
-        from foveate import nano
+        import foveate.nano as nano
 
         return AutoConfig.from_pretrained(nano.WEIGHTS), None
     if name in SHAPES:
@@ -149,7 +149,7 @@ def load_shape(name: str) -> tuple[Any, Any]:
     except (ValueError, KeyError, StrictDataclassError) as error:
         raise UnknownNameError(f"no usable model configuration at {name!r}: {first_line(error)}") from error
     except OSError as error:
-        raise UnknownNameError(f"no model configuration at {name!r}: {known}") from error
+        raise UnknownNameError(f"no model configuration at {name!r}: {known}{did_you_mean(name, SHAPES)}") from error
     try:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):  # not every model needs one to tell what an image comes to

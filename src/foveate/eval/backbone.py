@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from foveate import nano
+import foveate.nano as nano
+from foveate.core.checks import checked_values, selected
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.probes import Embeddings, Features, Probe
 from foveate.core.reducer import Method, Reducer
@@ -225,6 +226,7 @@ def _linear_probe(tower: Tower, seed: int, progress: Callable[[int], None]) -> C
 
 
 @torch.no_grad()
+@checked_values()
 def _named(
     tower: Tower, image: Any, index: int, runs: dict[Any, Method], probe: Callable[[Tensor], Tensor]
 ) -> dict[Any, set[int]]:
@@ -244,7 +246,7 @@ def _named(
             grids = [grid for grid, _ in own.plan(span)]  # type: ignore[attr-defined]
             kept = resized_crops(tower.module, pixels, span.crops, grids, tower.patch, layers)[0]
         else:
-            kept = own.select(tokens).apply([plane])[0]
+            kept = selected(own, tokens).apply([plane])[0]
         named[key] = _kinds(probe(kept))
     return named
 

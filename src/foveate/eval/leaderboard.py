@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from foveate import nano
+import foveate.nano as nano
 from foveate.core.errors import InputError
 from foveate.eval.published import UNPRUNED
 from foveate.eval.scenes import (

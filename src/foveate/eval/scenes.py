@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foveate import nano
+import foveate.nano as nano
 from foveate.core.errors import FoveateError, InputError
-from foveate.core.in_llm import schedule
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.reducer import Method
 from foveate.engines.transformers.attach import attach
 from foveate.measure.baselines import BASELINES
@@ -223,7 +223,7 @@ def equal_tokens(name: str, budget: int, total: int, depth: int) -> Method:
     solves = "equivalent" in {field.name for field in fields(method)}
     reducer = load_reducer(name, keep=None, equivalent=budget) if solves else load_reducer(name, keep=budget)
     if method.stage == "in_llm":
-        schedule(reducer, depth, total)  # raises if the budget is out of reach
+        tokens_per_layer(reducer, depth, total)  # raises if the budget is out of reach
     return reducer
 
 

@@ -198,6 +198,12 @@ def _drop_twin(encoder: nn.Module) -> None:
 _originals: dict[str, str] = {}
 
 
+def implementation_of(config: Any) -> str | None:
+    """Return the attention implementation of a model, also while a pass on another thread reads it by way of a twin."""
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return None if name is None else _originals.get(name, name)
+
+
 def _register_twin(name: str) -> str:
     # transformers takes a name with a slash for a kernel that is to be fetched from the hub.
     twin = _PREFIX + name.replace("/", "_").replace("|", "_")

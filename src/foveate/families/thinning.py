@@ -15,7 +15,7 @@ from foveate.core.grids import crop_budgets
 from foveate.core.probes import LayerProbe, Members, Probe
 from foveate.core.spans import Crop, Span
 from foveate.families.layout import Grid
-from foveate.families.taps import layer_input, tap
+from foveate.families.taps import implementation_of, layer_input, tap
 from foveate.families.tower import attention_of, crop_rows, encoder_layers, feature_indices
 
 _PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}
@@ -123,7 +123,7 @@ def _check(tower: nn.Module, layers: nn.ModuleList, features: int, reducer: Enco
             f"{reducer.name} leaves other tokens in every layer, but this projector reads {features} layers at once: "
             "use a method of the stage 'before_llm', such as 'visionzip'"
         )
-    attention = getattr(tower.config, "_attn_implementation", None)
+    attention = implementation_of(tower.config)
     if reducer.weighs_sizes and attention not in (None, "eager", "sdpa"):
         raise UnsupportedModelError(
             f"{reducer!r} adds to attention logits, which {attention!r} cannot do: set the vision tower to 'sdpa', or "

@@ -7,7 +7,7 @@ import statistics
 import torch
 
 from foveate.core.errors import BudgetError
-from foveate.core.in_llm import schedule
+from foveate.core.in_llm import tokens_per_layer
 from foveate.core.reducer import Method, Reducer
 from foveate.engines.pipeline import look
 from foveate.engines.settings import inside_llm
@@ -28,7 +28,7 @@ def baselines(job: Job, reducer: Method, say: Say = lambda _: None) -> list[Meth
     """
     keep = reducer.keep
     if inside_llm(reducer):
-        received = schedule(reducer, job.depth, job.visual_tokens)
+        received = tokens_per_layer(reducer, job.depth, job.visual_tokens)
         keep = min(statistics.fmean(received) / job.visual_tokens, 1.0)
     elif reducer.coverages() or reducer.adaptive or isinstance(reducer, Chain):
         assert isinstance(reducer, Reducer | Chain)

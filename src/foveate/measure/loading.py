@@ -111,7 +111,7 @@ def _default_device() -> str:
 
 
 def _load_nano(dtype: Any, device_map: str | None, attn: str | None) -> tuple[Any, Any]:
-    from foveate import nano
+    import foveate.nano as nano
 
     if not nano.WEIGHTS.is_dir():
         raise FoveateError(

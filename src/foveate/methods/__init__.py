@@ -2,6 +2,7 @@
 
 from foveate.methods.agilepruner import AgilePruner
 from foveate.methods.cdpruner import CDPruner
+from foveate.methods.chain import Chain
 from foveate.methods.codebook import CodebookPruner
 from foveate.methods.dart import DART
 from foveate.methods.divprune import DivPrune
@@ -12,6 +13,7 @@ from foveate.methods.fastervlm import FasterVLM
 from foveate.methods.fastv import FastV
 from foveate.methods.flowcut import FlowCut
 from foveate.methods.fsr import FSR
+from foveate.methods.gaze import Gaze, GazeQuery
 from foveate.methods.gprune import GPrune
 from foveate.methods.hiprune import HiPrune
 from foveate.methods.holov import HoloV
@@ -49,6 +51,7 @@ __all__ = [
     "VTCCLS",
     "AgilePruner",
     "CDPruner",
+    "Chain",
     "CodebookPruner",
     "DivPrune",
     "Downsample",
@@ -57,6 +60,8 @@ __all__ = [
     "FasterVLM",
     "FlowCut",
     "GPrune",
+    "Gaze",
+    "GazeQuery",
     "HiPrune",
     "HoloV",
     "MMTok",

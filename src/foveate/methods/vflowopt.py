@@ -28,7 +28,7 @@ class Judged(probes.LayerProbe):
     t: float | None = None
 
     def read(self, heads: probes.Heads) -> Tensor:
-        got = probes.received(heads.query, heads.key, heads.scaling, heads.lead, heads.mask)
+        got = probes.attention_received(heads.query, heads.key, heads.scaling, heads.lead, heads.mask)
         seen = torch.ones_like(got) if heads.mask is None else heads.mask.any(dim=2)[:, 0, heads.lead :].float()
         size = seen.sum(dim=1, keepdim=True)
         judges = ranking.descending(got)[:, : self._most(got.shape[1])]

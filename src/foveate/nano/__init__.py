@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from PIL import Image
 
+from foveate.nano.objects import SceneObject
 from foveate.nano.questions import QUESTION_KINDS, Question
-from foveate.nano.scenes import Scene, SceneObject, scene, scenes
+from foveate.nano.scenes import Scene, scene, scenes
 
 if TYPE_CHECKING:
     import torch

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
+from foveate.nano.objects import SceneObject
 from foveate.nano.vocabulary import COLORS, KINDS, PLURALS, RELATIONS, SIGN
-
-if TYPE_CHECKING:
-    from foveate.nano.scenes import SceneObject
 
 QUESTION_KINDS: Final = ("exist", "color", "shape", "where", "at", "count", "relation", "read")
 # Trained on, but not asked by ``scenes``: the shipped weights are too unsure of them.
@@ -37,7 +35,7 @@ class Question:
     kind: str
 
 
-Asker = Callable[[Sequence["SceneObject"], str, np.random.Generator], "tuple[str, str] | None"]
+Asker = Callable[[Sequence[SceneObject], str, np.random.Generator], tuple[str, str] | None]
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

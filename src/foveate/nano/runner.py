@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from foveate.core.checks import checked_values
 from foveate.core.reducer import Method, Positions, Stage
 from foveate.core.tokens import VisualTokens
 from foveate.engines.pipeline import look
@@ -84,6 +85,7 @@ class Runner:
         seen = None if _stages(settings.reducer) & {"pixels", "encoder"} else tokens
         return reduce_with(self.model, self.family, inputs, settings, seen=seen)
 
+    @checked_values()
     def ask(
         self, inputs: Mapping[str, Any], tokens: Any, condition: Condition, questions: Sequence[Question]
     ) -> tuple[list[str], float]:

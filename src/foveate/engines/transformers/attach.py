@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from foveate.families import Family, family_of
 from foveate.registry import load_reducer
 
 _HANDLE: Final = "_foveate"
+_LOCK: Final = threading.Lock()
 
 
 def attach(
@@ -77,17 +79,26 @@ class Handle:
     """
 
     def __init__(self, model: Any, family: Family, settings: Settings, meter: Meter):
-        if (other := attached(model)) is not None:
-            raise AttachError(
-                f"{other.reducer!r} is attached to this model already: detach it first, or attach a Chain of both"
-            )
         self._model, self.settings = model, settings
+        with _LOCK:  # of several threads one gets the model
+            if (other := attached(model)) is not None:
+                raise AttachError(
+                    f"{other.reducer!r} is attached to this model already: detach it first, or attach a Chain of both"
+                )
+            setattr(model, _HANDLE, self)
+        try:
+            self._put_on(model, family, meter)
+        except BaseException:
+            delattr(model, _HANDLE)
+            raise
+
+    def _put_on(self, model: Any, family: Family, meter: Meter) -> None:
+        settings = self.settings
         self._call, self._results = Call(), Results()
         inside = settings.inside
         self._layers = LayerHooks(model, family, inside, settings.inside_positions) if inside else None
         continuation = Continuation(model, family, settings, self._results, self._call, meter)
         self._wrapping = Wrapping(model, continuation, self._layers, self._results, self._call)
-        setattr(model, _HANDLE, self)
 
     @property
     def reducer(self) -> Method:
@@ -134,12 +145,13 @@ class Handle:
 
     def detach(self) -> None:
         """Restore the model exactly. Detaching twice does no harm."""
-        if attached(self._model) is not self:
-            return
-        self._wrapping.remove()
-        if self._layers is not None:
-            self._layers.remove()
-        delattr(self._model, _HANDLE)
+        with _LOCK:
+            if attached(self._model) is not self:
+                return
+            self._wrapping.remove()
+            if self._layers is not None:
+                self._layers.remove()
+            delattr(self._model, _HANDLE)
 
     def __enter__(self) -> Handle:
         return self

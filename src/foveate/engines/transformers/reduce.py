@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
@@ -227,7 +227,19 @@ def pad_id(model: Any) -> int:
 
 
 def base_model(model: Any) -> Any:
-    """Return the model inside a PEFT wrapper, or the model itself."""
+    """Return the model inside a PEFT wrapper, or the model itself.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is hidden in another wrapper; the message says where it is.
+    """
+    inner = getattr(model, "module", None)  # DistributedDataParallel, DataParallel, FullyShardedDataParallel, DeepSpeed
+    if isinstance(inner, nn.Module) and not hasattr(model, "config"):
+        raise UnsupportedModelError(f"{type(model).__name__} runs a model of its own: pass its .module")
+    inner = getattr(model, "model", None)
+    if not isinstance(model, nn.Module) and isinstance(inner, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is no model, but has one: pass its .model")
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError("torch.compile hides the parts of this model: pass the one that it was made of")
     return model.get_base_model() if hasattr(model, "get_base_model") else model

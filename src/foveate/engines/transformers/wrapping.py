@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.errors import AttachError
+from foveate.core.errors import AttachError, InputError
 from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
 from foveate.engines.transformers.callbacks import show_whole_prompts
 from foveate.engines.transformers.continuation import Call, Continuation
@@ -35,6 +35,10 @@ class Wrapping:
         self._wrapper = self._wrapped_generate  # a bound method is another object each time it is asked for
         self._removed = False
         model.generate = self._wrapper
+        self._prepare = model.prepare_inputs_for_generation
+        self._instances_prepare = vars(model).get("prepare_inputs_for_generation")
+        self._watcher = self._watched_prepare
+        model.prepare_inputs_for_generation = self._watcher
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             # Called after a fault too: a pass must end, lest the next one takes its place for another's.
@@ -46,20 +50,25 @@ class Wrapping:
         self._removed = True
         for hook in self._hooks:
             hook.remove()
-        if vars(self._model).get("generate") is not self._wrapper:
+        self._restore("generate", self._wrapper, self._instances_own)
+        self._restore("prepare_inputs_for_generation", self._watcher, self._instances_prepare)
+
+    def _restore(self, name: str, ours: Any, before: Any) -> None:
+        if vars(self._model).get(name) is not ours:
             return  # wrapped by somebody since, whose wrapper goes on to the model's own
-        del self._model.generate
-        if self._instances_own is not None:
-            self._model.generate = self._instances_own
+        delattr(self._model, name)
+        if before is not None:
+            setattr(self._model, name, before)
 
     def __getstate__(self) -> Any:
         """Refuse copies: they would reduce by way of this wrapping, and of this model."""
         raise AttachError("a model cannot be copied or pickled while a method is attached: detach it first")
 
-    def _wrapped_generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _wrapped_generate(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:
-            return self._generate(*(() if inputs is None else (inputs,)), *args, **kwargs)
-        if inputs is not None:
+            return self._generate(*args, **kwargs)
+        kwargs = named(type(self._model).generate, args, kwargs)
+        if (inputs := kwargs.pop("inputs", None)) is not None:  # the first one that transformers takes
             kwargs["input_ids"] = inputs
         cache = given_cache(kwargs)
         if self._layers is not None:
@@ -67,11 +76,11 @@ class Wrapping:
         with torch.no_grad():
             reduced = self._continuation.reduce(kwargs, cache)
         if reduced.compaction is None:
-            return self._run_generate(args, reduced)
+            return self._run_generate(reduced)
         full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
         shorten_limits(self._model, reduced, full_ids.shape[1] - width)
         show_whole_prompts(reduced, full_ids, width)
-        out = self._run_generate(args, reduced)
+        out = self._run_generate(reduced)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
         whole = torch.cat([prompts, sequences[:, width:]], dim=1)
@@ -83,21 +92,29 @@ class Wrapping:
         out.sequences = whole
         return out
 
-    def _run_generate(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _run_generate(self, kwargs: Mapping[str, Any]) -> Any:
         self._call.generating = True
         try:
-            return self._generate(*args, **kwargs)
+            return self._generate(**kwargs)
         finally:
             self._call.generating = False
             self._call.prefill = None
+
+    def _watched_prepare(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a `generate` that does not come by way of the wrapper: its loop counts the tokens of full prompts."""
+        if not self._removed and not self._call.generating:
+            raise AttachError(
+                "this generate was taken from the model before a method was attached, or from its class, and knows of "
+                "no reduction: call model.generate"
+            )
+        return self._prepare(*args, **kwargs)
 
     def _before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._call
         if call.generating and self._layers is None:
             return None
-        if args:  # named by the class: accelerate puts a forward of its own on the instance
-            names = list(inspect.signature(type(module).forward).parameters)[1:]
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        # By the class: accelerate puts a forward of its own on the instance.
+        kwargs = named(type(module).forward, args, kwargs)
         if not call.generating:
             reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
             call.compaction = reduced.compaction
@@ -115,6 +132,25 @@ class Wrapping:
                 self._results.inside = run.state
         if not self._call.generating and self._call.compaction is not None and cache is not None:
             note(cache, COMPACTION, self._call.compaction)
+
+
+def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a method's call by their names.
+
+    Raises
+    ------
+    TypeError
+        As Python does, if there are too many, or one is there twice.
+    """
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(function).bind_partial(None, *args)
+    by_place = dict(list(bound.arguments.items())[1:])
+    if "args" in by_place:
+        raise InputError(f"{function.__qualname__} does not say what its arguments are called: pass them by name")
+    if twice := by_place.keys() & kwargs.keys():
+        raise TypeError(f"{function.__qualname__}() got multiple values for argument {min(twice)!r}")
+    return {**by_place, **kwargs}
 
 
 def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:

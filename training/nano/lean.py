@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.nano.architecture import Weights
 from foveate.nano.labels import GRID, PATCH
-from foveate.nano.recipe import Recipe
+from training.nano.architecture import Weights
+from training.nano.recipe import Recipe
 
 VISION = "model.vision_tower."
 PROJECTOR = "model.multi_modal_projector."

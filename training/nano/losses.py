@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.nano.architecture import ALIGNED, CENTER_SCALE, REGION_SCALE, WORD_IDS, Weights
 from foveate.nano.labels import CENTER, COLOR, DIGIT, KIND, REGION
 from foveate.nano.vocabulary import ALL_COLORS, DIGITS, KINDS, REGIONS
+from training.nano.architecture import ALIGNED, CENTER_SCALE, REGION_SCALE, WORD_IDS, Weights
 
 # Most patches show background; it counts less.
 BACKGROUND_WEIGHT = 0.15

@@ -10,8 +10,8 @@ from typing import Any, Final
 from foveate.core.reducer import Method
 from foveate.measure.pages import fill, markdown_table
 from foveate.methods import Random, VisPruner
-from foveate.nano.gates import DRAWS
 from foveate.nano.questions import ASKED_KINDS
+from training.nano.acceptance import DRAWS
 
 Result = dict[str, Any]
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from foveate.core.errors import FoveateError
-from foveate.nano.export import export
-from foveate.nano.recipe import Recipe
-from foveate.nano.worker import Worker
+from training.nano.export import export
+from training.nano.recipe import Recipe
+from training.nano.worker import Worker
 
+ROOT = Path(__file__).resolve().parents[2]
 # Waiting threads of one process would otherwise spin on the core that another process computes on.
 PROCESS_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
@@ -68,8 +69,9 @@ def _prepare(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def _run_processes(recipe: Recipe, out: Path, count: int) -> None:
-    command = [sys.executable, "-m", "foveate.nano.worker", str(out)]
-    environment = {**os.environ, **PROCESS_ENVIRONMENT}
+    command = [sys.executable, "-m", "training.nano.worker", str(out)]
+    found = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **PROCESS_ENVIRONMENT, "PYTHONPATH": found}
     running = [subprocess.Popen([*command, str(rank), str(count)], env=environment) for rank in range(count)]
     try:
         _watch(recipe, out, running)

@@ -26,9 +26,9 @@ from foveate.nano.evaluate import (
     seconds_per_question,
 )
 from foveate.nano.questions import ASKED_KINDS, WITHHELD
-from foveate.nano.recipe import Recipe
 from foveate.nano.runner import Condition
 from foveate.nano.scenes import scene
+from training.nano.recipe import Recipe
 
 DRAWS: Final = 3
 CHUNK: Final = 50

@@ -15,11 +15,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from foveate.nano.architecture import WORD_IDS, configuration
 from foveate.nano.drawing import SIDE
 from foveate.nano.labels import PATCH
-from foveate.nano.recipe import Recipe
 from foveate.nano.vocabulary import BOS, EOS, IMAGE, PAD, UNKNOWN
+from training.nano.architecture import WORD_IDS, configuration
+from training.nano.recipe import Recipe
 
 # Phrases that evaluation tools wrap questions in. Nano answers at the question's last word, so they have to go.
 SILENT = ("answer the question using a single word or phrase", "user:", "assistant:", "?", ".", ",")

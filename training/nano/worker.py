@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.nano.architecture import ALIGNED, WORD_IDS, Weights, initial_weights, visual_words
-from foveate.nano.data import Drawn, draw, open_drawn, table
 from foveate.nano.labels import CENTER, COLOR, DIGIT, KIND, REGION, TOKENS, concepts
-from foveate.nano.lean import TEXT, decode, project, tower
-from foveate.nano.losses import align_loss, cls_loss, naming_loss, split_logits
-from foveate.nano.optimizer import FlatAdamW
 from foveate.nano.questions import QUESTION_KINDS, Question, ask
-from foveate.nano.recipe import Recipe, Stage
 from foveate.nano.scenes import generator, plan_scene
-from foveate.nano.texts import BOS_ID, EOS_ID, Texts, attention_mask, pack, positions
+from training.nano.architecture import ALIGNED, WORD_IDS, Weights, initial_weights, visual_words
+from training.nano.data import Drawn, draw, open_drawn, table
+from training.nano.lean import TEXT, decode, project, tower
+from training.nano.losses import align_loss, cls_loss, naming_loss, split_logits
+from training.nano.optimizer import FlatAdamW
+from training.nano.recipe import Recipe, Stage
+from training.nano.texts import BOS_ID, EOS_ID, Texts, attention_mask, pack, positions
 
 DATA_SEED = 0
 LARGEST_COMPRESSION = 16.0

@@ -11,7 +11,6 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from foveate.nano.drawing import SIDE
 from foveate.nano.labels import CONCEPTS, GRID, PATCH, TOKENS
-from foveate.nano.recipe import Recipe
 from foveate.nano.vocabulary import (
     ALL_COLORS,
     BOS,
@@ -24,6 +23,7 @@ from foveate.nano.vocabulary import (
     REGIONS,
     vocabulary,
 )
+from training.nano.recipe import Recipe
 
 WORDS: Final = vocabulary()
 WORD_IDS: Final = {word: number for number, word in enumerate(WORDS)}

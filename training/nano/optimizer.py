@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.nano.architecture import Weights
+from training.nano.architecture import Weights
 
 BETAS = (0.9, 0.98)
 CLIP = 1.0

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.nano.architecture import WORD_IDS
 from foveate.nano.labels import TOKENS
 from foveate.nano.questions import QUESTION_KINDS, Question
 from foveate.nano.vocabulary import BOS, EOS, PAD
+from training.nano.architecture import WORD_IDS
 
 PREFIX = 1 + TOKENS
 HIDDEN = -1e4

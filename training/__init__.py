@@ -1,0 +1,1 @@
+"""How what the library carries was made; not part of the library."""
