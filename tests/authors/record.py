@@ -1,7 +1,7 @@
 """How much it matters where a method differs, or could differ, from its authors' code: kept tokens and answers of nano.
 
 ``python tests/authors/record.py`` writes ``results/authors.json``. Sharing is the mean share of kept tokens that two
-forms of a method have in common, over validation scenes and over near-blank pages: white, with one short line of strokes.
+forms of a method have in common, over validation scenes and over near-blank pages: white, with one line of strokes.
 """
 
 from __future__ import annotations
