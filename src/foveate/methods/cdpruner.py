@@ -45,7 +45,8 @@ class CDPruner(CropReducer):
     such as those that end a chat template, follows. Without text (M = 0) or differences of relevance, it is 1
     everywhere. The official code works in float32 and goes on where its own rounding is all that is left: it does not
     divide by zero, but its picks are arbitrary there. On scenes of nano such a float32 form parts from this one at pick
-    63 (median; 41 at the earliest), and 99 % of 64 kept tokens agree, 69 % of 128. Once all other tokens are linear combinations of the
+    63 (median; 41 at the earliest), and 99 % of 64 kept tokens agree, 69 % of 128. Once all other tokens are linear
+    combinations of the
     picked ones (less than 1e-10 of their squared norm is left), the most relevant follow.
     """
 
