@@ -26,7 +26,7 @@ def close(a, b, tolerance=1e-4):
     torch.testing.assert_close(a.float(), b.float(), atol=tolerance, rtol=tolerance)
 
 
-def reference(net, inputs, answer, stops=(), include_last_visual=False):
+def reference(net, inputs, answer, stops=(), include_last_visual=True):
     """Sum whole attention maps over layers, heads and rows."""
     family = family_of(net)
     longer, width = with_answer(family, inputs, answer), inputs["input_ids"].shape[1]

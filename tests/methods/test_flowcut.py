@@ -14,7 +14,7 @@ from foveate.core.encoder import Inside
 from foveate.core.errors import FoveateError
 from foveate.core.probes import Heads
 from foveate.methods import FlowCut
-from foveate.methods.flowcut import Flow
+from foveate.methods.flowcut import AttentionShare, Flow
 from tiny import collate, embedded_rows, model, samples
 
 
@@ -93,11 +93,19 @@ def test_schedule_hits_the_budget(entropy):
 def pruning(entropy):
     def act_for(lead, size, count):
         def act(layer, tokens, query, key, value):
-            left = FlowCut(keep=count, entropy=entropy).schedule(size, count, 5)[layer]
-            rows = []
+            rows, n = [], len(tokens)
             for q, k, scale in ((query, key, query.shape[-1] ** -0.5), (value, value, 1.0)):
                 row = (q[:, :1] @ k.mT * scale).softmax(-1)[:, 0].mean(dim=0)[lead:]
                 rows.append(row / row.sum())
+            share = entropy
+            if entropy is None and n > 1:
+                share = -math.fsum(p * math.log(p) for p in rows[0].tolist()) / math.log(n)
+            if layer >= 3:  # one layer before the features, that of five
+                left = count
+            elif layer == 1 and n > count:
+                left = max(n - round((n - count) / 2**0.5 * (1 - share**2)), count)
+            else:
+                left = n
             score = ((rows[0] + rows[1]) * value[:, lead:].mean(dim=0).abs().sum(-1)).tolist()
             noted = [{**t, "c": (t["c"] + s) / 2 if "c" in t else s} for t, s in zip(tokens, score, strict=True)]
             best = sorted(range(len(noted)), key=lambda i: -noted[i]["c"])[:left]
@@ -121,15 +129,46 @@ def deeper(family):
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "video_llava"])
 @pytest.mark.parametrize("keep", [Budget(40, per="crop"), Budget(9, per="crop"), 27], ids=str)
-def test_the_tower_equals_plain_steps(family, keep):
+@pytest.mark.parametrize("entropy", [0.3, None])
+def test_the_tower_equals_plain_steps(family, keep, entropy):
     net, inputs = deeper(family), collate(samples(family))
-    reduced = foveate.reduce(net, inputs, FlowCut(keep=keep, entropy=0.3))
-    expected = reference(net, inputs, pruning(0.3), "mlp", keep)
+    reduced = foveate.reduce(net, inputs, FlowCut(keep=keep, entropy=entropy))
+    expected = reference(net, inputs, pruning(entropy), "mlp", keep)
     for chosen, embeds, (kept, _, rows) in zip(reduced.selection, embedded_rows(reduced), expected, strict=True):
         chosen.check()
         assert chosen.merge is None
         assert chosen.kept.tolist() == kept
         torch.testing.assert_close(embeds.double(), rows, atol=1e-4, rtol=1e-4)
+
+
+def test_measured_entropy_decides_how_many_go():
+    """The toy of the schedule, on one picture that is looked at as there, and on one that is looked at evenly."""
+    reducer = FlowCut(keep=16)
+    assert reducer.entropy is None
+    for attention, first, second in (
+        (wave_saliency(64), 62, 58),
+        ([1 / 64] * 64, 64, 64),
+        ([1.0] + [0.0] * 63, 53, 30),
+    ):
+        inside = Inside.start(1, 64, 1, torch.device("cpu"))
+        share = torch.tensor([attention])
+        inside.planes[AttentionShare()] = share / share.sum()
+        assert reducer.left(inside, 16, 1, 23) == first  # 20 layers before the last cut
+        assert reducer.left(inside, 16, 1, 5) == second  # 2 before it
+        assert reducer.left(inside, 16, 2, 23) == 64
+        assert reducer.left(inside, 16, 21, 23) == 16
+    assert reducer.schedule(64, 16, 23) == [64] * 21 + [16] * 2  # the most that can be
+
+
+def test_an_even_look_leaves_more_tokens_between_the_cuts():
+    net, seen = deeper("llava"), []
+    first = net.model.vision_tower.encoder.layers[2].self_attn
+    first.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["hidden_states"].shape[:2])), with_kwargs=True
+    )
+    foveate.reduce(net, collate(samples("llava")), FlowCut(keep=20))
+    assert {batch for batch, _ in seen} == {1}  # each crop has its own number
+    assert all(21 <= n <= 65 for _, n in seen)
 
 
 def test_layers_between_the_cuts_have_fewer_tokens():
@@ -138,9 +177,9 @@ def test_layers_between_the_cuts_have_fewer_tokens():
         layer.self_attn.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(kwargs["hidden_states"].shape[1]), with_kwargs=True
         )
-    foveate.reduce(net, inputs, FlowCut(keep=20))
+    foveate.reduce(net, inputs, FlowCut(keep=20, entropy=0.9))
     assert seen == [65, 65, 59, 59, 21]  # round(44 / sqrt(2) * 0.19) go first
-    assert FlowCut(keep=20).lengths(64, 20, 5) == [(64, 64), (64, 64), (58, 58), (58, 58), (20, 20)]
+    assert FlowCut(keep=20, entropy=0.9).lengths(64, 20, 5) == [(64, 64), (64, 64), (58, 58), (58, 58), (20, 20)]
 
 
 @pytest.mark.parametrize("bad", ["nan", "zero"])

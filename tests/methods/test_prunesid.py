@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from greedy_cases import SALIENCY64, cases, cosines, crop_batch, order, wave
 
 from foveate.core.probes import Attention, Features
 from foveate.methods import PruneSID
+from foveate.methods.prunesid import _quotas
 
 
 def components(features, number):
@@ -22,12 +24,15 @@ def components(features, number):
 
 
 def reference(features, saliency, count):
-    """Return the kept tokens, the survivors and the quota of each group, and the smallest gap between decisions."""
+    """Return the kept tokens, the survivors and the quota of each group, and the smallest gap between decisions.
+
+    The budget that the rule speaks of counts ``[CLS]``, too.
+    """
     n = len(features)
-    group, groups, gap = components(features, max(1, count // 4))
+    group, groups, gap = components(features, max(1, (count + 1) // 4))
     similarity = cosines(features, features)
     mean = math.fsum(similarity[i][j] for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
-    limit = count / 32 * mean
+    limit = (count + 1) / 32 * mean
     gap = min([gap, *(abs(similarity[i][j] - limit) for i in range(n) for j in range(n) if i != j)])
 
     listed, survivors = [], []
@@ -41,26 +46,28 @@ def reference(features, saliency, count):
         survivors.append(len(alive))
         listed.append(alive + [i for i in best_first if i not in alive])
 
-    filled = sum(1 for members in listed if members)
-    quotas, so_far, given = [], 0, 0
-    for members, alive in zip(listed, survivors, strict=True):
-        so_far += alive
-        share = math.floor((count - filled) * so_far / sum(survivors) + 0.5) - given
-        given += share
-        quotas.append(min(bool(members) + share, 5 * math.ceil(count / 64), alive))
-
+    quotas = reference_quotas([len(x) for x in listed], survivors, count, 5 * math.ceil((count + 1) / 64))
     kept = [members[:q] for members, q in zip(listed, quotas, strict=True)]
-    largest_first = sorted(range(groups), key=lambda g: -len(listed[g]))
-    for most in (survivors, [len(members) for members in listed]):  # survivors first, then anything
-        room = True
-        while sum(map(len, kept)) < count and room:
-            room = False
-            lowest = min((len(kept[g]) - quotas[g] for g in range(groups) if len(kept[g]) < most[g]), default=0)
-            for g in largest_first:
-                if len(kept[g]) < most[g] and len(kept[g]) - quotas[g] == lowest and sum(map(len, kept)) < count:
-                    kept[g].append(listed[g][len(kept[g])])
-                    room = True
     return sorted(i for part in kept for i in part), survivors, quotas, gap
+
+
+def reference_quotas(sizes, survivors, count, limit):
+    """Raise caps one by one, then share, then fill group by group."""
+    caps, groups = [min(limit, s) for s in survivors], range(len(sizes))
+    for full in (survivors, sizes):
+        while sum(caps) < count and any(caps[g] < full[g] for g in groups):
+            # As a level rises for all groups alike, it may end above the budget.
+            level = min(caps[g] - (full is sizes) * survivors[g] for g in groups if caps[g] < full[g])
+            caps = [c + (c < full[g] and c - (full is sizes) * survivors[g] == level) for g, c in enumerate(caps)]
+    quotas, so_far, given = [], 0, 0
+    for g in groups:
+        so_far += survivors[g]
+        share = math.floor((count - sum(s > 0 for s in sizes)) * so_far / sum(survivors) + 0.5) - given
+        given += share
+        quotas.append(min((sizes[g] > 0) + share, caps[g]))
+    for g in sorted(groups, key=lambda g: -survivors[g]):
+        quotas[g] += min(count - sum(quotas), caps[g] - quotas[g])
+    return quotas
 
 
 def pick(features, saliency, count):
@@ -76,12 +83,12 @@ def test_random_inputs_give_the_reference_selection():
         features = centres[(common * len(centres)).long()]
         features = (0.5 + features + (n % 3) / 3 * torch.randn(n, 24, generator=generator)).to(dtype)
         saliency = torch.rand(n, generator=generator).to(dtype)
-        kept, survivors, quotas, gap = reference(features.tolist(), saliency.tolist(), count)
+        kept, survivors, _, gap = reference(features.tolist(), saliency.tolist(), count)
         if gap < 1e-5:
             continue
         compared += 1
         thinned += sum(survivors) < n
-        left_over += sum(quotas) < count
+        left_over += sum(survivors) < count
         assert pick(features, saliency, count) == kept, (n, count)
     assert compared > 60
     assert thinned > 30
@@ -99,9 +106,34 @@ def test_large_groups_are_capped():
         assert sum(survivors) == 90
         assert gap > 1e-6
         assert max(quotas) <= 5
-        capped += 1 + (48 + seed - len(quotas)) * max(survivors) / 90 > 6
+        capped += 1 + (48 + seed - len(quotas)) * max(survivors) / 90 > 5.5
         assert pick(features, saliency, 48 + seed) == kept
     assert capped >= 3
+
+
+@pytest.mark.parametrize(("sizes", "survivors", "count", "quotas"), [
+    ((30, 9, 8, 3), (30, 9, 8, 3), 16, (5, 5, 4, 2)),  # shares 8 3 3 2; the 3 left over fill the second group first
+    ((30, 8, 9, 3), (30, 8, 9, 3), 16, (5, 4, 5, 2)),  # that with most survivors comes first, wherever it stands
+    ((20, 10, 2), (20, 10, 2), 13, (6, 5, 2)),  # caps of 5 reach 12 only, and rise by one for all
+    ((10, 6, 1), (8, 3, 1), 14, (9, 4, 1)),  # 12 survive; suppressed tokens fill the groups evenly
+    ((4, 0, 3), (1, 0, 3), 4, (1, 0, 3)),  # a group without tokens
+])  # fmt: skip
+def test_quotas_by_hand(sizes, survivors, count, quotas):
+    assert tuple(reference_quotas(sizes, survivors, count, 5)) == quotas
+    assert _quotas(torch.tensor([sizes]), torch.tensor([survivors]), count, 5)[0].tolist() == list(quotas)
+
+
+def test_quotas_equal_the_loop():
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(300):
+        sizes = torch.randint(0, 12, (1 + int(torch.randint(0, 9, (), generator=generator)),), generator=generator)
+        sizes[0] += 1
+        survivors = (sizes * torch.rand(len(sizes), generator=generator)).ceil().long()
+        least = int((sizes > 0).sum())
+        count = int(torch.randint(least, int(sizes.sum()) + 1, (), generator=generator))
+        quotas = reference_quotas(sizes.tolist(), survivors.tolist(), count, 3)
+        assert sum(quotas) == count
+        assert _quotas(sizes[None], survivors[None], count, 3)[0].tolist() == quotas
 
 
 def test_quotas_of_a_wide_wave():

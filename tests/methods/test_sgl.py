@@ -35,11 +35,12 @@ def attending(rows, first):
     return Rows(query, key, 1.0, torch.zeros(1, 1, size, key.shape[2]))
 
 
-def toy(decode=True, **config):
+def toy(decode=True, include_last_visual=False, **config):
     """Run the toy: four visual tokens, two of text, and one token of the answer that is read."""
     prompt = PromptTokens(0, (), (), torch.arange(4), behind=2)
     ids = torch.arange(6)[None]
-    total = AttentionSum([prompt], None, ids, torch.tensor([99]), SGL(**config))
+    method = SGL(include_last_visual=include_last_visual, **config)
+    total = AttentionSum([prompt], None, ids, torch.tensor([99]), method)
     total.begin(ids)
     for prefill, last in zip(PREFILL, LAST_VISUAL, strict=True):
         total.add(attending([last, *prefill], 3))
@@ -67,6 +68,7 @@ def test_scores_of_the_toy():
     assert best(toy()) == [1, 2]
     assert best(toy(decode=False)) == [1, 3]
     assert rounded(toy(include_last_visual=True)) == [0.53, 0.80, 0.88, 0.79]
+    assert SGL().include_last_visual  # as the authors' code slices
 
 
 def test_normalised_scores_are_the_mean_of_two_means():
@@ -76,7 +78,7 @@ def test_normalised_scores_are_the_mean_of_two_means():
 
 def test_rows_behind_the_end_of_an_answer_do_not_count():
     prompt = PromptTokens(0, (), (), torch.arange(4), behind=2)
-    total = AttentionSum([prompt], None, torch.arange(6)[None], torch.tensor([7]), SGL())
+    total = AttentionSum([prompt], None, torch.arange(6)[None], torch.tensor([7]), SGL(include_last_visual=False))
     total.begin(torch.arange(6)[None])
     for prefill in PREFILL:
         total.add(attending(prefill, 4))

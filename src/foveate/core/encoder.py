@@ -102,9 +102,21 @@ class EncoderReducer(Reducer):
         """Whether a token of several patches gets as much attention as these would: the logarithm of its size more."""
         return False
 
+    @property
+    def alone(self) -> bool:
+        """Whether crops run one by one, as how many tokens a layer leaves depends on the picture."""
+        return False
+
     @abstractmethod
     def schedule(self, size: int, count: int, layers: int) -> list[int]:
-        """Return how many of `size` tokens are left behind each of the layers that run; the last number is `count`."""
+        """Return how many of `size` tokens are left behind each of the layers that run; the last number is `count`.
+
+        Where it depends on the picture, it is the most that each layer may leave.
+        """
+
+    def left(self, inside: Inside, count: int, layer: int, layers: int) -> int:
+        """Return how many tokens a layer leaves on the way to `count`: as scheduled, unless the picture decides."""
+        return self.schedule(inside.member.shape[1], count, layers)[layer]
 
     @abstractmethod
     def step(self, inside: Inside, count: int) -> tuple[Tensor, Tensor | None]:

@@ -32,8 +32,8 @@ def run_tower_inside(
 ) -> tuple[Tensor, dict[Probe, Tensor]]:
     """Run a CLIP-like vision tower up to the layer that the projector reads, with a method inside.
 
-    Crops of equal size and budget run together. Patches of a row that are not in its crop, because they show padding,
-    are attended to as ever, and no candidates.
+    Crops of equal size and budget run together, but each alone if a method asks for it. Patches of a row that are not
+    in its crop, because they show padding, are attended to as ever, and no candidates.
 
     Parameters
     ----------
@@ -59,14 +59,15 @@ def run_tower_inside(
     _check(tower, layers, len(indices), reducer)
     hidden = layer_input(tower, layers[0], pixels)
     patches = torch.arange(grid[0] * grid[1]).expand(len(hidden), -1)
-    work: dict[tuple[int, int], list[tuple[Crop, Tensor]]] = defaultdict(list)
+    work: dict[tuple[int, int, int], list[tuple[Crop, Tensor]]] = defaultdict(list)
     for span in spans:
         for crop, _, count in crop_budgets(span, reducer.keep, reducer.name):
             if count:
-                work[len(crop), min(count, len(crop))].append((crop, crop_rows(patches, crop, grid)))
+                alone = len(work) if reducer.alone else 0
+                work[len(crop), min(count, len(crop)), alone].append((crop, crop_rows(patches, crop, grid)))
     features = torch.zeros_like(hidden)
     members = torch.full(patches.shape, -1, device=hidden.device)
-    for (size, count), crops in work.items():
+    for (size, count, _), crops in work.items():
         row = torch.tensor([[crop.encoder_row] for crop, _ in crops], device=hidden.device)
         inner = torch.stack([index for _, index in crops]).to(hidden.device)
         is_inner = torch.zeros(len(inner), patches.shape[1], device=hidden.device).scatter(1, inner, 1.0)
@@ -86,20 +87,19 @@ def _run(
     """Run layers on ``[B, lead + N, C]``; returns ``[B, lead + count, C]``."""
     size = x.shape[1] - lead
     inside = Inside.start(len(x), size, lead, x.device)
-    left = reducer.schedule(size, count, len(layers)) if count < size else [size] * len(layers)
     probes = [probe for probe in reducer.needs if isinstance(probe, LayerProbe)] if count < size else []
     with tap(tower, {attention_of(layer): probes for layer in layers if probes}, lead) as taps:
         layer: Any  # made of _PARTS
-        for layer, number in zip(layers, left, strict=True):
+        for place, layer in enumerate(layers):
             attention = attention_of(layer)
             out, *_ = attention(hidden_states=layer.layer_norm1(x), attention_mask=_key_bias(inside, x, reducer))
             x = x + out
             inside.planes.update({probe: taps.values(attention, probe)[-1] for probe in probes})
             if probes and reducer.after == "attention":
-                inside, x = inside.step(reducer, x, number)
+                inside, x = inside.step(reducer, x, reducer.left(inside, count, place, len(layers)))
             x = x + layer.mlp(layer.layer_norm2(x))
             if probes and reducer.after == "mlp":
-                inside, x = inside.step(reducer, x, number)
+                inside, x = inside.step(reducer, x, reducer.left(inside, count, place, len(layers)))
     return x, inside
 
 

@@ -18,13 +18,15 @@ class PruneSID(CropReducer):
     A token belongs to that one of ``T // 4`` principal components of the sigmoid of the features ``[N, C]`` on which
     its loading is largest. Within a group tokens are visited by ``[CLS]`` attention ``[N]``, and one is suppressed if
     its cosine with an earlier survivor is above ``T / 32`` times the mean cosine of the crop. Each group gets one
-    place, and the other places in proportion to survivors, at most ``5 * ceil(T / 64)`` in all; what that leaves goes
-    round the groups, largest first, until the survivors are used up and then to the others.
+    place, and the other places in proportion to survivors, up to the group's cap: ``5 * ceil(T / 64)`` survivors, or
+    more, as many for each group, as it takes for the caps to reach the budget; then suppressed tokens, too. Places that
+    caps left over go to the group with most survivors until it is at its cap, then to the next.
 
     Parameters
     ----------
     keep
-        The budget T.
+        The budget, which is one token less than the T above: the official T counts ``[CLS]``, which is no visual token
+        of the model. So what is published as 64 tokens keeps 63 of the picture, and is ``keep=63`` here.
 
     Notes
     -----
@@ -33,10 +35,10 @@ class PruneSID(CropReducer):
     equal variance, as in a picture of very few distinct tokens, are only defined up to a rotation.
 
     Deviations from the paper: components come from an exact decomposition in float64, where the official code draws a
-    random one, and there are fewer than ``T // 4`` of them if the features span no more. The ``[CLS]`` token, which the
-    paper keeps as one of the T, is none of the model's visual tokens and is left out. At most T survivors of a group
-    are counted. UNVERIFIED: that the mean cosine is that of all pairs of different tokens of the crop; the order in
-    which the last places are given. Encoders without ``[CLS]`` use the attention that each token receives.
+    random one, and there are fewer than ``T // 4`` of them if the features span no more. At most as many survivors of a
+    group as the budget are counted. UNVERIFIED: that the mean cosine is that of all pairs of different tokens of the
+    crop; that suppressed tokens fill the groups evenly where there are fewer survivors than places. Encoders without
+    ``[CLS]`` use the attention that each token receives.
     """
 
     needs = (probes.Features(), probes.Attention())
@@ -49,24 +51,23 @@ class PruneSID(CropReducer):
             ranking.ranks(crops.probe(probes.Attention())),
             crops.size,
         )
-        group, groups = _components(features, max(1, count // 4))
+        total = count + 1  # the official budget counts [CLS]
+        group, groups = _components(features, max(1, total // 4))
         similarity = ranking.cosine_matrix(features)
         redundancy = (similarity.sum(dim=(1, 2)) - similarity.diagonal(dim1=1, dim2=2).sum(dim=1)) / (size * (size - 1))
-        copies = similarity > (count / 32 * redundancy)[:, None, None]
+        copies = similarity > (total / 32 * redundancy)[:, None, None]
         survives = _survivors(copies, group, groups, place, count)
 
         members = torch.nn.functional.one_hot(group, groups)
         sizes, survivors = members.sum(dim=1), (members * survives[:, :, None]).sum(dim=1)
-        quota = _quotas(sizes, survivors, count)
+        quota = _quotas(sizes, survivors, count, 5 * -(-total // 64))
 
-        # Listed group by group, survivors first, most salient first: the i-th entry is in the group at that place.
+        # Listed group by group, survivors first, most salient first: the first of each group are kept.
         order = ((group * 2 + ~survives) * size + place).argsort(dim=1)
         home = group.gather(1, order)
         start = (sizes.cumsum(dim=1) - sizes).gather(1, home)
-        surplus = torch.arange(size, device=order.device) - start - quota.gather(1, home)
-        suppressed = ~survives.gather(1, order)
-        rounds = (suppressed * size + surplus) * groups + ranking.ranks(sizes).gather(1, home)
-        return order.gather(1, torch.where(surplus < 0, -1, rounds).argsort(dim=1, stable=True)[:, :count])
+        beyond = torch.arange(size, device=order.device) - start >= quota.gather(1, home)
+        return order.gather(1, beyond.long().argsort(dim=1, stable=True)[:, :count])
 
 
 def _components(features: Tensor, number: int) -> tuple[Tensor, int]:
@@ -106,11 +107,30 @@ def _survivors(copies: Tensor, group: Tensor, groups: int, place: Tensor, most: 
     return survives
 
 
-def _quotas(sizes: Tensor, survivors: Tensor, count: int) -> Tensor:
-    """Return the places of each group ``[B, G]`` before any are left over."""
-    full = (sizes > 0).long()
+def _quotas(sizes: Tensor, survivors: Tensor, count: int, least: int) -> Tensor:
+    """Return the places of each group ``[B, G]``, `count` in all, given its tokens, its survivors and the least cap."""
+    filled = (sizes > 0).long()
     total = survivors.sum(dim=1, keepdim=True)
-    spare = count - full.sum(dim=1, keepdim=True)
+    suppressed = sizes - survivors
+    cap = survivors.minimum(_level(survivors, least, torch.full_like(total, count), count))
+    cap = cap + suppressed.minimum(_level(suppressed, 0, count - total, count))
+
+    spare = count - filled.sum(dim=1, keepdim=True)
     until = (2 * spare * survivors.cumsum(dim=1) + total) // (2 * total)  # shares add up: their sums are rounded
-    share = until - torch.nn.functional.pad(until, (1, 0))[:, :-1]
-    return (full + share).clamp(max=5 * -(-count // 64)).minimum(survivors)
+    quota = (filled + until - torch.nn.functional.pad(until, (1, 0))[:, :-1]).minimum(cap)
+
+    first = survivors.argsort(dim=1, descending=True, stable=True)
+    room = (cap - quota).gather(1, first)
+    before = room.cumsum(dim=1) - room
+    given = (count - quota.sum(dim=1, keepdim=True) - before).clamp(min=0).minimum(room)
+    return quota.scatter_add(1, first, given)
+
+
+def _level(amounts: Tensor, least: int, need: Tensor, most: int) -> Tensor:
+    """Return the smallest level ``[B, 1]`` from `least` up to `most` at which `amounts` ``[B, G]``, cut off, reach it.
+
+    It is `most` if no level does; `need` is ``[B, 1]``.
+    """
+    levels = torch.arange(most, device=amounts.device)[:, None]
+    short = amounts[:, None].minimum(levels).sum(dim=2) < need
+    return short.sum(dim=1, keepdim=True).clamp(min=least)

@@ -27,8 +27,9 @@ class SGL(InLlmReducer):
     """SGL (arXiv 2412.03324): a small model answers first, and its attention ranks the tokens of a large one.
 
     The score of a visual token is the attention that it gets in all layers and heads of the small model, summed over
-    the prompt's text behind the last image and over the tokens of the answer. The large model drops at one boundary the
-    tokens that score least. `foveate.guide` runs both models; any other scores go in by `Handle.scored`.
+    the row of the last visual token, the prompt's text behind it, and the tokens of the answer. The large model drops
+    at one boundary the tokens that score least. `foveate.guide` runs both models; any other scores go in by
+    `Handle.scored`.
 
     Parameters
     ----------
@@ -42,7 +43,8 @@ class SGL(InLlmReducer):
     equivalent
         Instead of `keep`: how many tokens per image (or which share) the layers receive on average.
     include_last_visual
-        Whether the row of the last visual token counts as well, as in the authors' code.
+        Whether the row of the last visual token counts as well, as in the authors' code, which gave the published
+        results; the paper sums over the text alone.
     normalise
         Take the mean over rows of the prompt and that over rows of the answer, and the mean of both, so that long
         answers do not outweigh the prompt.
@@ -61,7 +63,7 @@ class SGL(InLlmReducer):
     depth: float = 0.3
     layer: int | None = None
     equivalent: int | float | None = None
-    include_last_visual: bool = False
+    include_last_visual: bool = True
     normalise: bool = False
     consistency_keep: float = 0.05
     geometric: bool = False

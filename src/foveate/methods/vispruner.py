@@ -40,10 +40,12 @@ class VisPruner(CropReducer):
 
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives, as the authors
     advise. It is that of the layer that makes the features; last-layer attention with penultimate features, as the
-    official code has for SigLIP, is not offered. Where the official code fails (an odd number of residual tokens, fewer
-    than `step` even ones), the even half is the larger and a round drops at most all of it. Cosines
-    and their order are those of float64: in float32 the order in which a kernel adds decides about two of five tokens.
-    Sorting is stable, ties (up to 1e-10) go to the one listed first.
+    official code has for SigLIP, is not offered. On LLaVA-NeXT the official code leaves the picture padded: a crop's
+    budget goes to all its patches, those that show padding too, where here they are no candidates, as the model itself
+    cuts them off. Newline vectors are dropped there, and here by default (`separators`). Where the official code fails
+    (an odd number of residual tokens, fewer than `step` even ones), the even half is the larger and a round drops at
+    most all of it. Cosines and their order are those of float64: in float32 the order in which a kernel adds decides
+    about two of five tokens. Sorting is stable, ties (up to 1e-10) go to the one listed first.
     """
 
     important_ratio: float = 0.5
