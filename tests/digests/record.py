@@ -1,6 +1,7 @@
 """Digests of what every method decides, so that a change that must not change a result can show that it does not.
 
-``python tests/digests/record.py`` writes ``digests.json`` beside this file; ``test_digests.py`` compares with it.
+``python tests/digests/record.py [FILE]`` writes a file, by default ``digests.json`` beside this one, which
+``test_digests.py`` compares with.
 """
 
 from __future__ import annotations
@@ -160,4 +161,5 @@ def found() -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(found(), indent=1) + "\n", encoding="utf-8")
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else FILE
+    path.write_text(json.dumps(found(), indent=1) + "\n", encoding="utf-8")
