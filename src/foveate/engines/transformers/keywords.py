@@ -86,15 +86,8 @@ def _next_plane(key: str, value: Tensor, compaction: Compaction, fill: int) -> T
 
 def compact_columns(key: str, value: Any, compaction: Compaction) -> Any:
     """Return which columns of compact prompts are meant: a number of the last ones, or a vector of column numbers."""
-    if isinstance(value, int):
-        if value in (0, 1):  # all, or the last one, which always stays
-            return value
-        kept = (compaction.columns >= compaction.length - value).sum(dim=1).tolist()
-        if len({*kept}) > 1:
-            raise InputError(
-                f"{key}={value} reaches into images of which the prompts keep different numbers: leave it out"
-            )
-        return kept[0]
+    if isinstance(value, int):  # so many of the columns that are left: text, as a rule, of which none is dropped
+        return value
     if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
         raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
     # A dropped column stands where the last one before it that is left does, as behind methods inside the LLM.
