@@ -19,6 +19,12 @@ from foveate.families import all_families, family_of, family_of_class
 IMAGE, VIDEO, QUESTION = "<image>", "<video>", "{question}"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# transformers breaks these sentences over several lines.
+_LACKING = re.compile(
+    r"(\w+) requires (?:the )?(?:🤗 )?([\w .-]+?)(?: library)?(?: >= \S+)?[,.]?\s+(?:[Bb]ut|which|it was)\s"
+)
+_PIP = re.compile(r"pip\s+install\s+(?:-U\s+)?([^\s`]+)")
+_EXTRAS = {"torchvision": "foveate[torchvision]"}  # it must fit torch, as the processors of pictures and videos need it
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A PyTorch without CUDA asserts that it has it.
 _LOADING_ERRORS = (
@@ -151,7 +157,11 @@ def _check_name(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that says something."""
+    """Return the first line of an error's text that says something, or which package to install if one is lacking."""
+    if lacking := _LACKING.search(str(error)):
+        named, hint = lacking[2].strip(), _PIP.search(str(error))
+        package = _EXTRAS.get(named.lower()) or (hint[1] if hint else named.lower())
+        return f"{lacking[1]} needs {named}, which is not installed: pip install '{package}'"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
