@@ -136,3 +136,11 @@ def test_what_only_the_repository_has_is_refused_without_it(
         assert (result.code, result.out) == (2, "")
         assert result.err.startswith("error: what trains, judges and reports on nano is in foveate's repository")
         assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["methods.SCOPE", "families.list_families", "nano.load", "author.register"])
+def test_rooms_are_attributes_of_the_package(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import foveate; foveate.{name}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", "import foveate; foveate.nothing"], capture_output=True, text=True)
+    assert "module 'foveate' has no attribute 'nothing'" in done.stderr

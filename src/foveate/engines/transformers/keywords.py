@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
@@ -99,3 +100,22 @@ def compact_columns(key: str, value: Any, compaction: Compaction) -> Any:
     if bool((ranks != ranks[:1]).any()):
         raise InputError(f"{key} names columns that lie elsewhere in each compact prompt: pass one prompt at a time")
     return ranks[0].to(value)
+
+
+def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a method's call by their names.
+
+    Raises
+    ------
+    TypeError
+        As Python does, if there are too many, or one is there twice.
+    """
+    if not args:
+        return dict(kwargs)
+    bound = inspect.signature(function).bind_partial(None, *args)
+    by_place = dict(list(bound.arguments.items())[1:])
+    if "args" in by_place:
+        raise InputError(f"{function.__qualname__} does not say what its arguments are called: pass them by name")
+    if twice := by_place.keys() & kwargs.keys():
+        raise TypeError(f"{function.__qualname__}() got multiple values for argument {min(twice)!r}")
+    return {**by_place, **kwargs}

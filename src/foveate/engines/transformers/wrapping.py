@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.core.errors import AttachError, InputError, UnsupportedModelError
+from foveate.core.errors import AttachError, UnsupportedModelError
 from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
 from foveate.engines.transformers.callbacks import WholePrompts, wrap_callbacks
 from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.in_llm.support import check_options
+from foveate.engines.transformers.keywords import named
 from foveate.engines.transformers.results import Results
 
 
@@ -153,25 +153,6 @@ class Wrapping:
                 self._results.inside = run.state
         if not self._call.generating and self._call.compaction is not None and cache is not None:
             note(cache, COMPACTION, self._call.compaction)
-
-
-def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a method's call by their names.
-
-    Raises
-    ------
-    TypeError
-        As Python does, if there are too many, or one is there twice.
-    """
-    if not args:
-        return dict(kwargs)
-    bound = inspect.signature(function).bind_partial(None, *args)
-    by_place = dict(list(bound.arguments.items())[1:])
-    if "args" in by_place:
-        raise InputError(f"{function.__qualname__} does not say what its arguments are called: pass them by name")
-    if twice := by_place.keys() & kwargs.keys():
-        raise TypeError(f"{function.__qualname__}() got multiple values for argument {min(twice)!r}")
-    return {**by_place, **kwargs}
 
 
 def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:

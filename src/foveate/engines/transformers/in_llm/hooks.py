@@ -26,7 +26,8 @@ from foveate.engines.transformers.in_llm.boundaries import Boundaries
 from foveate.engines.transformers.in_llm.layer_pass import LayerPass, embedded
 from foveate.engines.transformers.in_llm.layer_probes import reads_ahead, reads_executed
 from foveate.engines.transformers.in_llm.look_ahead import LookedAhead
-from foveate.engines.transformers.in_llm.support import check_decoder
+from foveate.engines.transformers.in_llm.support import check_boundaries, check_decoder
+from foveate.engines.transformers.keywords import named
 from foveate.engines.transformers.packing import packed_prompts
 from foveate.engines.transformers.prompt_tokens import Prefill, PromptTokens, placeholders, tokens_by_prompt
 from foveate.families import Family
@@ -49,6 +50,7 @@ class LayerHooks:
         self._boundaries = Boundaries.of(decoder, reducers, positions)
         self._local = threading.local()
         layers, at = self._boundaries.layers, self._boundaries.at
+        check_boundaries(decoder, at)
         read = {b - 1 for b, r in at.items() if reads_executed(r)} | {b for b, r in at.items() if reads_ahead(r)}
         self._numbers = {attention_of(layers[i]): i for i in sorted(read)}
         self._watch = Watch(list(self._numbers), self._attending)
@@ -117,7 +119,8 @@ class LayerHooks:
             run = self._running()
             if run is None or run.looking_ahead:
                 return None
-            out = run.enter(number, layer, {"hidden_states": args[0], **kwargs} if args else kwargs)
+            # By name: Gemma 4 calls its layers with further inputs by place.
+            out = run.enter(number, layer, named(type(layer).forward, args, kwargs))
             # transformers collects hidden states where they were handed over.
             return ((out.pop("hidden_states"),) if args else ()), out
 

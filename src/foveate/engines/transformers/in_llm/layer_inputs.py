@@ -90,7 +90,20 @@ class LayerInputs:
                 out["position_embeddings"] = self._cached(
                     gathered, lambda: tuple(remaining.gather(x) for x in embeddings)
                 )
+        if remaining is not None:
+            for name, plane in self._further(kwargs):
+                out[name] = remaining.gather(plane)
         return out
+
+    def _further(self, kwargs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+        """Return what a layer is given of each token beside its state, such as Gemma 4's inputs per layer."""
+        known = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
+        width = self._state.width
+        return [
+            (name, x)
+            for name, x in kwargs.items()
+            if name not in known and isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == width
+        ]
 
     def finish(self, cache: Any) -> None:
         """Note on a cache what its layers keep after this pass."""

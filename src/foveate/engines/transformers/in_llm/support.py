@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +30,24 @@ def check_decoder(decoder: Any, positions: Positions) -> None:
     if positions == "compact" and not hasattr(decoder, "rotary_emb"):
         raise UnsupportedModelError(
             f"{type(decoder).__name__} has no rotary embedding to number tokens anew with: use positions='original'"
+        )
+
+
+def check_boundaries(decoder: Any, boundaries: Iterable[int]) -> None:
+    """Raise `UnsupportedModelError` if deep layers attend to what a layer in front of a boundary keeps.
+
+    In Gemma 3n and 4 the last layers have no keys of their own, and take those of the last layer of their kind that
+    has some.
+    """
+    shared = getattr(decoder.config, "num_kv_shared_layers", 0) or 0
+    depth = decoder.config.num_hidden_layers
+    kinds = getattr(decoder.config, "layer_types", None) or [""] * depth
+    sources = [max(i for i in range(depth - shared) if kinds[i] == kind) for kind in {*kinds[depth - shared :]}]
+    late = [boundary for boundary in boundaries if boundary > min(sources, default=depth)]
+    if shared and late:
+        raise UnsupportedModelError(
+            f"the last {shared} of {depth} layers of {type(decoder).__name__} attend to what layer {min(sources)} keeps, "
+            f"so tokens cannot be dropped in front of layer {late[0]}: use a layer up to {min(sources)}"
         )
 
 
