@@ -79,5 +79,5 @@ def test_inputs_by_place_are_cut_as_well(shared, layer, cached):
     "reducer", [FastV(keep=3, layer=2), FastV(keep=3, layer=3), PyramidDrop(layers=(1, 2))], ids=repr
 )
 def test_boundaries_behind_shared_keys_are_refused(reducer):
-    with pytest.raises(UnsupportedModelError, match="attend to what layer 1 keeps.*use a layer up to 1"):
+    with pytest.raises(UnsupportedModelError, match=r"attend to what layer 1 keeps.*use a layer up to 1"):
         foveate.attach(build(2), reducer)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.core.ambient import defaults
 from foveate.core.checks import selected_inside
-from foveate.core.errors import InputError
+from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.rows import Rows
 from foveate.engines.transformers.caches import given_cache, without_cache
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
@@ -55,6 +55,11 @@ class LayerPass:
         """Return the keywords with which a layer runs instead of those given."""
         hidden, state = kwargs["hidden_states"], self.state
         if number == 0:
+            if self.probes is not None and hidden.dim() != 3:  # Gemma 3n runs several streams at once
+                raise UnsupportedModelError(
+                    f"{type(layer).__name__} runs on states {list(hidden.shape)}, of which tokens cannot be taken out: "
+                    "use a method that acts before the LLM, such as vispruner"
+                )
             self.inputs.cache = given_cache(kwargs)  # which the decoder makes, if the model was given none
             if self.probes is not None:
                 self.probes.start(hidden)

@@ -46,8 +46,8 @@ def check_boundaries(decoder: Any, boundaries: Iterable[int]) -> None:
     late = [boundary for boundary in boundaries if boundary > min(sources, default=depth)]
     if shared and late:
         raise UnsupportedModelError(
-            f"the last {shared} of {depth} layers of {type(decoder).__name__} attend to what layer {min(sources)} keeps, "
-            f"so tokens cannot be dropped in front of layer {late[0]}: use a layer up to {min(sources)}"
+            f"the last {shared} of {depth} layers of {type(decoder).__name__} attend to what layer {min(sources)} "
+            f"keeps, so tokens cannot be dropped in front of layer {late[0]}: use a layer up to {min(sources)}"
         )
 
 
