@@ -15,7 +15,8 @@ families = [pytest.param(name, marks=in_depth(name)) for name in FAMILIES]
 FREE = {
     "self", "kwargs", "inputs_embeds", "use_cache", "cache", "past_key_values", "mm_encoder_outputs",
     "vision_feature_layer", "vision_feature_layers", "vision_feature_select_strategy", "vision_aspect_ratio",
-    "output_attentions", "output_hidden_states", "return_dict", "cache_position", "rope_deltas", "interpolate_pos_encoding",
+    "output_attentions", "output_hidden_states", "return_dict", "cache_position", "rope_deltas",
+    "interpolate_pos_encoding",
 }  # fmt: skip
 
 
