@@ -31,12 +31,9 @@ class DART(CropReducer):
 
     Deviations from the paper: it prunes inside the LLM, behind layer 2, with pivots by the norms of keys, four of them
     text tokens. This is the form of third parties on what the LLM reads, with visual pivots only (UNVERIFIED: no
-    published accuracy). Each pivot adds ``ceil((T - pivots) / pivots)`` tokens until T are kept.
-    The order of pivots matters, and
-    that of a set, as in one port, is arbitrary: backwards, 88 % of 64 tokens agree on scenes of nano, 91 %
-    on near-blank
-    pages. Ties go to the lower
-    index. Tokens keep their original positions, as behind layer 2.
+    published accuracy). Each pivot adds ``ceil((T - pivots) / pivots)`` tokens until T are kept. The order of pivots
+    matters, and that of a set, as in one port, is arbitrary: backwards, 88 % of 64 tokens agree on scenes of nano, 91 %
+    on near-blank pages. Ties go to the lower index. Tokens keep their original positions, as behind layer 2.
     """
 
     pivots: int = 4

