@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from inside import (
@@ -19,6 +22,8 @@ from transformers import DynamicCache
 
 import foveate
 from foveate import Chain
+from foveate.core.in_llm import InLlmReducer
+from foveate.core.probes import LayerAttention
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.methods import FastV, TopV, VisPruner, topv
 from foveate.registry import get_method
@@ -192,3 +197,40 @@ def test_merging_leaves_the_states_that_the_model_hands_out():
         states = net(**inputs, output_hidden_states=True).hidden_states
     for plain, found in zip(expected, states, strict=False):
         assert torch.equal(plain, found)
+
+
+@dataclass(frozen=True)
+class Noting(InLlmReducer):
+    """Notes what it reads ahead, and keeps the first tokens."""
+
+    keep: int
+    seen: Any = None
+
+    needs = (LayerAttention("last", ahead=True),)
+
+    def boundaries(self, depth):
+        return (2,)
+
+    def counts(self, depth, images):
+        return (self.keep,)
+
+    def select(self, tokens):
+        self.seen.append(tokens.probe(self.needs[0]))
+        return tokens.per_prompt(lambda prompts, n: torch.arange(n).expand(len(prompts.ordinals), -1))
+
+
+@torch.no_grad()
+def test_looking_ahead_sees_what_is_cached():
+    """A second turn with an image reads what it would read if the conversation came at once."""
+    net, read = deep_model("llava"), []
+    whole = collate([sample(9, 4, "image", 5, seed=3)])
+    start, ids = whole["input_ids"][:, :9], whole["input_ids"][:, 9:]
+    with foveate.attach(net, Noting(keep=9, seen=read)):
+        net(**whole)
+        cache = DynamicCache()
+        net(input_ids=start, **{CACHE: cache}, use_cache=True)
+        mask = torch.ones(1, whole["input_ids"].shape[1], dtype=torch.long)
+        new = {"input_ids": ids, "pixel_values": whole["pixel_values"], "attention_mask": mask}
+        net(**new, **{CACHE: cache}, use_cache=True)
+    at_once, in_turns = read
+    torch.testing.assert_close(at_once[0], in_turns[0], atol=1e-5, rtol=0)
