@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 import foveate
 from foveate import Chain, VisPruner
 from foveate.core.errors import AttachError, UnsupportedModelError
-from foveate.methods import FastV, ToMe
+from foveate.methods import FastV, ToMe, TopV
 from tiny import FAMILIES, collate, deep_model, in_depth, model, sample, samples
 
 METHODS = [VisPruner(keep=9), FastV(keep=9, layer=1), Chain(VisPruner(keep=16), FastV(keep=9, layer=2))]
@@ -109,6 +109,19 @@ def test_a_failed_attachment_leaves_nothing():
     net = model("llava")  # of two layers
     with pytest.raises(foveate.FoveateError, match="layers 0 to 1"):
         foveate.attach(net, FastV(keep=9, layer=7))
+    foveate.attach(net, VisPruner(keep=9)).detach()
+
+
+def test_a_model_that_is_refused_stays_as_it_was():
+    net = deep_model("llava")
+    for layer in net.get_decoder().layers:
+        layer.block = layer.mlp
+        del layer.mlp
+    before = [(len(m._forward_hooks), len(m._forward_pre_hooks), vars(m).get("config")) for m in net.modules()]
+    with pytest.raises(UnsupportedModelError, match="no feed-forward network"):
+        foveate.attach(net, TopV(keep=0.4, layer=1, target="mlp"))
+    after = [(len(m._forward_hooks), len(m._forward_pre_hooks), vars(m).get("config")) for m in net.modules()]
+    assert all(a[:2] == b[:2] and a[2] is b[2] for a, b in zip(after, before, strict=True))
     foveate.attach(net, VisPruner(keep=9)).detach()
 
 

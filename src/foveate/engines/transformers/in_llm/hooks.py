@@ -53,6 +53,8 @@ class LayerHooks:
         check_boundaries(decoder, at)
         read = {b - 1 for b, r in at.items() if reads_executed(r)} | {b for b, r in at.items() if reads_ahead(r)}
         self._numbers = {attention_of(layers[i]): i for i in sorted(read)}
+        # Found before anything is put on the model: a model without one is refused, and stays as it was.
+        mlps = {b - 1: _mlp_of(layers[b - 1]) for b, r in at.items() if LayerStates("mlp") in r.needs}
         self._watch = Watch(list(self._numbers), self._attending)
         self._hooks = [
             layer.register_forward_pre_hook(self._entering(i), with_kwargs=True) for i, layer in enumerate(layers)
@@ -60,9 +62,7 @@ class LayerHooks:
         # Whoever reads or writes the output of a layer (the head; DeepStack in Qwen3-VL) finds all columns there.
         for i in {len(layers) - 1, *range(family.layers_written(model))}:
             self._hooks.append(layers[i].register_forward_hook(self._leaving))
-        for boundary, reducer in at.items():
-            if LayerStates("mlp") in reducer.needs:
-                self._hooks.append(_mlp_of(layers[boundary - 1]).register_forward_pre_hook(self._inside(boundary - 1)))
+        self._hooks += [mlp.register_forward_pre_hook(self._inside(number)) for number, mlp in mlps.items()]
 
     def remove(self) -> None:
         """Take everything off the model again."""
