@@ -254,6 +254,17 @@ def test_faults_inside_the_llm(fault, chained):
     assert "inside" in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Listed(Inside):
+    layers: Any = ()
+
+
+def test_parameters_inside_the_llm_can_be_part_of_a_key():
+    with pytest.raises(ContractError, match=r"listed has a parameter.*turn lists into tuples"):
+        foveate.attach(deep_model("llava"), Listed(keep=9, layers=[1, 2]))
+    foveate.attach(deep_model("llava"), Listed(keep=9, layers=(1, 2))).detach()
+
+
 def declared(base: type, **declarations: Any) -> type:
     def select(self: Any, tokens: Any) -> Any:
         raise AssertionError

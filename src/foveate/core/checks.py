@@ -229,6 +229,19 @@ def check_declarations_of(method: Method) -> None:
     for part in method.stages():
         check_declarations(type(part))
         _check_probes(part.name, type(part), part.needs)
+        if isinstance(part, InLlmReducer):
+            _check_hash(part)
+
+
+def _check_hash(method: InLlmReducer) -> None:
+    """The engine remembers by the method what it reads at each of its boundaries."""
+    try:
+        hash(method)
+    except TypeError as error:
+        raise ContractError(
+            f"{method.name} has a parameter that cannot be part of a key ({error}): turn lists into tuples in "
+            "__post_init__"
+        ) from None
 
 
 def _check_probes(name: str, cls: type[Method], needs: Any) -> None:
