@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.cli.names import check_methods
-from foveate.cli.tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, refuse, write_json
+from foveate.cli.tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, refuse, tell, write_json
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes
 
@@ -69,12 +69,7 @@ def selection(
             row["reducer"] = row["reducer"].replace(repr(book), "'random.safetensors'")  # where it lay says nothing
     if not methods:
         result["left_out"] |= left_out
-    if out is not None:
-        write_json(out, result)
-    if as_json:
-        print_json(result)
-    else:
-        _show(result)
+    tell(result, out, as_json, _show)
 
 
 @bench_app.command()
@@ -101,12 +96,7 @@ def conditioning(
         result = measured([r for r in loaded if isinstance(r, Reducer)], seeds, status.update)
     if not methods:
         result["left_out"] |= left_out
-    if out is not None:
-        write_json(out, result)
-    if as_json:
-        print_json(result)
-    else:
-        _show_conditioning(result)
+    tell(result, out, as_json, _show_conditioning)
 
 
 def _show_conditioning(result: dict[str, Any]) -> None:

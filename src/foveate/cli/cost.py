@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.tools import Json, guarded, print_json, reducer_from, refuse, write_json
+from foveate.cli.tools import Json, guarded, reducer_from, refuse, tell
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes, show_flops
 
@@ -69,12 +69,7 @@ def cost(
             "image_size": list(size) if visual_tokens is None else None,
             **report(anatomy, work, reducer, text_tokens, dtype, formula), "versions": versions(),
         }  # fmt: skip
-    if out is not None:
-        write_json(out, data)
-    if as_json:
-        print_json(data)
-    else:
-        _show(data, deciding(reducer))
+    tell(data, out, as_json, lambda shown: _show(shown, deciding(reducer)))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.cli.repository import training_of_nano
-from foveate.cli.tools import Json, fill_page, guarded, make_folder, print_json, write_json
+from foveate.cli.tools import Json, fill_page, guarded, make_folder, print_json, tell, write_json
 from foveate.core.errors import FoveateError, InputError
 
 nano_app = typer.Typer(
@@ -74,12 +74,7 @@ def evaluate(
         raise InputError(f"no training log at {str(log)!r}")
     with contextlib.redirect_stdout(sys.stderr):
         result = acceptance.measure(folder, split, seed, images, processes, log)
-    if out is not None:
-        write_json(out, result)
-    if as_json:
-        print_json(result)
-    else:
-        _show_scores(result)
+    tell(result, out, as_json, _show_scores)
     if acceptance.failed(result["gates"]):
         raise typer.Exit(1)
 

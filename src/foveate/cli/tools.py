@@ -77,6 +77,16 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
+def tell(data: Any, out: Path | None, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Write a command's result to a file, if one was asked for, and print it: as JSON, or as `show` does."""
+    if out is not None:
+        write_json(out, data)
+    if as_json:
+        print_json(data)
+    else:
+        show(data)
+
+
 def reducer_from(method: str, keep: str | None, settings: list[str]) -> Method:
     """Build a method from a name or a JSON file, a budget and ``name=value`` settings."""
     check_methods([method])
