@@ -19,7 +19,8 @@ def neutral() -> Iterator[None]:
     It stands around what foveate computes by itself, never around what the model does.
     """
     with ExitStack() as stack:
-        for device in ("cpu", torch._C._get_accelerator().type):
+        accelerator = torch.accelerator.current_accelerator()
+        for device in {"cpu", "cpu" if accelerator is None else accelerator.type}:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(defaults())

@@ -18,6 +18,7 @@ from foveate.core.coverage import SALIENCY, with_coverage
 from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import InputError
 from foveate.core.in_llm import of_encoder
+from foveate.core.merges import joined
 from foveate.core.probes import ClsSimilarity, ClsToken, Features, Probe, Query
 from foveate.core.ranking import cosine_matrix
 from foveate.core.reducer import Method, identity
@@ -189,10 +190,10 @@ def _with_separators(span: Span, chosen: SpanSelection, policy: Separators) -> S
     merge = chosen.merge
     if merge is not None:
         ranks = torch.searchsorted(kept, chosen.kept)
-        merge = Merge(
-            torch.cat([ranks[merge.target], torch.searchsorted(kept, separators)]),
-            torch.cat([merge.source, separators]),
-            torch.cat([merge.weight, torch.ones_like(separators, dtype=merge.weight.dtype)]),
+        themselves = torch.ones_like(separators, dtype=merge.weight.dtype)
+        merge = joined(
+            Merge(ranks[merge.target], merge.source, merge.weight),
+            Merge(torch.searchsorted(kept, separators), separators, themselves),
         )
     return replace(chosen, kept=kept, merge=merge)
 

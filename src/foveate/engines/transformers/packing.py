@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import InputError
+from foveate.core.probes import Query
 from foveate.core.reducer import Positions
+from foveate.engines.settings import Settings
 from foveate.engines.transformers.compaction import Compaction
 from foveate.families import Family
 
@@ -38,12 +40,15 @@ def text_positions(inputs: Mapping[str, Any]) -> Tensor | None:
     return positions[0] if positions.dim() == 3 else positions
 
 
-def check_packing(family: Family, model: Any, positions: Positions) -> None:
-    """Raise `InputError` if packed prompts of a family cannot be reduced, or not with these positions."""
+def check_packing(family: Family, model: Any, settings: Settings) -> None:
+    """Raise `InputError` if packed prompts of a family cannot be reduced that way."""
     advice = "pad the prompts to a batch instead"
+    readers = [r for r in (settings.before, *settings.judging) if r is not None and Query() in r.needs]
+    if readers:
+        raise InputError(f"{readers[0].name} reads the question of a prompt, and a packed row holds several: {advice}")
     if not family.packs:
         raise InputError(f"transformers itself lets packed prompts of {family.name} see each other: {advice}")
-    if positions == "compact" or family.keeps_positions:
+    if settings.positions == "compact" or family.keeps_positions:
         return
     # With gaps between positions, nothing but a 4-D mask tells packed prompts apart.
     if family.two_way:

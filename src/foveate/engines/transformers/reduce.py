@@ -14,7 +14,6 @@ from foveate.core.ambient import defaults
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.in_llm import InLlmReducer
 from foveate.core.offload import weights_at_hand
-from foveate.core.probes import Query
 from foveate.core.reducer import Method, Positions, identity
 from foveate.core.selection import Selection
 from foveate.core.spans import Span
@@ -128,14 +127,9 @@ def reduce_with(
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
+    if packed_prompts(inputs) is not None:
+        check_packing(family, model, settings)
     check_pixels(model, family, inputs, spans)
-
-    readers = [r for r in (settings.before, *settings.judging) if r is not None and Query() in r.needs]
-    if readers and packed_prompts(inputs) is not None:
-        raise InputError(
-            f"{readers[0].name} reads the question of a prompt, and a packed row holds several: pad the prompts to a "
-            "batch instead"
-        )
 
     def applied(decision: Decision) -> Reduced:
         ready = apply(model, family, inputs, spans, decision.selection, decision.embeds, settings.positions)
@@ -160,8 +154,6 @@ def apply(
     """Compact all planes of the inputs together and hand the embeddings over."""
     family.check_kept(model, selection)
     packed = packed_prompts(inputs)
-    if packed is not None:
-        check_packing(family, model, positions)
     compaction = plan(inputs["input_ids"], inputs.get("attention_mask"), spans, selection)
     # M-RoPE positions follow from the ids and sizes of the full prompt: of the compact one they cannot be computed.
     own = family.positions(model, inputs) if positions == "original" and inputs.get("position_ids") is None else None
