@@ -140,3 +140,13 @@ def test_the_page_of_guides_and_exits_shows_the_results():
     page = (ROOT / "docs/guiding.md").read_text(encoding="utf-8")
     for name, shown in guiding.tables(result).items():
         assert f"<!-- {name} -->\n{shown}\n<!-- /{name} -->" in page
+
+
+def test_the_table_of_conditioning_is_that_of_the_results() -> None:
+    result = json.loads((ROOT / "results/conditioning.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8").partition("## Conditioning")[2]
+    shown = re.findall(r"^\| `(\S+)` \| (.+) \|$", page, re.MULTILINE)
+    changes = ("channels", "noise", "threads", "batch")
+    due = [(row["method"], " | ".join(f"{100 * row[c]['same']:.4g} %" for c in changes)) for row in result["rows"]]
+    assert shown == due
+    assert f"({result['config']['seeds']} pictures)" in page

@@ -45,7 +45,7 @@ class VisPruner(CropReducer):
     cuts them off. Newline vectors are dropped there, and here by default (`separators`). Where the official code fails
     (an odd number of residual tokens, fewer than `step` even ones), the even half is the larger and a round drops at
     most all of it. Cosines and their order are those of float64: in float32 the order in which a kernel adds decides
-    about two of five tokens. Sorting is stable, ties (up to 1e-10) go to the one listed first.
+    much of the diverse half. Sorting is stable, ties (up to 1e-10) go to the one listed first.
     """
 
     important_ratio: float = 0.5
