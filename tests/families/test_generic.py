@@ -9,7 +9,8 @@ from foveate.core.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.reduce import reduce_with
 from foveate.families import all_families, family_of
-from foveate.families.generic import Generic, missing
+from foveate.families.classes import missing
+from foveate.families.generic import Generic
 from foveate.methods import Downsample, FasterVLM, Random, Uniform, VisPruner
 from tiny import IMAGE, Visual, collate, model, sample, samples
 

@@ -27,6 +27,8 @@ class Facts:
     notes: ClassVar[str] = ""
     keeps_positions: ClassVar[bool] = False
     """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
+    axes: ClassVar[int] = 3
+    """How many axes such positions have."""
     has_cls: ClassVar[bool] = False
     """Whether the vision encoder has a ``[CLS]`` token."""
     has_attention: ClassVar[bool] = True
