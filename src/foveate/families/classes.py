@@ -1,4 +1,4 @@
-"""What the class of a model and its configuration tell of it: whether the generic family can take it, and if not, why."""
+"""What the class and the configuration of a model tell: whether the generic family can take it, and if not, why."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 REFUSED: Final[Mapping[str, str]] = {
-    "llama4": "projects what it is handed, after the encoder's output has been passed on unprojected",
+    "granite4_vision": "adds planes of several encoder layers to its LLM (DeepStack)",
+    "granite_docling": "adds planes of several encoder layers to its LLM (DeepStack)",
+    "llama4": "projects encoded images itself, and fails without foveate in transformers 5.24",
 }
-"""Why models of some types cannot be taken though they have everything that the generic family asks for."""
+"""What models of some types do that the generic family cannot follow, though they have all that it asks for."""
 
 
 def refusal(model_class: type, config: Any) -> str | None:
@@ -19,6 +21,10 @@ def refusal(model_class: type, config: Any) -> str | None:
         return f"lacks {lacking}"
     if reason := REFUSED.get(getattr(config, "model_type", "")):
         return reason
+    # Qwen4: whatever is dropped, text behind it would belong to other n-grams.
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "ple_layer_ids", None):
+        return "embeds n-grams of its prompts, which reach across dropped tokens"
     return None if getattr(config, "image_token_id", None) is not None else "lacks image_token_id in its configuration"
 
 

@@ -18,12 +18,12 @@ from foveate.core.spans import Crop, Span
 from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family
 from foveate.families.batches import one_row_per_token, placeholder_columns
-from foveate.families.classes import owner_of
+from foveate.families.classes import REFUSED, owner_of
 from foveate.families.generic_tower import Tower, look, towers
 from foveate.families.layout import Grid
 
-_PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions", "image_tokens")
-"""What the LLM needs of an encoder's output, and what it does not; the last are the codes of tokens from a codebook."""
+_PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions", "image_tokens", "embedding_loss")
+"""How the names of what encoders return end, beside planes that reach the LLM; the last two are of codebooks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,7 @@ class Generic(Family):
     has_grid = False
     opaque = True
     notes = "any other model that takes mm_encoder_outputs; attention where each patch makes one token; square grids"
+    refuses = REFUSED
     towers: Sequence[Tower] = ()
 
     @property
@@ -85,7 +86,7 @@ class Generic(Family):
         if inputs.get("pixel_values_videos") is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has no family of its own, and so no videos here")
         output, values = self._look(model, inputs, probes)
-        if further := [key for key in output if key not in _PLAIN]:
+        if further := [key for key in output if not key.endswith(_PLAIN)]:
             raise UnsupportedModelError(
                 f"{type(model).__name__} needs a family of its own: its images have {', '.join(further)} beside tokens"
             )
@@ -114,7 +115,7 @@ class Generic(Family):
 
         def run(given: Mapping[str, Any]) -> Any:
             side = {key: x for key, x in given.items() if key != "pixel_values"}
-            return owner_of(model, "get_image_features").get_image_features(given["pixel_values"], **side, return_dict=True)
+            return self.run_encoder(model, given["pixel_values"], **side, return_dict=True)
 
         # Pixels that are not finite are refused behind this, by the name of their image.
         if not read or not bool(inputs["pixel_values"].isfinite().all()):

@@ -152,9 +152,10 @@ def family_of_class(model_class: type, config: Any) -> Family:
                 )
             return family
     if reason := refusal(model_class, config):
+        model_type = getattr(config, "model_type", None)
         raise UnsupportedModelError(
-            f"{model_class.__name__} (model type {getattr(config, 'model_type', None)!r}) belongs to no supported "
-            f"family; there are: {', '.join(all_families())}; the generic family needs a model that it can hand encoded "
-            f"images to, and this one {reason}"
+            f"{model_class.__name__} (model type {model_type!r}) belongs to no supported family; there are: "
+            f"{', '.join(all_families())}; the generic family needs a model that it can hand encoded images to, and "
+            f"this one {reason}"
         )
     return _GENERIC

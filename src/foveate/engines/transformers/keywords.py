@@ -30,12 +30,12 @@ ROLES: Final[Mapping[str, Role]] = {
     "feature_attention_mask": "free",
     "input_features_mask": "free",
 }
-"""The keywords that say something about columns of the prompt.
+"""The keywords that say something about columns of the prompt, or look as if they did.
 
 A plane ``[B, L, ...]``, or ``[..., B, L]``, is compacted; the next plane holds at each column what a plane holds at the
 one behind it; columns are named by their numbers, or by how many of the last ones are meant; bounds of packed prompts,
-and the longest of them, are worked out anew (`packing`); masks of sounds run along sounds. Any other tensor of the shape of a plane is compacted, too,
-and all else is free: images and their sizes, caches, flags.
+and the longest of them, are worked out anew (`packing`). Any other tensor of the shape of a plane is compacted, too,
+and all else is free: images and their sizes, masks of sounds, caches, flags.
 """
 _FILL: Final = {"labels": -100, "shift_labels": -100}
 
