@@ -117,7 +117,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": {**MROPE, "mrope_section": [1, 1, 1, 1]}}},
     "hy_v4_vl": {"text_config": {"rope_parameters": MROPE, "num_key_value_heads": 4}},
     "hyperclovax_vision_v2": WHOLE,
-    "inkling_mm_model": {"vision_config": {"n_layers": 8, "patch_size": 8}},
     "kimi_k25": {"text_config": {"num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"]}},
     "llama4": {
         "text_config": {"layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 1], "moe_layers": [1]},

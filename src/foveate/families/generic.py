@@ -93,7 +93,9 @@ class Generic(Family):
         # Classes return one tensor of all images, stacked or joined, or a list with one tensor per image.
         rows, ids, token = output.pooler_output, inputs["input_ids"].cpu(), model.config.image_token_id
         dims = rows.dim() if isinstance(rows, Tensor) else 0
-        parts = list(torch.split(rows, _runs(ids == token))) if dims == 2 and len(rows) else list(rows)
+        if dims == 3 and rows.shape[1] == 1:  # Inkling: each patch as if it were an image
+            rows = rows[:, 0]
+        parts = list(torch.split(rows, _runs(ids == token))) if dims and rows.dim() == 2 and len(rows) else list(rows)
         if (one := _tokens_per_image(model)) is not None:
             parts = [image for part in parts for image in torch.split(part, one)]
         spans: list[Span] = []
