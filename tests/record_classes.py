@@ -58,7 +58,8 @@ def instance(kind: str, family: str) -> tuple[Any, dict[str, Any]]:
 def difference(net: Any, inputs: dict[str, Any], method: str) -> float:
     reduced = foveate.reduce(net, inputs, method, keep=0.5, positions="original")
     logits = net(**reduced).logits[:, -1]
-    return float((logits - expected(net, inputs, reduced)).abs().max())
+    found = float((logits - expected(net, inputs, reduced)).abs().max())
+    return float(f"{found:.1e}")
 
 
 def why(error: Exception) -> str:
