@@ -338,7 +338,7 @@ class _Tracer(Taps):
             if threading.get_ident() != self._thread or (self._tower or tower) is not tower:
                 return
             self._tower, self._running, self._queries = tower, i, []
-            states = args[0] if args else kwargs["hidden_states"]
+            states = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             before = self._outputs[i - 1][-1] if i - 1 in self._outputs else None
             self._linked[i] = self._linked.get(i, True) and before is not None and _same(before, states)
             if not states.requires_grad:
