@@ -39,7 +39,8 @@ def reference(net, inputs, lead):
     maps = [(a.mean(dim=1), k.mean(dim=1)) for m, a, k in calls if m is last]
     received, cls, keys = [], [], []
     for a, k in maps:
-        seen = (a > 0).sum(dim=1)  # the queries that a key is shown to
+        a = a * (a > 0).any(dim=1)[:, :, None]  # what no query sees is padding, and no query either
+        seen = (a > 0).sum(dim=1)  # the queries that see a key
         received.append((a.sum(dim=1) / seen.clamp(min=1))[:, lead:].flatten())
         cls.append(a[:, 0, lead:].flatten())
         keys.append(k[:, lead:].flatten(0, 1))

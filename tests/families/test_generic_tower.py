@@ -10,6 +10,7 @@ from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.probes import Attention, Embeddings, Features, Keys
 from foveate.families import family_of
 from foveate.families.generic import Generic
+from foveate.families.generic_tower import Tower
 from foveate.families.tracing import flow, touched
 from foveate.methods import DivPrune, HiPrune, VisPruner
 from tiny import IMAGE, collate, model, samples
@@ -45,7 +46,7 @@ def test_equals_plain_attention_maps(name, attention):
         (Keys(), plain.keys),
     ):
         expected = torch.stack([values[row].mean(dim=0) for row in patches])
-        torch.testing.assert_close(joined(tokens, probe).double(), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(joined(tokens, probe).double(), expected, atol=1e-5, rtol=1e-5)
     assert [len(x) for x in tokens.probe(Features())] == [len(x) for x in tokens.probe(Attention())]
 
 
@@ -83,14 +84,14 @@ def test_half_precision_finds_the_same_tokens(name):
     assert torch.corrcoef(torch.stack([whole, found]))[0, 1] > 0.95
 
 
-def test_layers_count_by_whole_pictures_where_others_see_windows():
+def test_layers_count_by_whole_pictures_where_others_see_windows(monkeypatch):
     net = model("exaone4_5")
     inputs = collate(samples("exaone4_5"))
     shares = look(net, inputs, Attention(of="received", layers=(0.34,)), Attention(of="received"))
     assert torch.equal(
         joined(shares, Attention(of="received", layers=(0.34,))), joined(shares, Attention(of="received"))
     )
-    net.model.visual.config.fullatt_block_indexes = None
+    monkeypatch.setattr(Tower, "whole_layers", lambda _: None)
     with pytest.raises(UnsupportedModelError, match="the configuration does not say which"):
         look(net, inputs, Attention(of="received", layers=(0.34,)))
 
@@ -105,7 +106,8 @@ def test_nothing_is_left_behind():
     torch.cat(list(rows)).sum().backward()
     assert net.model.embed_vision.embedding_projection.weight.grad.abs().sum() > 0
     for m in net.modules():
-        assert set(before[m]) <= set(m._forward_hooks) and not m._forward_pre_hooks
+        assert set(before[m]) <= set(m._forward_hooks)
+        assert not m._forward_pre_hooks
         if hasattr(m, "config"):
             assert m.config._attn_implementation == names[id(m.config)]
 
@@ -131,7 +133,7 @@ def test_embeddings_and_features_are_the_tokens():
 def test_pixels_that_are_not_finite_are_named():
     net, inputs = model("gemma4"), collate(samples("gemma4"))
     inputs["pixel_values"][1, 3] = torch.nan
-    with pytest.raises(InputError, match="pixels hold NaN"):
+    with pytest.raises(InputError, match="image 0 of prompt 1"):
         foveate.reduce(net, inputs, VisPruner(keep=5))
 
 
@@ -203,7 +205,6 @@ def test_towers_that_do_not_tell_tokens_apart_are_refused(build, reason):
     foveate.reduce(net, inputs, DivPrune(keep=3))
     with pytest.raises(UnsupportedModelError, match=rf"{reason}.*such as 'divprune'"):
         foveate.reduce(net, inputs, VisPruner(keep=3))
-    assert len(foveate.reduce(net, inputs, VisPruner(keep=1.0))) == len(inputs) or True
 
 
 def test_towers_whose_attention_is_their_own_are_refused_when_attaching():
@@ -240,7 +241,7 @@ def test_layers_of_other_positions_are_refused():
     net, inputs = model("kimi_k25"), collate(samples("kimi_k25"))
     net.model.vision_tower.layers[1].register_forward_pre_hook(lambda _, args: (args[0].flip(0),))
     assert joined(look(net, inputs, Attention()), Attention()).sum() > 0
-    with pytest.raises(UnsupportedModelError, match="layer 0 .* has other positions than layer 2"):
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 .* has other positions than layer 2"):
         foveate.reduce(net, inputs, HiPrune(keep=5, object_layer=0.0))
 
 
@@ -252,7 +253,8 @@ def test_flow_follows_any_partition():
     way = flow(rows, [source])
     expected = torch.full((700,), -1)
     expected[order] = torch.arange(600) // 4
-    assert not way.mixes and torch.equal(way.row, expected)
+    assert not way.mixes
+    assert torch.equal(way.row, expected)
     assert touched(rows, [source, torch.ones(2, requires_grad=True)]) == [True, False]
     assert flow(rows + 0.1 * rows.roll(1, 0), [source]).mixes
     with pytest.raises(InputError, match="not finite"):

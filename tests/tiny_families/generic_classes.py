@@ -69,6 +69,7 @@ class Exaone45(Packed):
     """Windows of 2 x 2 tokens in all layers but the last, and fewer heads of keys than of queries."""
 
     name = "exaone4_5"
+    positions = ("compact",)  # its generate throws position ids away
 
     def build(self):
         vision = {
@@ -114,7 +115,7 @@ class MuseGlimmer(Packed):
     """Attention within windows in layers that the configuration names by their types."""
 
     name = "muse_glimmer"
-    visuals = ((4, 4), (2, 4), (4, 2))
+    visuals = ((6, 4), (4, 4), (3, 6))
 
     def build(self):
         vision = {**VISION, "patch_size": PATCH, "pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64}
@@ -124,6 +125,16 @@ class MuseGlimmer(Packed):
                 video_token_id=VIDEO, out_hidden_size=128, projector_hidden_size=32,
             )
         )  # fmt: skip
+
+    def patches(self, inputs):
+        from foveate.families.qwen2_5_vl import window_order
+
+        found, start = [], 0
+        for _, h, w in inputs["image_grid_thw"].tolist():
+            place = start + window_order((h, w), 8).argsort()
+            found += place.reshape(h // 2, 2, w // 2, 2).transpose(1, 2).reshape(-1, 4).tolist()
+            start += h * w
+        return found
 
 
 class MinimaxM3(Packed):
@@ -147,6 +158,7 @@ class Gemma4(Tiny):
     """Patches of every picture padded to the same number, and pooled by where they lie."""
 
     name = "gemma4"
+    positions = ("original",)  # the plain LLM takes no embeddings without ids, by which its layers embed them again
     visuals = ((6, 4), (4, 4), (3, 8))
     whole_grid = None
     room = 112

@@ -31,6 +31,8 @@ _KNOWN = 64
 """How many layouts of inputs are remembered per model."""
 _ROWS = 16
 """How many attention rows of a call are checked."""
+_LOUDNESS = 0.1
+"""How large the noise is that stands for outputs of layers: small, for softmaxes behind them to be soft."""
 
 Lead = Literal["none", "first", "last"]
 
@@ -387,6 +389,9 @@ class _Tracer(Taps):
                 self._check_order(i, states)
             self._outputs.setdefault(i, []).append(states)
             self._running, self._queries = None, []
+            for done in (i - 1, *[i] * (i == len(tower.layers) - 1)):
+                for x in self._outputs.get(done, [])[-1:]:
+                    _fill(x)
 
         return leave
 
@@ -441,6 +446,18 @@ class _Tracer(Taps):
         if all(places == [0] for places in free):
             return "first"
         return "last" if all(places == [n - 1] for places, n in zip(free, lengths, strict=True)) else "none"
+
+
+def _fill(states: Tensor) -> None:
+    """Put noise in the place of outputs that no layer is to read any more.
+
+    What an image shows must not decide what its tokens are made of, as where attention among a token's patches leaves
+    one of them aside.
+    """
+    generator = torch.Generator(states.device).manual_seed(0)
+    noise = torch.randn(states.shape, generator=generator, device=states.device, dtype=torch.float32)
+    with torch.no_grad():
+        states.copy_(_LOUDNESS * noise)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
