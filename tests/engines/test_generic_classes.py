@@ -1,4 +1,4 @@
-"""Attention methods on classes without a family: pruned runs equal the plain model with the columns hidden or absent."""
+"""Attention methods on classes without a family equal the plain model with dropped columns hidden or absent."""
 
 import pytest
 import torch

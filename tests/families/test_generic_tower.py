@@ -10,7 +10,7 @@ from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.core.probes import Attention, Embeddings, Features, Keys
 from foveate.families import family_of
 from foveate.families.generic import Generic
-from foveate.families.generic_tower import Tower
+from foveate.families.survey import Tower
 from foveate.families.tracing import flow, touched
 from foveate.methods import DivPrune, HiPrune, VisPruner
 from tiny import IMAGE, collate, model, samples

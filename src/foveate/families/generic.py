@@ -18,8 +18,9 @@ from foveate.core.spans import Crop, Span
 from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family
 from foveate.families.batches import one_row_per_token, placeholder_columns
-from foveate.families.generic_tower import Tower, look, towers
+from foveate.families.generic_tower import look
 from foveate.families.layout import Grid
+from foveate.families.survey import Tower, towers
 
 _PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")
 
