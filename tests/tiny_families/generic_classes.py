@@ -1,5 +1,8 @@
 """Models that the generic family takes, of different vision towers: the picture's grid is that of its tokens."""
 
+import inspect
+import sys
+
 import torch
 import transformers as hf
 
@@ -295,10 +298,20 @@ class MistralLarge4(Tiny):
         return found
 
 
+def _there(tiny):
+    """Return whether the installed transformers has a class, and keeps the pictures that it encodes apart."""
+    if isinstance(tiny, MinimaxM3):
+        return "cu_seqlens" in inspect.getsource(sys.modules[hf.MiniMaxM3VLVisionModel.__module__])
+    return hasattr(
+        hf, {"molmo2": "Molmo2Config", "mistral_large4": "MistralLarge4Config"}.get(tiny.name, "Gemma4Config")
+    )
+
+
 GENERICS = {
     tiny.name: tiny
     for tiny in (
         Exaone45(), Gemma4(), KimiK25(), MinimaxM3(), MistralLarge4(), Molmo2(), MuseGlimmer(), QianfanOcr(),
         VideoLlama3(),
     )
+    if _there(tiny)
 }  # fmt: skip
