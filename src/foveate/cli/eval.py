@@ -56,7 +56,7 @@ def evaluate(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Visual tokens to keep, with commas, in place of the budgets of JSON files; by default 64,32,16, and "
+            help="Visual tokens to keep, with commas, in place of the budgets of JSON files; by default 64,32,16,8, and "
             "files as they are. lmms-eval: one budget."
         ),
     ] = None,
