@@ -132,18 +132,18 @@ def look(
             return family.encode_inside(model, inputs, spans, reducer)
     probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
-    tokens = family.encode(model, inputs, spans, (*probes, ClsToken()) if ClsSimilarity() in probes else probes)
+    tokens = family.encode(model, inputs, spans, probes)
     if tokens.device.type == "cpu":  # elsewhere selection waits for nothing, and pixels alone are checked
         check_features(tokens.spans, tokens.hidden)
     if ClsSimilarity() in probes:
-        tokens = _with_cls_similarity(tokens)
+        tokens = with_cls_similarity(tokens)
     if Query() in probes:
         tokens = replace(tokens, queries=family.query(model, inputs, spans))
     return with_coverage(tokens, budgets) if budgets else tokens
 
 
 @neutral()
-def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
+def with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     """Compare the patches of each crop with its ``[CLS]`` token, for the probe `ClsSimilarity`."""
     features, similarity = iter(tokens.probe(Features())), []
     for span, hidden in zip(tokens.spans, tokens.hidden, strict=True):
@@ -156,10 +156,12 @@ def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
 
 
 def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
-    """Return the probes that some reducers and their budgets read."""
+    """Return the probes that some reducers and their budgets read, and what these are made of."""
     probes = dict.fromkeys(probe for reducer in reducers for probe in of_encoder(reducer))
     if any(reducer.coverages() for reducer in reducers):
         probes[SALIENCY] = None
+    if ClsSimilarity() in probes:
+        probes[ClsToken()] = None
     return tuple(probes)
 
 
