@@ -11,9 +11,9 @@ from foveate import Budget
 from foveate.core.crops import CropBatch
 from foveate.core.errors import FoveateError
 from foveate.core.probes import Attention, Embeddings, Query
-from foveate.methods import Gaze, GazeQuery
 from foveate.engines.pipeline import look
 from foveate.families import family_of
+from foveate.methods import Gaze, GazeQuery
 from tiny import FAMILIES, collate, model, sample, samples
 
 LATER = Attention(layers=0.34)
