@@ -23,11 +23,11 @@ from foveate.core.probes import LayerStates
 from foveate.core.reducer import Positions
 from foveate.core.rows import Rows
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
-from foveate.engines.transformers.in_llm.layer_pass import LayerPass, embedded
+from foveate.engines.transformers.in_llm.layer_pass import LayerPass
 from foveate.engines.transformers.in_llm.layer_probes import reads_ahead, reads_executed
 from foveate.engines.transformers.in_llm.look_ahead import LookedAhead
 from foveate.engines.transformers.in_llm.support import check_boundaries, check_decoder
-from foveate.engines.transformers.keywords import named
+from foveate.engines.transformers.keywords import embedded, named
 from foveate.engines.transformers.packing import packed_prompts
 from foveate.engines.transformers.prompt_tokens import Prefill, PromptTokens, placeholders, tokens_by_prompt
 from foveate.families import Family

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.core.ambient import defaults
 from foveate.core.checks import selected_inside
-from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
 from foveate.core.rows import Rows
 from foveate.engines.transformers.caches import given_cache, without_cache
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
@@ -20,6 +20,7 @@ from foveate.engines.transformers.in_llm.layer_probes import LayerProbes
 from foveate.engines.transformers.in_llm.look_ahead import look_ahead
 from foveate.engines.transformers.in_llm.pass_state import PassState
 from foveate.engines.transformers.in_llm.support import check_pass
+from foveate.engines.transformers.keywords import embedded
 from foveate.engines.transformers.prompt_tokens import PromptTokens
 
 
@@ -125,12 +126,3 @@ class LayerPass:
             key = torch.cat([old.to(key.device), key], dim=2)
         window = found.window if mask is None or mask.dim() == 2 else None
         return Rows(found.query, key, found.scaling, mask, window, found.softcap)
-
-
-def embedded(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the tensor ``[B, q, ...]`` that tells the shape of a pass."""
-    ids = inputs.get("input_ids")
-    x = inputs.get("inputs_embeds") if ids is None else ids
-    if x is None:
-        raise InputError("a model with a method inside its LLM needs input_ids")
-    return x  # type: ignore[no-any-return]
