@@ -1,4 +1,4 @@
-"""A bias on the attention to kept tokens: equal to the plain model with a mask of numbers, whatever the way it is run."""
+"""A bias on attention to kept tokens: equal to the plain model with a mask of numbers, however the model is run."""
 
 import math
 

@@ -162,8 +162,14 @@ def shares(
 
 
 def shares_of(spans: Sequence[Span], selection: Selection, embedded: Sequence[Tensor] | None) -> tuple[Shares, ...]:
-    """Return what the kept tokens of each span stand for; `embedded` ``[N, D]`` per span, see `shares`."""
-    rows: Sequence[Tensor | None] = [None] * len(spans) if embedded is None else embedded
+    """Return what the kept tokens of each span stand for.
+
+    Parameters
+    ----------
+    embedded
+        ``[N, D]`` per span, or ``[N, 1 + planes, D]`` where planes lie beside them, see `shares`.
+    """
+    rows = [None] * len(spans) if embedded is None else [x[:, 0] if x.dim() == 3 else x for x in embedded]
     return tuple(
         shares(crop_groups(span, chosen.kept), chosen, None if x is None else x.detach()[: len(span)])
         for span, chosen, x in zip(spans, selection, rows, strict=True)
@@ -186,14 +192,14 @@ def absorbed(embeds: Tensor, found: Shares, tokens: Tensor) -> Tensor:
     Parameters
     ----------
     embeds
-        ``[K, D]``.
+        ``[K, D]``, or with planes beside them ``[K, 1 + planes, D]``.
     tokens
-        ``[N, D]``: the embeddings of all tokens.
+        ``[N, ...]``: the embeddings of all tokens.
     """
-    own = embeds.float()
-    total = own * found.merged[:, None]
-    total = total.index_add(0, found.home, tokens.float() * found.loose[:, None])
-    changed = (found.counts > found.merged)[:, None]
+    own, each = embeds.float(), [-1] + [1] * (embeds.dim() - 1)
+    total = own * found.merged.reshape(each)
+    total = total.index_add(0, found.home, tokens.float() * found.loose.reshape(each))
+    changed = (found.counts > found.merged).reshape(each)
     total = torch.where(changed, total, own)
     norm = total.norm(dim=-1, keepdim=True)
     changed = changed & (norm > 0)
