@@ -2,61 +2,73 @@
 
 import math
 
+import inside
 import pytest
 import torch
-from oracle import answer_of, close, embeddings, every_family_in_depth, extended, generate
-from torch.nn.functional import normalize
+from layered import layered_answer
+from oracle import answer_of, close, embeddings, every_family_in_depth, generate
+from torch.nn.functional import normalize, pad
 
 import foveate
+from foveate import Chain
 from foveate.families import family_of
-from foveate.methods import Random
-from tiny import IMAGE, TINIES, VIDEO, collate, model, samples, tiny_of
+from foveate.methods import FastV, PyramidDrop, Random, VisPruner
+from tiny import TINIES, collate, deep_model, model, samples
 
 STRENGTH = 0.7
 
 
-def bias_of(net, inputs, selections, strength=STRENGTH):
-    """Return the bias ``[B, L]`` of the columns of the full prompts, worked out token by token."""
-    out = torch.zeros(inputs["input_ids"].shape)
+def planes(net, inputs, stages, strength=STRENGTH):
+    """Return by layer the bias ``[B, L]`` of the columns of full prompts, worked out token by token.
+
+    `stages` says what is left of each span in front of which layer; what is dropped before the LLM counts with its crop,
+    and what is dropped inside it with its image.
+    """
     embeds, spans = embeddings(net, inputs), family_of(net).spans(net, inputs)
-    embeds = embeds if embeds.dim() == 3 else embeds[:, :, 0]
-    chosen = iter([c for row in selections for c in row])
-    for span in spans:
-        kept = set(next(chosen).kept.tolist())
-        rows = normalize(embeds[span.sample, span.columns].float(), dim=-1)
-        for crop in span.crops:
-            index = crop.index.tolist()
-            own = [i for i in index if i in kept]
-            counts = dict.fromkeys(own, 1)
-            for i in set(index) - kept:
-                cosines = rows[own] @ rows[i]
-                counts[own[int(cosines.argmax())]] += 1
-            most = 1.5 * math.log(len(index) / len(own))
-            for i, n in counts.items():
-                out[span.sample, span.columns[i]] = strength * min(math.log(n), most)
-    return out
-
-
-@torch.no_grad()
-def expected(net, inputs, selections, answer, bias):
-    """Return the logits of an answer from the plain model on the full prompts, with a 4-D mask of numbers."""
-    tiny = tiny_of(net)
-    whole = extended(inputs, answer, tiny.answer_type)
-    ids = whole["input_ids"]
-    visible = whole["attention_mask"].bool()
-    visual = (ids == IMAGE) | (ids == VIDEO)
-    for i, spans in enumerate(selections):
-        places, start = visual[i].nonzero().flatten(), 0
-        visible[i, places] = False
+    embeds = normalize((embeds if embeds.dim() == 3 else embeds[:, :, 0]).float(), dim=-1)
+    counts = {(s.sample, int(c)): 1.0 for s in spans for c in s.columns}
+    ends = [int(mask.nonzero().max()) for mask in inputs["attention_mask"]]
+    found = {}
+    for layer, selections in stages:
+        chosen, kept = iter([c for row in selections for c in row]), {}
         for span in spans:
-            visible[i, places[start + span.kept]] = True
-            start += span.length
-    raised = torch.nn.functional.pad(bias, (0, answer.shape[1]))[:, None, None]
-    mask = tiny.mask(net, whole, visible)
-    mask = {kind: x + raised for kind, x in mask.items()} if isinstance(mask, dict) else mask + raised
-    positions = tiny.position_ids(net, whole)
-    logits = net(**{**whole, "attention_mask": mask, "position_ids": positions}).logits
-    return logits[:, -answer.shape[1] - 1 : -1]
+            kept[id(span)] = {int(span.columns[i]) for i in next(chosen).kept.tolist()}
+        groups = []
+        for row, end in enumerate(ends):
+            own = [s for s in spans if s.sample == row]
+            parts = [[int(s.columns[i]) for i in c.index] for s in own for c in s.crops] if layer == 0 else None
+            if parts is None:
+                parts = [[c for c in s.columns.tolist() if (row, c) in counts and c != end] for s in own]
+            left = set().union(*(kept[id(s)] for s in own)) if own else set()
+            if layer and any(not left & {*part} for part in parts):
+                parts = [sum(parts, [])]
+            groups += [(row, part, [c for c in part if c in left]) for part in parts]
+        plane, now = torch.zeros(inputs["input_ids"].shape), {}
+        for row, part, left in groups:
+            own = {c: counts[row, c] for c in left}
+            for column in {*part} - {*left}:
+                home = left[int((embeds[row, left] @ embeds[row, column]).argmax())]
+                own[home] += counts[row, column]
+            total = sum(counts[row, c] for c in part)
+            for column, n in own.items():
+                plane[row, column] = strength * min(math.log(n), 1.5 * math.log(total / len(left)))
+                now[row, column] = n
+        if layer == 0:
+            counts = now
+        found[layer] = plane
+    return found
+
+
+def stages_of(handle):
+    """Return what was left before the LLM, if something was dropped there, and in front of its layers."""
+    before = handle._results._before()
+    return [(0, before)] * bool(before) + sorted(handle.layers.items())
+
+
+def expected(net, inputs, stages, answer, raised):
+    """Return the logits of an answer from the plain model, whose masks hold numbers."""
+    raised = {layer: pad(plane, (0, answer.shape[1])) for layer, plane in raised.items()}
+    return layered_answer(net, inputs, dict(stages), answer, "original", raised)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -67,7 +79,29 @@ def test_bias_equals_a_mask_of_numbers(family, attention):
     net, inputs = model(family, attention), collate(samples(family))
     with foveate.attach(net, Random(keep=9, seed=2), positions="original", rectify=STRENGTH) as handle:
         out = generate(net, inputs)
-    answer = answer_of(out, inputs)
-    bias = bias_of(net, inputs, handle.selections)
-    assert bias.max() > 0.5
-    close(torch.stack(out.logits, 1), expected(net, inputs, handle.selections, answer, bias))
+        stages = stages_of(handle)
+    raised = planes(net, inputs, stages)
+    assert raised[0].max() > 0.5
+    close(torch.stack(out.logits, 1), expected(net, inputs, stages, answer_of(out, inputs), raised))
+
+
+INSIDE = [
+    FastV(layer=2, keep=5),
+    Chain(VisPruner(keep=11), FastV(layer=2, keep=5)),
+    PyramidDrop(keep=0.6),
+    Chain(Random(keep=12, seed=2), PyramidDrop(keep=0.6)),
+]
+
+
+@pytest.mark.parametrize("method", INSIDE, ids=lambda m: "-".join(part.name for part in m.stages()))
+@inside.every_family_in_depth
+def test_counts_from_what_is_left_at_each_cut(family, method):
+    if lacking := foveate.families.all_families()[family].lacks(method):
+        pytest.skip(f"needs {lacking}")
+    net, inputs = deep_model(family), collate(samples(family))
+    with foveate.attach(net, method, positions="original", rectify=STRENGTH) as handle:
+        out = generate(net, inputs)
+        stages = stages_of(handle)
+    raised = planes(net, inputs, stages)
+    assert all(plane.max() > 0.1 for plane in raised.values())
+    close(torch.stack(out.logits, 1), expected(net, inputs, stages, answer_of(out, inputs), raised))

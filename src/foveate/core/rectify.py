@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from foveate.core.ambient import neutral
 from foveate.core.ranking import RESOLUTION
 from foveate.core.selection import Merge, Selection, SpanSelection
-from foveate.core.spans import Span
+from foveate.core.spans import Crop, Span
 
 GUARD = 1.5
 """How far above the mean a bias may be: what an image drops of its background may be at home in a single token."""
@@ -80,9 +80,9 @@ def homes(tokens: Tensor, kept: Tensor) -> Tensor:
         ``[T]`` int64, T from 1 on.
     """
     ranks = torch.arange(len(kept), device=kept.device)
-    others = _unit(tokens.index_select(0, kept)).T
+    others = _unit(tokens.index_select(0, kept)).transpose(0, 1)
     found = []
-    for rows in tokens.split(_ROWS):
+    for rows in torch.split(tokens, _ROWS):
         cosines = _unit(rows) @ others
         best = cosines.amax(dim=1, keepdim=True)
         ties = cosines >= best - RESOLUTION * best.abs()
@@ -94,17 +94,17 @@ def _unit(rows: Tensor) -> Tensor:
     return normalize(rows.float(), dim=-1).nan_to_num()
 
 
-def crop_groups(span: Span, kept: Tensor) -> list[Group]:
-    """Return the groups of a span of which the positions ``[K]`` are kept: its crops.
+def groups_of(crops: Sequence[Crop], length: int, kept: Tensor) -> list[Group]:
+    """Return the groups of so many tokens of which the positions ``[K]`` are kept: the crops.
 
     Where a crop keeps nothing, as all crops competed for one budget, they are one group.
     """
-    (first, *others), device = span.crops, kept.device
-    if not others and len(first) == len(span):  # without waiting for the device
-        return [Group(torch.arange(len(span), device=device), torch.arange(len(kept), device=device))]
+    (first, *others), device = crops, kept.device
+    if not others and len(first) == length:  # without waiting for the device
+        return [Group(torch.arange(length, device=device), torch.arange(len(kept), device=device))]
     host = kept.cpu()
     found = [
-        Group(crop.index.to(device), torch.isin(host, crop.index).nonzero().flatten().to(device)) for crop in span.crops
+        Group(crop.index.to(device), torch.isin(host, crop.index).nonzero().flatten().to(device)) for crop in crops
     ]
     if all(len(group.kept) for group in found if len(group.members)):
         return found
@@ -171,7 +171,7 @@ def shares_of(spans: Sequence[Span], selection: Selection, embedded: Sequence[Te
     """
     rows = [None] * len(spans) if embedded is None else [x[:, 0] if x.dim() == 3 else x for x in embedded]
     return tuple(
-        shares(crop_groups(span, chosen.kept), chosen, None if x is None else x.detach()[: len(span)])
+        shares(groups_of(span.crops, len(span), chosen.kept), chosen, None if x is None else x.detach()[: len(span)])
         for span, chosen, x in zip(spans, selection, rows, strict=True)
     )
 

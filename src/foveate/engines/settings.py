@@ -144,8 +144,6 @@ def check_representation(reducer: Method, rectify: float, absorb: bool) -> None:
         raise InputError(f"rectify is a finite number from 0 on, such as 0.5, not {rectify!r}")
     if not isinstance(absorb, bool):
         raise InputError(f"absorb is True or False, not {absorb!r}")
-    if rectify and split(reducer.stages())[1]:
-        raise InputError("rectify inside the LLM: not yet")
     if not absorb:
         return
     before, _ = split(reducer.stages())

@@ -100,7 +100,7 @@ class Handle:
         self._call, self._results = Call(), Results()
         inside = settings.inside
         self._layers = LayerHooks(model, family, inside, settings.inside_positions) if inside else None
-        self._biasing = Biasing(model) if settings.rectify else None
+        self._biasing = Biasing(model, settings.rectify) if settings.rectify else None
         continuation = Continuation(model, family, settings, self._results, self._call, meter)
         self._wrapping = Wrapping(model, continuation, self._layers, self._biasing, self._results, self._call)
 

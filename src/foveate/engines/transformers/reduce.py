@@ -201,8 +201,9 @@ def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Prefill:
     ids, mask = reduced["input_ids"], inputs.get("attention_mask")
     width = inputs["input_ids"].shape[1]
     prompts = tokens_by_prompt(
-        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors
-    )
+        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors,
+        reduced.counts,
+    )  # fmt: skip
     return Prefill(prompts, *ids.shape)
 
 

@@ -154,17 +154,17 @@ class Wrapping:
             reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
             call.compaction, call.bias = reduced.compaction, reduced.bias
             kwargs = dict(reduced)
-        if self._biasing is not None:
-            self._biasing.begin(call.bias, kwargs)
+        biased = None if self._biasing is None else self._biasing.begin(call.bias, kwargs)
         if self._layers is not None:
             prefill, call.prefill = call.prefill, None  # of the first pass of ``generate`` alone
-            self._layers.begin(kwargs, prefill)
+            self._layers.begin(kwargs, prefill, biased)
         return (), kwargs
 
     def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         cache = cache_of(output)
-        if self._biasing is not None:
-            self._biasing.end()
+        biased = None if self._biasing is None else self._biasing.end()
+        if biased is not None and biased.was_cut:
+            self._call.bias = biased.bias
         if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
             run.finish(cache)
             if run.state.prompts:

@@ -14,6 +14,7 @@ from foveate.core.errors import UnsupportedModelError
 from foveate.engines.transformers.bias.planes import Bias
 from foveate.engines.transformers.bias.routes import FURTHER, additive, augmented, takes_mask
 from foveate.engines.transformers.caches import given_cache
+from foveate.engines.transformers.in_llm.kept_columns import KeptColumns
 from foveate.engines.transformers.keywords import embedded, named
 from foveate.families.taps import Around, Watch
 from foveate.families.tower import attention_of
@@ -29,16 +30,30 @@ class BiasPass:
     ----------
     bias
         Of all columns up to the last of the pass; `None` so far.
+    strength
+        See `foveate.engines.settings.Settings.rectify`.
+    was_cut
+        Whether a method inside the LLM has dropped tokens.
+    kept
+        Tells what a layer keeps of these columns, `None` for all.
     """
 
-    def __init__(self, bias: Bias | None, batch: int, length: int):
-        self.bias = None if bias is None else bias.fitted(batch, length)
-        self.columns_of: Callable[[int], Tensor | None] = lambda layer: None
+    def __init__(self, bias: Bias | None, batch: int, length: int, strength: float):
+        self.bias, self.strength = None if bias is None else bias.fitted(batch, length), strength
+        self.was_cut = False
+        self.kept: Callable[[int], KeptColumns | None] = lambda layer: None
+        self._length = length
         self._made: dict[Any, Any] = {}
 
+    def plane(self, layer: int, batch: int, device: torch.device) -> Tensor:
+        """Return a copy of the plane ``[B, length]`` that holds for a layer."""
+        found = None if self.bias is None else self.bias.at(layer)
+        return torch.zeros(batch, self._length, device=device) if found is None else found.clone()
+
     def cut(self, layer: int, plane: Tensor) -> None:
-        """Take in the plane ``[B, length]`` that holds from a layer on, behind which tokens are dropped."""
+        """Take in the plane ``[B, length]`` that holds from a layer on, in front of which tokens are dropped."""
         self.bias = (Bias({}) if self.bias is None else self.bias).cut(layer, plane)
+        self.was_cut = True
 
     def of_layer(self, layer: int, keys: int, device: torch.device) -> Tensor | None:
         """Return the bias ``[B, keys]`` of the keys of a layer: the last ones, where it has a window.
@@ -48,12 +63,15 @@ class BiasPass:
         plane = None if self.bias is None else self.bias.at(layer)
         if plane is None:
             return None
-        columns = self.columns_of(layer)
-        key = (id(plane), id(columns), keys, device)
+        kept = self.kept(layer)
+        key = (id(plane), id(kept), keys, device)
         if key not in self._made:
-            own = plane if columns is None else plane.gather(1, columns.clamp(min=0)) * (columns >= 0)
+            own = plane
+            if kept is not None:
+                columns = kept.until(self._length).to(plane.device)
+                own = plane.gather(1, columns.clamp(min=0)) * (columns >= 0)
             own = own[:, -keys:]
-            self._made[key] = torch.nn.functional.pad(own, (0, keys - own.shape[1])).to(device), plane, columns
+            self._made[key] = torch.nn.functional.pad(own, (0, keys - own.shape[1])).to(device), plane, kept
         return self._made[key][0]  # type: ignore[no-any-return]
 
     def mask(self, mask: Tensor | None, own: Tensor, query: Tensor, key: Tensor, causal: bool) -> Tensor:
@@ -65,10 +83,16 @@ class BiasPass:
 
 
 class Biasing:
-    """Lets the attention of an LLM take up a bias, until removed; each thread is in a pass of its own."""
+    """Lets the attention of an LLM take up a bias, until removed; each thread is in a pass of its own.
 
-    def __init__(self, model: Any):
-        self._decoder = model.get_decoder()
+    Parameters
+    ----------
+    strength
+        Of the bias that methods inside the LLM come to.
+    """
+
+    def __init__(self, model: Any, strength: float = 0.0):
+        self._decoder, self._strength = model.get_decoder(), strength
         layers = self._decoder.layers[: self._decoder.config.num_hidden_layers]
         # Layers of linear attention, and convolutions, know no logits to raise.
         self._numbers = {found: i for i, layer in enumerate(layers) if (found := _attention(layer)) is not None}
@@ -95,7 +119,8 @@ class Biasing:
                 "out"
             )
         cache, (batch, width, *_) = given_cache(inputs), embedded(inputs).shape
-        run = self._local.run = BiasPass(bias, batch, (0 if cache is None else int(cache.get_seq_length())) + width)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        run = self._local.run = BiasPass(bias, batch, past + width, self._strength)
         return run
 
     def end(self) -> BiasPass | None:
