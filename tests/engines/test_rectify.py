@@ -21,8 +21,8 @@ STRENGTH = 0.7
 def planes(net, inputs, stages, strength=STRENGTH):
     """Return by layer the bias ``[B, L]`` of the columns of full prompts, worked out token by token.
 
-    `stages` says what is left of each span in front of which layer; what is dropped before the LLM counts with its crop,
-    and what is dropped inside it with its image.
+    `stages` says what is left of each span in front of which layer. What is dropped before the LLM counts with its crop,
+    what is dropped inside it with its image.
     """
     embeds, spans = embeddings(net, inputs), family_of(net).spans(net, inputs)
     embeds = normalize((embeds if embeds.dim() == 3 else embeds[:, :, 0]).float(), dim=-1)
