@@ -16,6 +16,7 @@ from foveate.core.reducer import Method, Positions
 from foveate.core.selection import SpanSelection
 from foveate.engines.pipeline import UNMETERED, Meter
 from foveate.engines.settings import Separators, Settings
+from foveate.engines.transformers.bias.hooks import Biasing
 from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.priors import check_scores
@@ -35,11 +36,13 @@ def attach(
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
+    rectify: float = 0.0,
+    absorb: bool = False,
     **config: Any,
 ) -> Handle:
     """Make a model reduce its visual tokens in ``generate`` and ``forward`` until detached.
 
-    Parameters are those of `reduce`. The handle is a context manager.
+    Parameters are those of `reduce`, and `rectify` of `Settings`. The handle is a context manager.
 
     Raises
     ------
@@ -56,7 +59,7 @@ def attach(
     reducer = load_reducer(method, **config)
     refuse_vllm(model, reducer)
     family = family_of(model)
-    return attach_with(model, family, Settings.make(reducer, positions, separators, family))
+    return attach_with(model, family, Settings.make(reducer, positions, separators, family, rectify, absorb))
 
 
 def attach_with(model: Any, family: Family, settings: Settings, meter: Meter = UNMETERED) -> Handle:
@@ -97,8 +100,9 @@ class Handle:
         self._call, self._results = Call(), Results()
         inside = settings.inside
         self._layers = LayerHooks(model, family, inside, settings.inside_positions) if inside else None
+        self._biasing = Biasing(model, settings.rectify) if settings.rectify else None
         continuation = Continuation(model, family, settings, self._results, self._call, meter)
-        self._wrapping = Wrapping(model, continuation, self._layers, self._results, self._call)
+        self._wrapping = Wrapping(model, continuation, self._layers, self._biasing, self._results, self._call)
 
     @property
     def reducer(self) -> Method:
@@ -149,6 +153,8 @@ class Handle:
             if attached(self._model) is not self:
                 return
             self._wrapping.remove()
+            if self._biasing is not None:
+                self._biasing.remove()
             if self._layers is not None:
                 self._layers.remove()
             delattr(self._model, _HANDLE)
