@@ -20,6 +20,7 @@ from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
 from foveate.engines.transformers.compaction import Compaction, check_mask, position_behind
+from foveate.engines.transformers.full_length import FullLength
 from foveate.engines.transformers.keywords import compact_columns, compact_planes
 from foveate.engines.transformers.priors import priors_from_scores
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
@@ -50,6 +51,8 @@ class Call(threading.local):
         The visual tokens that the next pass gives the LLM.
     compaction
         Of a pass outside of ``generate``: how its columns map to those of the prompts.
+    spread
+        Of such a pass whose outputs are to have the full length: what stands where.
     scores
         What `Handle.scored` was given.
     """
@@ -58,6 +61,7 @@ class Call(threading.local):
     numbered: bool = False
     prefill: Prefill | None = None
     compaction: Compaction | None = None
+    spread: FullLength | None = None
     scores: Sequence[Tensor] | None = None
 
 
@@ -205,7 +209,7 @@ class Continuation:
                 out.pop(key, None)
         if "mm_encoder_outputs" in tail:
             out["mm_encoder_outputs"] = tail["mm_encoder_outputs"]
-        out.selection, out.compaction = tail.selection, whole
+        out.selection, out.compaction, out.added = tail.selection, whole, kept if only_new else None
         return out
 
 

@@ -13,6 +13,7 @@ from foveate.core.errors import AttachError, UnsupportedModelError
 from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
 from foveate.engines.transformers.callbacks import WholePrompts, wrap_callbacks
 from foveate.engines.transformers.continuation import Call, Continuation
+from foveate.engines.transformers.full_length import FullLength, wants_tuple
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.in_llm.support import check_options
 from foveate.engines.transformers.keywords import named
@@ -26,11 +27,21 @@ class Wrapping:
     ----------
     layers
         Hooks on the layers, if methods act inside the LLM.
+    full
+        Whether outputs of ``forward`` have the full length.
     """
 
-    def __init__(self, model: Any, continuation: Continuation, layers: LayerHooks | None, results: Results, call: Call):
+    def __init__(
+        self,
+        model: Any,
+        continuation: Continuation,
+        layers: LayerHooks | None,
+        results: Results,
+        call: Call,
+        full: bool,
+    ):
         self._model, self._continuation, self._layers = model, continuation, layers
-        self._results, self._call = results, call
+        self._results, self._call, self._full = results, call, full
         self._instances_own = vars(model).get("generate")
         self._generate: Callable[..., Any] = model.generate
         self._wrapper = self._wrapped_generate  # a bound method is another object each time it is asked for
@@ -137,15 +148,26 @@ class Wrapping:
         # By the class: accelerate puts a forward of its own on the instance.
         kwargs = named(type(module).forward, args, kwargs)
         if not call.generating:
-            reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
-            call.compaction = reduced.compaction
-            kwargs = dict(reduced)
+            kwargs = self._reduced(kwargs)
         if self._layers is not None:
             prefill, call.prefill = call.prefill, None  # of the first pass of ``generate`` alone
             self._layers.begin(kwargs, prefill)
         return (), kwargs
 
-    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _reduced(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of a pass outside of ``generate``, reduced."""
+        call, wanted = self._call, kwargs.pop("logits_to_keep", None) if self._full else None
+        call.spread = None
+        reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
+        call.compaction = reduced.compaction
+        compaction = reduced.compaction if reduced.added is None else reduced.added
+        if self._full and compaction is not None and not compaction.drops_nothing:
+            call.spread = FullLength.ask(reduced, compaction, wanted, wants_tuple(self._model, kwargs))
+        elif wanted is not None:
+            reduced["logits_to_keep"] = wanted
+        return dict(reduced)
+
+    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         cache = cache_of(output)
         if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
             run.finish(cache)
@@ -153,6 +175,10 @@ class Wrapping:
                 self._results.inside = run.state
         if not self._call.generating and self._call.compaction is not None and cache is not None:
             note(cache, COMPACTION, self._call.compaction)
+        if self._call.generating or self._call.spread is None or output is None:
+            return None
+        spread, self._call.spread = self._call.spread, None
+        return spread.of(output)
 
 
 def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:
