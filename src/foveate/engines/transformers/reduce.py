@@ -42,6 +42,8 @@ class Reduced(dict[str, Any]):
         How compact columns map to those of the full prompt, or `None` if the inputs are unchanged.
     spans
         The visual tokens of the full prompts.
+    added
+        Of a later turn, given without what is cached: how its own columns map to those that it was given with.
     priors
         What methods inside the LLM make of the tokens that are left, ``[K]`` per span.
     bias
@@ -52,6 +54,7 @@ class Reduced(dict[str, Any]):
 
     selection: Selection | None = None
     compaction: Compaction | None = None
+    added: Compaction | None = None
     spans: tuple[Span, ...] = ()
     priors: Mapping[InLlmReducer, Sequence[Tensor]] = {}
     bias: Bias | None = None
