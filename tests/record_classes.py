@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 import transformers
-from hiding import expected
-from tiny_classes import NAMES, VIDEO, batch, build, class_of
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import foveate
 from foveate.core.errors import UnsupportedModelError
 from foveate.families import family_of_class
 from foveate.measure.pages import markdown_table
+from hiding import expected
 from tiny import TINIES, collate, samples
+from tiny_classes import NAMES, VIDEO, batch, build, class_of
 
 ROOT = Path(__file__).parents[1]
 OUT, PAGE = ROOT / "results" / "compatibility-classes.json", ROOT / "docs" / "families.md"

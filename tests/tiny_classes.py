@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from math import prod
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ _BY_VALUE: list[tuple[Any, str]] = [
         "shared_expert_intermediate_size shared_experts_intermediate_size moe_shared_expert_intermediate_size"),
     (48, "projection_intermediate_size intermediate_size intermediate_size_mlp ffn_dim mlp_dim encoder_ffn_dim "
          "dense_intermediate_size shared_intermediate_size"),
-    (LAYERS, "num_hidden_layers depth n_layers num_key_value_heads swa_num_key_value_heads num_experts_per_tok moe_topk "
-             "top_k_experts moe_k index_n_heads linear_num_key_heads linear_num_value_heads pos_emb_time"),
+    (LAYERS, "num_hidden_layers depth n_layers num_key_value_heads swa_num_key_value_heads num_experts_per_tok "
+             "moe_topk top_k_experts moe_k index_n_heads linear_num_key_heads linear_num_value_heads pos_emb_time"),
     (4, "num_attention_heads num_heads swa_num_attention_heads num_sliding_attention_heads num_experts "
         "num_local_experts n_routed_experts moe_num_experts linear_num_heads resampler_n_heads "
         "encoder_attention_heads"),
@@ -183,9 +182,7 @@ def class_of(kind: str) -> Any:
 
 def build(kind: str, **changes: Any) -> Any:
     """Make the tiny instance of a model type."""
-    config = CONFIG_MAPPING[kind](
-        **changed(changed(shrunk(CONFIG_MAPPING[kind]()), CHANGES.get(kind, {})), changes)
-    )
+    config = CONFIG_MAPPING[kind](**changed(changed(shrunk(CONFIG_MAPPING[kind]()), CHANGES.get(kind, {})), changes))
     torch.manual_seed(0)
     net = class_of(kind)(config)
     net.generation_config.eos_token_id = None

@@ -19,8 +19,9 @@ from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family
 from foveate.families.batches import one_row_per_token, placeholder_columns
 from foveate.families.classes import REFUSED, owner_of
-from foveate.families.generic_tower import Tower, look, towers
+from foveate.families.generic_tower import look
 from foveate.families.layout import Grid
+from foveate.families.survey import Tower, towers
 
 _PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions", "image_tokens", "embedding_loss")
 """How the names of what encoders return end, beside planes that reach the LLM; the last two are of codebooks."""

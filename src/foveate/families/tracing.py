@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.core.errors import InputError
 
 _LEVELS = 8
-"""Factors 1, 2, 4 ... of which one tells a digit of a row's number. Powers of two, as scaling by them rounds nothing."""
+"""Factors 1, 2, 4 ..., one per digit of a row's number: powers of two, as scaling by them rounds nothing."""
 _NOISE = 1e-2
 """How far a gradient may be from the scaled one that a single row would have sent, as a share of it."""
 
@@ -73,9 +73,9 @@ def flow(rows: Tensor, sources: Sequence[Tensor]) -> Flow:
 
 
 def _gradients(rows: Tensor, sources: Sequence[Tensor], sent: Tensor) -> Tensor:
-    """Return what comes back to the positions of all sources, ``[P, C]`` float32; zero where nothing does."""
+    """Return what comes back to the positions of all sources, ``[P, C]`` float64; zero where nothing does."""
     back = torch.autograd.grad(rows, list(sources), sent, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return torch.cat([x.float().flatten(0, -2) for x in back])
+    return torch.cat([x.flatten(0, -2) for x in back]).double()
 
 
 def touched(rows: Tensor, sources: Sequence[Tensor]) -> list[bool]:
