@@ -1,4 +1,4 @@
-"""What a reduced prefill must equal, of any model: the stock prefill in which dropped columns are hidden from the LLM."""
+"""What a reduced run must equal, of any model: the stock one in which dropped columns are hidden from the LLM."""
 
 from __future__ import annotations
 
@@ -67,6 +67,11 @@ def expected(net: Any, inputs: dict[str, Tensor], reduced: Any) -> Tensor:
     if not recurrent(net):
         with hiding(net, visible):
             return net(**inputs).logits[:, -1]
+    return torch.stack([x[-1] for x in _alone(net, inputs, visible, "original")])
+
+
+def _alone(net: Any, inputs: dict[str, Tensor], visible: Tensor, positions: str) -> list[Tensor]:
+    """Return the logits ``[k, V]`` of each prompt of the LLM that runs on its k visible columns and on no others."""
     caught: list[Tensor] = []
     hook = net.get_decoder().register_forward_pre_hook(
         lambda _module, _args, kwargs: caught.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -75,11 +80,27 @@ def expected(net: Any, inputs: dict[str, Tensor], reduced: Any) -> Tensor:
         net(**inputs)
     finally:
         hook.remove()
-    positions = family_of(net).positions(net, inputs)
-    if positions is None:
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    full = family_of(net).positions(net, inputs)
+    if full is None:
+        full = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     rows = []
     for i, seen in enumerate(visible):
-        planes = {"attention_mask": torch.ones(1, int(seen.sum()), dtype=torch.long)}
-        rows.append(net(inputs_embeds=caught[0][i, seen][None], position_ids=positions[..., i : i + 1, seen], **planes))
-    return torch.cat([out.logits[:, -1] for out in rows])
+        count = int(seen.sum())
+        at = full[..., i : i + 1, seen] if positions == "original" else torch.arange(count)[None]
+        planes = {k: x[i, seen][None] for k, x in inputs.items() if "token_type_ids" in k}
+        planes["attention_mask"] = torch.ones(1, count, dtype=torch.long)
+        rows.append(net(inputs_embeds=caught[0][i, seen][None], position_ids=at, **planes).logits[0])
+    return rows
+
+
+@torch.no_grad()
+def answers(net: Any, inputs: dict[str, Tensor], answer: Tensor, visible: Tensor, positions: str) -> Tensor:
+    """Return the logits ``[B, T, V]`` that each token of an answer ``[B, T]`` behind visible columns is drawn from."""
+    further = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    whole = {k: torch.cat([x, further.get(k, torch.zeros_like(answer))], dim=1) if x.shape == visible.shape else x
+             for k, x in inputs.items()}  # fmt: skip
+    seen, t = torch.cat([visible, torch.ones_like(answer, dtype=torch.bool)], dim=1), answer.shape[1]
+    if positions == "original" and not recurrent(net):
+        with hiding(net, seen):
+            return net(**whole).logits[:, -t - 1 : -1]
+    return torch.stack([x[-t - 1 : -1] for x in _alone(net, whole, seen, positions)])
