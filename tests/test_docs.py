@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import record_classes
 
 from foveate.bench.tables import markdown as speed_table
 from foveate.cli import compatibility
@@ -43,6 +44,12 @@ def test_the_page_on_gaze_shows_the_leaderboard_and_the_ablation():
 def test_the_table_of_methods_and_families_is_current():
     shown = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
     assert shown == compatibility.page(), "run: foveate table > docs/compatibility.md"
+
+
+def test_the_table_of_classes_is_current():
+    data = json.loads((ROOT / "results/compatibility-classes.json").read_text(encoding="utf-8"))
+    shown = f"<!-- classes -->\n{record_classes.markdown(data)}\n<!-- /classes -->"
+    assert shown in (ROOT / "docs/families.md").read_text(encoding="utf-8"), "run: tests/record_classes.py --docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

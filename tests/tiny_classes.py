@@ -100,6 +100,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 2]}, "moe_intermediate_size": [32, 16]},
     },
     "exaone4_5": {"text_config": {"model_type": "exaone4"}, **WHOLE},
+    "gemma3n": {
+        "text_config": {"num_kv_shared_layers": 0, "laurel_rank": 4}, "vision_soft_tokens_per_image": 16,
+        "audio_config": {"conf_num_hidden_layers": 1},
+    },
     "gemma4": {
         "text_config": {"global_head_dim": 8},
         "vision_config": {

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import foveate
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.families import all_families, family_of_class
 from foveate.families.classes import REFUSED
-from foveate.methods import DivPrune, Random
+from foveate.methods import DivPrune, FastV, Random
 from hiding import answers, expected, visible_columns
 from record_classes import NOISE, family_name
 from tiny_classes import AUDIO, NAMES, batch, build, class_of
@@ -85,7 +86,9 @@ def test_generation_equals_the_stock_model_without_the_dropped_tokens(kind):
     family = foveate.families.family_of(net)
     assert family.name == RELATIVES.get(kind, "generic")
     assert family.keeps_positions == (kind in ROTARY or (kind in RELATIVES and kind != "shieldgemma2"))
-    for positions in ["original"] if family.keeps_positions else ["original", "compact"]:
+    steps = 1 if kind == "nemotron_h_omni" else 4  # whose decoding differs from a full pass by 5e-3 without foveate
+    # Chameleon embeds tokens inside its decoder, where the oracle of compact positions does not see them.
+    for positions in ["original"] if family.keeps_positions or kind == "chameleon" else ["original", "compact"]:
         reduced = foveate.reduce(net, inputs, DivPrune(keep=0.5), positions=positions)
         visible = visible_columns(inputs, reduced)
         plain = net(**inputs).logits[:, -1]
@@ -95,7 +98,7 @@ def test_generation_equals_the_stock_model_without_the_dropped_tokens(kind):
             assert (plain - due).abs().max() > 1e-2
         with foveate.attach(net, DivPrune(keep=0.5), positions=positions):
             out = net.generate(
-                **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+                **inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True
             )
         due = answers(net, inputs, out.sequences[:, inputs["input_ids"].shape[1] :], visible, positions)
         torch.testing.assert_close(torch.stack(out.logits, 1), due, atol=NOISE, rtol=NOISE)
@@ -147,6 +150,32 @@ def test_models_whose_generate_throws_positions_away(kind):
         out = net.generate(**inputs, **greedy)
     due = answers(net, inputs, out.sequences[:, inputs["input_ids"].shape[1] :], visible, "compact")
     torch.testing.assert_close(torch.stack(out.logits, 1), due, atol=NOISE, rtol=NOISE)
+
+
+@torch.no_grad()
+def test_gemma3n_runs_several_streams_at_once(monkeypatch):
+    """Methods before the LLM run; those inside it, which read what its layers are given, are refused."""
+    from transformers.models.gemma3n import modeling_gemma3n as gemma3n
+
+    original = gemma3n.AutoModel.from_config
+
+    def without_timm(config, **kwargs):
+        is_vision = config.model_type == "gemma3n_vision"
+        return torch.nn.Module() if is_vision else original(config, **kwargs)
+
+    monkeypatch.setattr(gemma3n.AutoModel, "from_config", without_timm)
+    net = build("gemma3n")
+    net.model.vision_tower.forward = lambda pixel_values, **_: BaseModelOutputWithPooling(
+        last_hidden_state=pixel_values.flatten(1)[:, :512].reshape(-1, 32, 4, 4)
+    )
+    inputs = batch(net)
+    reduced = foveate.reduce(net, inputs, DivPrune(keep=0.5), positions="original")
+    torch.testing.assert_close(net(**reduced).logits[:, -1], expected(net, inputs, reduced), atol=NOISE, rtol=NOISE)
+    with (
+        pytest.raises(UnsupportedModelError, match="of which tokens cannot be taken out"),
+        foveate.attach(net, FastV(layer=1, keep=0.5)),
+    ):
+        net(**inputs)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind in NAMES])
