@@ -10,23 +10,33 @@ from foveate.core.errors import InputError, UnknownNameError
 from foveate.projectors import (
     M3,
     AveragePool,
+    CAbstractor,
     LdpV2,
+    Mqt,
     PixelShuffle,
+    QueCC,
+    Resampler,
     Retrofit,
     Sizes,
     TokenPacker,
+    WiCo,
     get_projector,
     list_projectors,
     projector_from_dict,
 )
 from foveate.projectors.base import Mlp, heads_of, pooled, several_layers
+from foveate.projectors.c_abstractor import Bottleneck
+from foveate.projectors.mqt import places
 from foveate.projectors.tokenpacker import attend_regions
+from foveate.projectors.wico import ConcatenatedTokens
 
 CLIP = Sizes(1024, 4096, (24, 24))
 SMALL = Sizes(8, 16, (8, 8))
 EACH = [
     AveragePool(tokens=16), AveragePool(tokens=16, position="before"), M3(tokens=16), PixelShuffle(), LdpV2(tokens=16),
-    PixelShuffle(head="linear"), TokenPacker(heads=2),
+    PixelShuffle(head="linear"), TokenPacker(heads=2), Mqt(queries=16, heads=2), QueCC(kernel=2, heads=2), WiCo(),
+    Mqt(queries=16, tokens=5, heads=2, content_keys=True), CAbstractor(tokens=9, depth=1, hidden=12),
+    Resampler(tokens=5, depth=2, hidden=16, heads=2, dropout=0.0),
 ]  # fmt: skip
 
 
@@ -39,6 +49,14 @@ def features_of(config, sizes, batch=2, seed=0):
     return torch.randn(batch, sizes.patches, wide, generator=torch.Generator().manual_seed(seed))
 
 
+def run(module, config, given):
+    """Run a module with the LLM's states of the questions, where it reads them."""
+    if not config.query_aware:
+        return module(given)
+    states = torch.linspace(-1, 1, 16) * given[:, :1, :1].flatten()[:, None]
+    return module(given, question=states)
+
+
 def rows(grid, values):
     return torch.tensor(values, dtype=torch.float32).reshape(1, grid[0] * grid[1], -1)
 
@@ -48,29 +66,32 @@ def test_shapes_and_counts(config):
     torch.manual_seed(0)
     module, given = config.build(SMALL), features_of(config, SMALL)
     before = given.clone()
-    tokens = module(given)
+    tokens = run(module, config, given)
     assert tokens.shape == (2, config.num_output_tokens(SMALL.grid), SMALL.width)
     assert config.num_output_tokens(SMALL.grid, tiles=5) == 5 * tokens.shape[1]
     assert torch.equal(given, before)
     with pytest.raises(InputError, match="64 patches"):
-        module(given[:, :-1])
+        run(module, config, given[:, :-1])
 
 
 @pytest.mark.parametrize("config", EACH, ids=repr)
 def test_a_picture_is_compressed_alike_alone_and_in_a_batch(config):
     torch.manual_seed(0)
     module, given = config.build(SMALL).eval(), features_of(config, SMALL, 3)
-    torch.testing.assert_close(module(given)[1:2], module(given[1:2]), rtol=1e-5, atol=1e-6)
+    together, alone = run(module, config, given), run(module, config, given[1:2])
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", EACH, ids=repr)
 def test_gradient_reaches_each_parameter(config):
     torch.manual_seed(0)
     module = config.build(SMALL)
-    module(features_of(config, SMALL)).square().mean().backward()
+    run(module, config, features_of(config, SMALL)).square().mean().backward()
     # Adding one number to all keys changes no softmax: their biases are never learned.
     idle = {name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()}
-    assert idle <= {"clip_attn.in_proj_bias"}
+    # MQT's table of places is fixed, and the resampler's queries, zeros at first, have nothing to scale.
+    first = {"pos_embed", "layers.0.norm_q.weight"}
+    assert {name for name in idle if not name.endswith("in_proj_bias")} <= first
 
 
 @pytest.mark.parametrize("config", EACH, ids=repr)
@@ -100,15 +121,18 @@ def test_a_retrofit_starts_at_the_pooled_stock_projector(config):
     each = tuple(range(len(config.layers(24))))
     module = Retrofit(SMALL, config.cells(SMALL.grid), stock, config.build(SMALL), branch_layers=each)
     start = pooled(module.maps(stock(given[..., -8:])), config.cells(SMALL.grid))
-    assert torch.equal(module(given), start)
-    module(given).square().mean().backward()
+    cues = {"question": torch.ones(2, 16)} if config.query_aware else {}
+    assert torch.equal(module(given, **cues), start)
+    module(given, **cues).square().mean().backward()
     torch.optim.SGD(module.parameters(), 0.1).step()
-    assert not torch.allclose(module(given), start)
+    assert not torch.allclose(module(given, **cues), start)
 
 
 @pytest.mark.parametrize(("config", "parameters"), [
     (TokenPacker(), 36_722_688), (TokenPacker(scale=4), 36_722_688), (AveragePool(), 20_979_712), (LdpV2(), 21_020_672),
-    (PixelShuffle(), 33_570_816), (M3(), 20_979_712),
+    (PixelShuffle(), 33_570_816), (M3(), 20_979_712), (Mqt(), 8_660_992 + 262_144), (QueCC(), 41_988_096),
+    (QueCC(kernel=24), 42_561_536), (QueCC(kernel=2), 41_975_808), (WiCo(), 16_781_312), (CAbstractor(), 37_398_016),
+    (Resampler(), 106_142_720),
 ])  # fmt: skip
 def test_parameters_are_those_of_the_papers(config, parameters):
     with torch.device("meta"):
@@ -231,3 +255,123 @@ def test_m3_scales_are_nested():
 def test_a_budget_where_there_is_none():
     with pytest.raises(InputError, match="not 9"):
         TokenPacker().num_output_tokens((24, 24), budget=9)
+
+
+def test_mqt_queries_are_nested():
+    torch.manual_seed(0)
+    module, given = Mqt(queries=16, heads=2).build(SMALL), torch.randn(2, 64, 8)
+    whole = module(given)
+    for count in (1, 2, 7, 15):
+        torch.testing.assert_close(module(given, budget=count), whole[:, :count], rtol=1e-5, atol=1e-6)
+    module(given, budget=3).sum().backward()
+    assert module.query.grad[:3].any(dim=1).all()
+    assert not module.query.grad[3:].any()
+    assert module.pos_embed.grad is None
+    for wrong in (0, 17):
+        with pytest.raises(InputError, match=f"not {wrong}"):
+            module(given, budget=wrong)
+
+
+def test_mqt_mixes_every_picture_alike_unless_keys_hold_content():
+    torch.manual_seed(0)
+    for content, alike in [(False, True), (True, False)]:
+        module = Mqt(queries=16, heads=2, content_keys=content).build(SMALL)
+        one, other = torch.randn(2, 1, 64, 8)
+        # With the same weights for each picture, tokens are linear in the normalised patches.
+        values = module.ln_v(one) + module.ln_v(other)
+        module.ln_v = nn.Identity()
+        both = module(values) + module(torch.zeros(1, 64, 8))
+        assert torch.allclose(both, module(values / 2) * 2, atol=1e-5) == alike
+
+
+def test_mqt_weighs_all_alike_without_queries():
+    torch.manual_seed(0)
+    module, given = Mqt(queries=16, heads=2).build(SMALL), torch.randn(1, 64, 8)
+    with torch.no_grad():
+        module.attn.in_proj_weight[:8] = 0
+    values = module.ln_v(given).mean(dim=1) @ module.attn.in_proj_weight[16:].T
+    expected = module.attn.out_proj(values) @ module.proj
+    torch.testing.assert_close(module(given), expected[:, None].expand(-1, 16, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_mqt_places():
+    table = places((2, 2), 8)
+    torch.testing.assert_close(table[0], torch.tensor([0.0, 0, 1, 1, 0, 0, 1, 1]))
+    torch.testing.assert_close(table[1, :4], torch.tensor([0.8415, 0.01, 0.5403, 1.0]), rtol=0, atol=1e-4)
+    assert torch.equal(table[2], torch.cat([table[1, 4:], table[1, :4]]))
+    with pytest.raises(InputError, match="divide by 4"):
+        places((2, 2), 6)
+
+
+def test_mqt_draws_even_numbers():
+    drawn = [Mqt().sampled(torch.Generator().manual_seed(seed)) for seed in range(400)]
+    assert drawn == [Mqt().sampled(torch.Generator().manual_seed(seed)) for seed in range(400)]
+    assert all(m % 2 == 0 and 2 <= m <= 256 for m in drawn)
+    assert min(drawn) < 12
+    assert max(drawn) > 246
+
+
+@pytest.mark.parametrize(("kernel", "tokens"), [(2, 144), (3, 64), (4, 36), (6, 16), (12, 4), (24, 1)])
+def test_quecc_counts(kernel, tokens):
+    assert QueCC(kernel=kernel).num_output_tokens((24, 24)) == tokens
+    with pytest.raises(InputError, match="5 x 5"):
+        QueCC(kernel=5).num_output_tokens((24, 24))
+
+
+def test_quecc_reads_the_question():
+    torch.manual_seed(0)
+    config = QueCC(kernel=4, heads=2)
+    module, given = config.build(SMALL), features_of(config, SMALL, 1)
+    one, other = torch.randn(2, 1, 16)
+    assert (module(given, question=one) != module(given, question=other)).any(dim=-1).all()
+    nn.init.zeros_(module.text_projection[0].weight)
+    assert torch.equal(module(given, question=one), module(given, question=other))
+    with pytest.raises(InputError, match="question"):
+        module(given)
+
+
+def test_quecc_downsampling_can_be_an_average():
+    module = QueCC(kernel=2, heads=1).build(Sizes(1, 2, (4, 4)))
+    nn.init.constant_(module.q_downsample.weight, 0.25)
+    nn.init.zeros_(module.q_downsample.bias)
+    assert module.q_downsample(torch.arange(16.0).reshape(1, 1, 4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_wico_order():
+    module = WiCo().build(Sizes(2, 4, (4, 4)))
+    values = [[100 + t, 200 + t] for t in range(16)]
+    assert module.windows(rows((4, 4), values))[0, 0].tolist() == [100, 101, 104, 105, 200, 201, 204, 205]
+    with torch.device("meta"):
+        assert WiCo(window=3).build(CLIP).window_proj.in_features == 9216
+    assert (WiCo().layers(24), WiCo(skip=True).layers(24)) == ((23,), (22,))
+
+
+def test_wico_retrofit_starts_at_the_pooled_stock_projector():
+    torch.manual_seed(0)
+    stock, given = Mlp(8, 16), torch.randn(2, 64, 8)
+    module = ConcatenatedTokens(SMALL, (4, 4), stock)
+    torch.testing.assert_close(module(given), pooled(module.maps(stock(given)), (4, 4)))
+
+
+def test_c_abstractor_without_blocks_is_pooling():
+    torch.manual_seed(0)
+    module, given = CAbstractor(tokens=9, depth=0).build(SMALL), torch.randn(2, 64, 8)
+    nn.init.zeros_(module.pos_emb)
+    torch.testing.assert_close(module(given), module.readout(pooled(module.maps(given), (3, 3))))
+
+
+def test_c_abstractor_gate_is_half_open_at_zero():
+    block = Bottleneck(8, 8)
+    nn.init.zeros_(block.excite.weight)
+    nn.init.zeros_(block.excite.bias)
+    assert (block.gate(torch.randn(1, 8, 4, 4)) == 0.5).all()
+
+
+def test_resampler_layers_add_to_normalised_queries():
+    torch.manual_seed(0)
+    layer = Resampler(tokens=3, depth=1, hidden=16, heads=2).build(SMALL).layers[0].eval()
+    for module in (layer.attn.out_proj, layer.w2):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    queries = torch.randn(1, 3, 16) * 5 + 2
+    torch.testing.assert_close(layer(queries, torch.randn(1, 9, 16)), layer.norm_q(queries))
