@@ -36,8 +36,8 @@ class Resampler(Projector):
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.depth < 1 or self.hidden % self.heads:
             raise InputError(
-                f"resampler has tokens and depth from 1 on and channels that its heads divide: not tokens={self.tokens}, depth"
-                f"={self.depth}, hidden={self.hidden}, heads={self.heads}"
+                "resampler has tokens and depth from 1 on and channels that its heads divide: not "
+                f"tokens={self.tokens}, depth={self.depth}, hidden={self.hidden}, heads={self.heads}"
             )
 
     def cells(self, grid: Grid) -> None:
