@@ -13,66 +13,14 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from foveate.core.compressor import Compressor, Grid, Sizes
 from foveate.core.errors import FoveateError, InputError, UnknownNameError
 
-Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of the model that a projector is built for.
-
-    Attributes
-    ----------
-    features
-        Channels C of one layer of the vision encoder.
-    width
-        Channels D of the LLM.
-    grid
-        Rows and columns of patches of one picture or tile.
-    """
-
-    features: int
-    width: int
-    grid: Grid
-
-    @property
-    def patches(self) -> int:
-        """Patches N of one picture or tile."""
-        return math.prod(self.grid)
-
-
-class Compressor(nn.Module):
-    """The module of a projector: ``[B, N, L C]`` features of L layers, side by side, to ``[B, M, D]`` tokens.
-
-    Parameters
-    ----------
-    sizes
-        Of the model.
-    """
-
-    output: nn.Linear
-    """The last layer, zeros in which make all zero; of those that can start at the pooled stock projector."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def maps(self, features: Tensor) -> Tensor:
-        """Return features ``[B, N, K]`` as maps ``[B, K, H, W]``.
-
-        Raises
-        ------
-        InputError
-            If they are not those of a whole grid.
-        """
-        if features.shape[1] != self.sizes.patches:
-            height, width = self.sizes.grid
-            raise InputError(
-                f"this projector was built for {height} x {width} = {self.sizes.patches} patches, and got "
-                f"{features.shape[1]}: build it for the grid of the model"
-            )
-        return as_maps(features, self.sizes.grid)
+__all__ = [
+    "Compressor", "Grid", "Mlp", "Projector", "Retrofit", "Sizes", "as_maps", "divided", "get_projector", "heads_of",
+    "list_projectors", "pooled", "projector_from_dict", "regions", "register_projector", "several_layers", "square",
+    "trunc_normal",
+]  # fmt: skip
 
 
 class Retrofit(Compressor):
@@ -129,6 +77,8 @@ class Projector(ABC):
     stage: ClassVar[str] = "projector"
     paper: ClassVar[str] = ""
     query_aware: ClassVar[bool] = False
+    adds_features: ClassVar[bool] = True
+    """Whether `retrofit` reads features of the encoder beside the stock projector's tokens."""
 
     @abstractmethod
     def cells(self, grid: Grid) -> Grid | None:
@@ -157,6 +107,22 @@ class Projector(ABC):
     @abstractmethod
     def build(self, sizes: Sizes) -> Compressor:
         """Return a new module for a model, initialised as the paper has it."""
+
+    def retrofit(
+        self, sizes: Sizes, stock: nn.Module, stock_layers: Sequence[int], branch_layers: Sequence[int]
+    ) -> Compressor:
+        """Return a new module that starts at the average of the tokens of `stock`, the model's own projector.
+
+        See `Retrofit` for the layers.
+
+        Raises
+        ------
+        InputError
+            If the tokens lie on no grid to average over.
+        """
+        if (cells := self.cells(sizes.grid)) is None:
+            raise InputError(f"the tokens of {self.name} lie on no grid, so none is an average: use start='paper'")
+        return Retrofit(sizes, cells, stock, self.build(sizes), stock_layers, branch_layers)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Return the hidden states that the module reads, 0 being the embeddings, of an encoder of `depth` layers.

@@ -72,7 +72,10 @@ class Abstractor(Compressor):
         self.before = nn.Sequential(*(Bottleneck(a, b) for a, b in itertools.pairwise(widths)))
         self.behind = nn.Sequential(*(Bottleneck(config.hidden, config.hidden) for _ in range(config.depth)))
         self.readout = Mlp(widths[-1], sizes.width, nn.SiLU)
-        self.output = self.readout.output
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.readout.output
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``[B, N, C]`` to ``[B, M, D]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -23,21 +24,29 @@ class LdpV2(Projector):
     tokens: int = 144
 
     paper = "arXiv:2402.03766"
+    adds_features = False
 
     def cells(self, grid: Grid) -> Grid:
         return square(self.name, self.tokens, grid)
 
+    def retrofit(
+        self, sizes: Sizes, stock: nn.Module, stock_layers: Sequence[int], branch_layers: Sequence[int]
+    ) -> Compressor:
+        module = Ldp(sizes, self.cells(sizes.grid), stock)
+        nn.init.zeros_(module.peg.weight)
+        nn.init.zeros_(module.peg.bias)  # type: ignore[arg-type]
+        return module
+
     def build(self, sizes: Sizes) -> Compressor:
-        return Ldp(sizes, self.cells(sizes.grid))
+        return Ldp(sizes, self.cells(sizes.grid), Mlp(sizes.features, sizes.width))
 
 
 class Ldp(Compressor):
-    """Linear, GELU, linear; the mean over cells; and a 3 x 3 depth-wise convolution that is added to its input."""
+    """A projector; the mean over cells; and a 3 x 3 depth-wise convolution that is added to its input."""
 
-    def __init__(self, sizes: Sizes, cells: Grid) -> None:
+    def __init__(self, sizes: Sizes, cells: Grid, mlp: nn.Module) -> None:
         super().__init__(sizes)
-        self.cells = cells
-        self.mlp = Mlp(sizes.features, sizes.width)
+        self.cells, self.mlp = cells, mlp
         self.peg = nn.Conv2d(sizes.width, sizes.width, 3, padding=1, groups=sizes.width)
 
     def forward(self, features: Tensor) -> Tensor:

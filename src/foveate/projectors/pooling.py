@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.core.errors import InputError
-from foveate.projectors.base import Compressor, Grid, Mlp, Projector, Sizes, pooled, register_projector, square
+from foveate.projectors.base import (
+    Compressor,
+    Grid,
+    Mlp,
+    Projector,
+    Retrofit,
+    Sizes,
+    pooled,
+    register_projector,
+    square,
+)
 
 
 @register_projector("average_pool")
@@ -27,12 +38,21 @@ class AveragePool(Projector):
     tokens: int = 144
     position: Literal["after", "before"] = "after"
 
+    adds_features = False
+
     def __post_init__(self) -> None:
         if self.position not in ("after", "before"):
             raise InputError(f"average_pool pools 'after' or 'before' the linear layers, not {self.position!r}")
 
     def cells(self, grid: Grid) -> Grid:
         return square(self.name, self.tokens, grid)
+
+    def retrofit(
+        self, sizes: Sizes, stock: nn.Module, stock_layers: Sequence[int], branch_layers: Sequence[int]
+    ) -> Compressor:
+        if self.position == "before":
+            raise InputError("average_pool averages patches with position='before', not tokens: use start='paper'")
+        return Retrofit(sizes, self.cells(sizes.grid), stock, None, stock_layers)
 
     def build(self, sizes: Sizes) -> Compressor:
         return PooledMlp(sizes, self.cells(sizes.grid), self.position)
@@ -45,7 +65,10 @@ class PooledMlp(Compressor):
         super().__init__(sizes)
         self.cells, self.position = cells, position
         self.mlp = Mlp(sizes.features, sizes.width)
-        self.output = self.mlp.output
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.mlp.output
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``[B, N, C]`` to ``[B, M, D]``."""
@@ -78,6 +101,7 @@ class M3(Projector):
     scales: tuple[int, ...] | None = None
 
     paper = "arXiv:2405.17430"
+    adds_features = False
 
     def cells(self, grid: Grid) -> Grid:
         return self._cells(grid, self.tokens)
@@ -95,18 +119,21 @@ class M3(Projector):
         height, width = self._cells(grid, self.tokens if budget is None else budget)
         return tiles * height * width
 
+    def retrofit(
+        self, sizes: Sizes, stock: nn.Module, stock_layers: Sequence[int], branch_layers: Sequence[int]
+    ) -> Compressor:
+        return Scaled(sizes, self, stock)
+
     def build(self, sizes: Sizes) -> Compressor:
-        return Scaled(sizes, self)
+        return Scaled(sizes, self, Mlp(sizes.features, sizes.width))
 
 
 class Scaled(Compressor):
-    """Two linear layers, pooled to the scale that a call names."""
+    """A projector, pooled to the scale that a call names."""
 
-    def __init__(self, sizes: Sizes, config: M3) -> None:
+    def __init__(self, sizes: Sizes, config: M3, mlp: nn.Module) -> None:
         super().__init__(sizes)
-        self.config = config
-        self.mlp = Mlp(sizes.features, sizes.width)
-        self.output = self.mlp.output
+        self.config, self.mlp = config, mlp
 
     def forward(self, features: Tensor, budget: int | None = None) -> Tensor:
         """Map ``[B, N, C]`` to ``[B, budget, D]``."""

@@ -69,7 +69,10 @@ class QueryConvolution(Compressor):
         self.q_downsample = nn.Conv2d(features, features, config.kernel, config.kernel, groups=features)
         self.clip_attn = nn.MultiheadAttention(features, config.heads or heads_of(features), batch_first=True)
         self.mlp = Mlp(features, sizes.width)
-        self.output = self.mlp.output
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.mlp.output
 
     def forward(self, features: Tensor, question: Tensor | None = None) -> Tensor:
         """Map ``[B, N, L C]`` and the LLM's states of the questions ``[B, D]`` to ``[B, M, D]``.

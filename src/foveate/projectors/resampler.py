@@ -63,7 +63,11 @@ class Resampled(Compressor):
         self.visual_input_fc = nn.Linear(sizes.features, config.hidden)
         self.queries = nn.Parameter(torch.zeros(1, config.tokens, config.hidden))
         self.layers = nn.ModuleList(ResamplerLayer(config) for _ in range(config.depth))
-        self.output = self.visual_output_fc = nn.Linear(config.hidden, sizes.width)
+        self.visual_output_fc = nn.Linear(config.hidden, sizes.width)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.visual_output_fc
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``[B, N, C]`` to ``[B, M, D]``."""

@@ -50,13 +50,16 @@ class Shuffled(Compressor):
     def __init__(self, sizes: Sizes, config: PixelShuffle) -> None:
         super().__init__(sizes)
         self.cells, self.version = config.cells(sizes.grid), config.version
-        wide = config.ratio**2 * sizes.features
+        wide, last = config.ratio**2 * sizes.features, nn.Linear(sizes.width, sizes.width)
+        self.head = nn.Sequential(nn.LayerNorm(wide), nn.Linear(wide, sizes.width), nn.GELU(), last)
         if config.head == "linear":
-            self.output = nn.Linear(wide, sizes.width, bias=False)
-            self.head: nn.Module = self.output
-        else:
-            self.output = nn.Linear(sizes.width, sizes.width)
-            self.head = nn.Sequential(nn.LayerNorm(wide), nn.Linear(wide, sizes.width), nn.GELU(), self.output)
+            self.head = nn.Sequential(nn.Linear(wide, sizes.width, bias=False))
+
+    @property
+    def output(self) -> nn.Linear:
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
     def windows(self, features: Tensor) -> Tensor:
         """Return ``[B, M, ratio² C]`` of features ``[B, N, C]``."""

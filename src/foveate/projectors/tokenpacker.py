@@ -72,7 +72,6 @@ class Packer(Compressor):
         self.ln_q_1, self.ln_k_1, self.ln_v_1 = (nn.LayerNorm(features, eps=1e-6) for _ in range(3))
         self.clip_attn = nn.MultiheadAttention(features, config.heads or heads_of(features), batch_first=True)
         self.mlp = Mlp(features, sizes.width)
-        self.output = self.mlp.output
         trunc_normal(list(self.modules()))
 
     def coarse(self, features: Tensor) -> Tensor:
@@ -80,6 +79,10 @@ class Packer(Compressor):
         maps = self.maps(features[..., -self.sizes.features :])
         small = interpolate(maps.float(), size=self.cells, mode="bilinear", align_corners=False)
         return small.to(maps.dtype).flatten(2).transpose(1, 2)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.mlp.output
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``[B, N, L C]`` to ``[B, M, D]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -35,12 +36,18 @@ class WiCo(Projector):
     skip: bool = False
 
     paper = "arXiv:2504.04024"
+    adds_features = False
 
     def cells(self, grid: Grid) -> Grid:
         return divided(self.name, grid, self.window)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         return (depth - 2 if self.skip else depth - 1,)
+
+    def retrofit(
+        self, sizes: Sizes, stock: nn.Module, stock_layers: Sequence[int], branch_layers: Sequence[int]
+    ) -> Compressor:
+        return ConcatenatedTokens(sizes, self.cells(sizes.grid), stock)
 
     def build(self, sizes: Sizes) -> Compressor:
         return Windows(sizes, self)
@@ -54,14 +61,18 @@ class Windows(Compressor):
 
     def __init__(self, sizes: Sizes, config: WiCo) -> None:
         super().__init__(sizes)
-        self.cells, self.tuned = config.cells(sizes.grid), config.tuned
+        self.cells = config.cells(sizes.grid)
         self.self_att = nn.ModuleList()
-        self.output = self.window_proj = nn.Linear(config.window**2 * sizes.features, sizes.width)
+        self.window_proj = nn.Linear(config.window**2 * sizes.features, sizes.width)
 
     def windows(self, features: Tensor) -> Tensor:
         """Return ``[B, M, window² C]`` of features ``[B, N, C]``."""
         self.maps(features)  # refuses other grids
         return regions(features, self.sizes.grid, self.cells).transpose(2, 3).flatten(2)
+
+    @property
+    def output(self) -> nn.Linear:
+        return self.window_proj
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``[B, N, C]`` to ``[B, M, D]``."""
@@ -87,13 +98,13 @@ class ConcatenatedTokens(Compressor):
         super().__init__(sizes)
         self.cells, self.stock = cells, stock
         count = sizes.patches // (cells[0] * cells[1])
-        self.output = nn.Linear(count * sizes.width, sizes.width)
-        nn.init.zeros_(self.output.bias)
-        nn.init.zeros_(self.output.weight)
-        with_mean = self.output.weight.data.view(sizes.width, count, sizes.width)
+        self.window_proj = nn.Linear(count * sizes.width, sizes.width)
+        nn.init.zeros_(self.window_proj.bias)
+        nn.init.zeros_(self.window_proj.weight)
+        with_mean = self.window_proj.weight.data.view(sizes.width, count, sizes.width)
         with_mean.diagonal(dim1=0, dim2=2).fill_(1 / count)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map ``[B, N, C]`` to ``[B, M, D]``."""
-        tokens: Tensor = self.output(regions(self.stock(features), self.sizes.grid, self.cells).flatten(2))
+        tokens: Tensor = self.window_proj(regions(self.stock(features), self.sizes.grid, self.cells).flatten(2))
         return tokens
