@@ -1,6 +1,8 @@
 """Trained compressors against the numbers of their specifications."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +139,17 @@ def test_a_retrofit_starts_at_the_pooled_stock_projector(config):
 def test_parameters_are_those_of_the_papers(config, parameters):
     with torch.device("meta"):
         assert count(config.build(CLIP)) == parameters
+
+
+def test_the_page_names_each_projector_and_its_parameters():
+    page = (Path(__file__).parents[2] / "docs/projectors.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+)[^|]*\|$", page, re.MULTILINE))
+    assert sorted(shown) == list_projectors()
+    with torch.device("meta"):
+        for name, parameters in shown.items():
+            module = get_projector(name)().build(CLIP)
+            trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            assert f"{trained:,}" == parameters.rstrip(","), name
 
 
 def test_tokenpacker_for_a_wider_llm():
