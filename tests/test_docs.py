@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-import record_classes
 
+import record_classes
 from foveate.bench.tables import markdown as speed_table
 from foveate.cli import compatibility
 from foveate.cost.figures import markdown as cost_table

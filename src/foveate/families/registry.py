@@ -130,8 +130,7 @@ def family_of(model: Any) -> Family:
         If no family knows the model and it lacks what the generic family needs; the message says what.
     """
     config = getattr(model, "config", None)
-    family = family_of_class(type(model), config)
-    return family.of(model) if isinstance(family, Generic) else family
+    return family_of_class(type(model), config).of(model)
 
 
 def family_of_class(model_class: type, config: Any) -> Family:
