@@ -125,7 +125,8 @@ def random_job(
     side = 2 * model.config.vision_config.image_size if side is None else side
     (layout,), inputs = family.imagined_images(model, (side, side), 1, partial(_blank_pictures, processor, side))
     inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=generator).to(model.dtype)
-    inputs, visual = {key: value.to(model.device) for key, value in inputs.items()}, layout.length
+    read = {*family.inputs, *family.side_inputs}  # processors also tell what only they themselves need
+    inputs, visual = {k: x.to(model.device) for k, x in inputs.items() if k in read}, layout.length
     before = min(_BEFORE, text_tokens - 1)
     words = torch.randint(3, min(token, model.config.text_config.vocab_size), (text_tokens,), generator=generator)
     ids = torch.cat([words[:before], torch.full((visual,), token), words[before:]])[None].to(model.device)
