@@ -60,7 +60,7 @@ def all_methods(keep: float) -> Iterator[tuple[list[Method], dict[str, str]]]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is tried: the grid of the pictures and how many of them, and where else than on one thread of the CPU."""
+    """How much is tried: the grid of the pictures, how many there are, and what is compared with the CPU."""
 
     device: torch.device
     grid: tuple[int, int] = GRID

@@ -71,8 +71,8 @@ def _show(result: dict[str, Any]) -> None:
 def _arms(verdict: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=verdict["check"], title_justify="left")
     stages = ("first_token", "vision", "select", "prefill", "decode")
-    for column in ("median, ms", *(stage.replace("_", " ") for stage in stages), "peak memory", "KV cache"):
-        table.add_column(column, justify="left" if column == "median, ms" else "right")
+    for column in ("ms", *(stage.replace("_", " ") for stage in stages), "memory", "KV cache"):
+        table.add_column(column, justify="left" if column == "ms" else "right", no_wrap=True)
     for row in verdict["arms"]:
         times = (f"{row['time'][stage]['median_ms']:.1f}" for stage in stages)
         table.add_row(row["arm"], *times, show_bytes(row["peak_bytes"]["total"]), show_bytes(row["kv_bytes"]))
