@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import partial
 from typing import Any
 
@@ -124,7 +125,10 @@ def random_job(
     family, token = family_of(model), model.config.image_token_id
     side = 2 * model.config.vision_config.image_size if side is None else side
     (layout,), inputs = family.imagined_images(model, (side, side), 1, partial(_blank_pictures, processor, side))
-    inputs["pixel_values"] = torch.randn(inputs["pixel_values"].shape, generator=generator).to(model.dtype)
+    shape, known = inputs.pop("pixel_values").shape, inspect.signature(type(model).forward).parameters
+    # Older versions of transformers call the images of Video-LLaVA pixel_values_images.
+    key = next((k for k, kind in family.inputs.items() if kind == "image" and k in known), "pixel_values")
+    inputs[key] = torch.randn(shape, generator=generator).to(model.dtype)
     read = {*family.inputs, *family.side_inputs}  # processors also tell what only they themselves need
     inputs, visual = {k: x.to(model.device) for k, x in inputs.items() if k in read}, layout.length
     before = min(_BEFORE, text_tokens - 1)

@@ -98,7 +98,15 @@ def load_subject(name: str, device: str, dtype: str, attn: str | None) -> Subjec
     FoveateError
         If there is no such model, or it cannot run there.
     """
-    _check_attention(attn, device, dtype)
+    if attn and "flash" in attn and torch.device(device).type == "cpu":
+        raise InputError(f"{attn} runs on a GPU: use --attn sdpa")
+    model, jobs = _made(name, device, dtype, attn)
+    if attn and "flash" in attn and model.dtype == torch.float32:
+        raise InputError(f"{attn} computes in bfloat16 or float16, and the model is in float32: use --dtype bfloat16")
+    return Subject(name, model, family_of(model), jobs)
+
+
+def _made(name: str, device: str, dtype: str, attn: str | None) -> tuple[Any, tuple[Job, Job]]:
     shape = SHAPES.get(name.removeprefix(TINY))
     if shape is None:
         try:
@@ -108,7 +116,7 @@ def load_subject(name: str, device: str, dtype: str, attn: str | None) -> Subjec
         picture = _picture()
         pictures = zip((picture, ImageOps.mirror(picture)), QUESTIONS, strict=True)
         one, other = (prepare(model, processor, image, question, max_new_tokens=8) for image, question in pictures)
-        return Subject(name, model, family_of(model), (one, other))
+        return model, (one, other)
     kind = ("bfloat16" if torch.device(device).type == "cuda" else "float32") if dtype == "auto" else dtype
     tiny = name.startswith(TINY)
     config, processor = read_shape(tiny_shape(shape) if tiny else shape)
@@ -116,18 +124,13 @@ def load_subject(name: str, device: str, dtype: str, attn: str | None) -> Subjec
     model = random_model(config, tied=False, dtype=kind, attn=attn, device=device)
     side = _side(model, tiny)
     one, other = (random_job(model, words, 8, seed, processor, side) for seed, words in enumerate(WORDS))
-    return Subject(name, model, family_of(model), (one, other))
+    return model, (one, other)
 
 
 def _picture() -> Any:
     from foveate.nano import sample
 
     return sample().image.resize((SIDE, SIDE))
-
-
-def _check_attention(attn: str | None, device: str, dtype: str) -> None:
-    if attn and "flash" in attn and (torch.device(device).type == "cpu" or dtype == "float32"):
-        raise InputError(f"{attn} runs on a GPU, in bfloat16 or float16: use --attn sdpa")
 
 
 def _unknown(name: str, error: UnknownNameError) -> UnknownNameError:
