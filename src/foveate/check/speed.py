@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -73,27 +74,29 @@ class Cost:
 def selection(
     reducers: Sequence[Method], device: torch.device, grids: Sequence[tuple[int, int]], minutes: Minutes
 ) -> Verdict:
-    """Time the selection of every method, small sizes first and quick methods first, in half the time that is left.
+    """Time the selection of every method at sizes that ascend, what is expected to be quick first.
 
-    What would not fit into that time, or into memory, as far as smaller sizes tell, is not run, and said so.
+    It takes half of the time that is left. What would not fit into it, or into memory, as far as smaller sizes tell, is
+    not run, and said so.
     """
-    timed = [r for r in reducers if isinstance(r, Reducer) and r.stage == "before_llm"]
-    part, costs = minutes.half(), {r.name: list[Cost]() for r in timed}
-    rows: list[dict[str, Any]] = []
-    for grid in grids:
+    timed = {r.name: r for r in reducers if isinstance(r, Reducer) and r.stage == "before_llm"}
+    part, costs, rows = minutes.half(), {name: list[Cost]() for name in timed}, list[dict[str, Any]]()
+    ahead = {name: list(grids) for name in timed}
+    while waiting := [name for name in timed if ahead[name]]:
+        name = min(waiting, key=lambda name: _expected(costs[name], math.prod(ahead[name][0])).seconds)
+        grid = ahead[name].pop(0)
         tokens = math.prod(grid)
-        expected = {name: _expected(found, tokens) for name, found in costs.items()}
-        for reducer in sorted(timed, key=lambda r: expected[r.name].seconds):
-            row: dict[str, Any] = {"method": reducer.name, "tokens": tokens, "kept": tokens // SHARE}
-            if reason := _too_much(expected[reducer.name], part.left, device):
-                rows.append({**row, "verdict": "not run", "said": reason})
-                continue
-            own = replace(reducer, keep=max(1, tokens // SHARE))  # type: ignore[type-var]
-            found = judged(reducer.name, lambda own=own, grid=grid: _timed(own, grid, device), part)  # type: ignore[misc]
-            if found.word == "measured":
-                costs[reducer.name].append(found.figures.pop("cost"))
-            rows.append({**row, "verdict": found.word, "said": found.said, **found.figures})
-    return _of_selections(rows)
+        kept = max(1, tokens // SHARE)
+        row = {"method": name, "tokens": tokens, "kept": kept}
+        if reason := _too_much(_expected(costs[name], tokens), part.left, device):
+            rows.append({**row, "verdict": "not run", "said": reason})
+            continue
+        own = replace(timed[name], keep=kept)
+        found = judged(name, partial(_timed, own, grid, device), part)
+        if found.word == "measured":
+            costs[name].append(found.figures.pop("cost"))
+        rows.append({**row, "verdict": found.word, "said": found.said, **found.figures})
+    return _of_selections(sorted(rows, key=lambda row: (row["tokens"], row["method"])))
 
 
 def _expected(found: Sequence[Cost], tokens: int) -> Cost:
