@@ -106,8 +106,7 @@ def run(
             raise InputError(f"{settings.judging[0].name} reads the vision encoder, and cannot follow {before.name}")
         decision = _shrink(model, family, inputs, spans, before)
     else:
-        readers = [r for r in (before, *settings.judging) if r is not None]
-        tokens = look(model, family, inputs, spans, readers) if seen is None else seen
+        tokens = look(model, family, inputs, spans, readers(settings)) if seen is None else seen
         meter.stop("vision")
         selection = decide(tokens, settings)
         meter.stop("select")
@@ -177,6 +176,11 @@ def with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
             cls = hidden[len(span) + j].float() if tokens.cls else patches.mean(dim=0)
             similarity.append(cosine_matrix(patches[None], cls[None, None])[0, :, 0])
     return replace(tokens, planes={**tokens.planes, ClsSimilarity(): similarity})
+
+
+def readers(settings: Settings) -> list[Method]:
+    """Return the methods that read the vision encoder."""
+    return [r for r in (settings.before, *settings.judging) if r is not None]
 
 
 def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:

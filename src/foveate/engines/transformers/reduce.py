@@ -19,7 +19,7 @@ from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
 from foveate.engines.finite import check_pixels
-from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
+from foveate.engines.pipeline import UNMETERED, Decision, Meter, probes_of, readers, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.bias.planes import Bias, spread
 from foveate.engines.transformers.compaction import Compaction, full_positions, plan, position_behind
@@ -142,7 +142,7 @@ def reduce_with(
         return out
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
-    spans = family.spans(model, inputs)
+    spans = family.spans_for(model, inputs, probes_of(readers(settings)) if seen is None else ())
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
