@@ -45,9 +45,12 @@ def test_all_checks(foveate, tmp_path):
     assert {"foveate", "torch", "transformers", "cuda"} <= result.json["versions"].keys()
 
 
+def only(monkeypatch, *methods):
+    monkeypatch.setattr(checks, "all_methods", lambda _: contextlib.nullcontext((methods, {})))
+
+
 def test_something_wrong_ends_with_exit_code_1(foveate, tmp_path, monkeypatch):
-    broken = [Uniform(keep=9), KeepsOthersInBatches(keep=9)]
-    monkeypatch.setattr(checks, "all_methods", lambda _: contextlib.nullcontext((broken, {})))
+    only(monkeypatch, Uniform(keep=9), KeepsOthersInBatches(keep=9))
     result = foveate(*TINY, "--out", tmp_path / "check.json")
     assert result.code == 1
     assert "[wrong] kept sets, before the LLM: keeps_others_in_batches: the same" in result.out
@@ -65,7 +68,8 @@ def test_without_time_nothing_is_run_and_nothing_is_left_out(foveate):
     assert all(verdict["said"] for verdict in result.json["verdicts"])
 
 
-def test_a_model_with_weights(foveate, folder):
+def test_a_model_with_weights(foveate, folder, monkeypatch):
+    only(monkeypatch, Uniform(keep=9))
     result = foveate("check", "--model", folder, "--device", "cpu", "--json")
     assert result.code == 0, result.err
     assert result.json["config"]["layers"] == 2
