@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_not_run_and_said(monkeypatch):
 
 def test_growth_is_predicted_from_smaller_sizes():
     small, large = Cost(100, 1.0, 0.0, 10.0), Cost(200, 4.0, 0.0, 20.0)
-    assert small.at(200, None) == Cost(200, 8.0, 0.0, 80.0)
+    assert small.at(200, None) == Cost(200, 4.0, 0.0, 40.0)
     assert vars(large.at(400, small)) == pytest.approx(vars(Cost(400, 4 * 2**2.5, 0.0, 20 * 2**1.5)))
 
 

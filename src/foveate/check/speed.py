@@ -59,12 +59,12 @@ class Cost:
     peak: float
 
     def at(self, tokens: int, before: Cost | None) -> Cost:
-        """Predict the cost for more tokens: as it grew from a smaller size, else with the cube."""
+        """Predict the cost for more tokens: as it grew from a smaller size, else with the square."""
         seconds, made, peak = (self._grown(tokens, name, before) for name in ("seconds", "made", "peak"))
         return Cost(tokens, seconds, made, peak)
 
     def _grown(self, tokens: int, name: str, before: Cost | None) -> float:
-        value, power = float(getattr(self, name)), 3.0
+        value, power = float(getattr(self, name)), 2.0
         if before is not None and value and (earlier := float(getattr(before, name))):
             # Fixed costs hide in small sizes, so that growth gets steeper: half a power is added.
             power = min(3.0, max(1.0, math.log(value / earlier) / math.log(self.tokens / before.tokens)) + 0.5)
@@ -132,8 +132,8 @@ def _timed(reducer: Reducer, grid: tuple[int, int], device: torch.device) -> Ver
         selected(reducer, tokens)
         memory.stop("select")
         taken = memory.peaks()["select"]
-    seconds = []
-    for _ in range(_RUNS):
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < _RUNS and max(seconds) < 1):
         clock = Clock(device)
         selected(reducer, tokens)
         clock.stop("select")
