@@ -84,7 +84,7 @@ IN_FLOAT32: Final[dict[str, Callable[[Any, VisualTokens], Selection]]] = {"vispr
 def float32_cosines() -> Iterator[None]:
     """Let whoever asks for cosines in float64 have those of float32, in the whole process."""
     exact = ranking.cosine_matrix
-    ranking.cosine_matrix = lambda features, others=None, **_: exact(features, others)
+    ranking.cosine_matrix = lambda *args, dtype=None, **kwargs: exact(*args, **kwargs)
     try:
         yield
     finally:
