@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import foveate
+from callers import check_threads
 from foveate import Chain, VisPruner
 from foveate.core.errors import AttachError, UnsupportedModelError
 from foveate.methods import FastV, ToMe, TopV
@@ -125,30 +126,8 @@ def test_a_model_that_is_refused_stays_as_it_was():
     foveate.attach(net, VisPruner(keep=9)).detach()
 
 
-@pytest.mark.parametrize("reducer", [ToMe(keep=9), VisPruner(keep=9), FastV(keep=9, layer=1)], ids=lambda r: r.name)
-def test_threads_do_not_see_each_other(reducer):
-    net = model("llava")
-    expected = None
-    with foveate.attach(net, reducer):
-        expected = net(**INPUTS).logits
-    found, faults = [], []
-    with foveate.attach(net, reducer):
-
-        def ask():
-            try:
-                found.extend(net(**INPUTS).logits for _ in range(4))
-            except Exception as error:
-                faults.append(error)
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert faults == []
-    assert len(found) == 12
-    for logits in found:
-        torch.testing.assert_close(logits, expected)
+def test_threads_do_not_see_each_other_inside_the_encoder():
+    check_threads("llava", ToMe(keep=9))
 
 
 class Pipeline:
