@@ -118,13 +118,13 @@ class Wrapping:
     def _outside(self) -> Iterator[None]:
         """Let what a callback of ``generate`` runs be reduced as outside of it; ``generate`` then goes on."""
         call = self._call
-        before = (call.generating, call.prefill, call.compaction)
-        call.generating, call.prefill, call.compaction = False, None, None
+        before = (call.generating, call.numbered, call.prefill)
+        call.generating, call.prefill = False, None
         try:
             with self._results.aside():
                 yield
         finally:
-            call.generating, call.prefill, call.compaction = before
+            call.generating, call.numbered, call.prefill = before
 
     def _watched_prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse a `generate` that does not come by way of the wrapper: its loop counts the tokens of full prompts."""
@@ -172,7 +172,7 @@ class Wrapping:
         if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
             run.finish(cache)
             if run.state.prompts:
-                self._results.inside = run.state
+                self._results.own.inside = run.state
         if not self._call.generating and self._call.compaction is not None and cache is not None:
             note(cache, COMPACTION, self._call.compaction)
         if self._call.generating or self._call.spread is None or output is None:
