@@ -168,7 +168,10 @@ def method(job: Job, settings: Settings) -> tuple[Arm, Selection]:
     with torch.no_grad():
         selection = reduced().selection
     assert selection is not None
-    return Arm("method", job, reduced, _throughout(job, sum(map(len, selection))), settings.reducer), selection
+    received = _throughout(job, sum(map(len, selection)))
+    if settings.rectify:  # the inputs of a model carry no bias
+        return attached("method", job, settings, received), selection
+    return Arm("method", job, reduced, received, settings.reducer), selection
 
 
 @torch.no_grad()

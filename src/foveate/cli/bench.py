@@ -16,7 +16,20 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.cli.names import check_methods
-from foveate.cli.tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, refuse, tell, write_json
+from foveate.cli.tools import (
+    ERRORS,
+    Absorb,
+    Json,
+    Rectify,
+    fill_page,
+    guarded,
+    load,
+    print_json,
+    reducer_from,
+    refuse,
+    tell,
+    write_json,
+)  # fmt: skip
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes
 
@@ -167,6 +180,8 @@ def model(
         str, typer.Option(help="auto, float32, bfloat16 or float16; of shapes, auto is bfloat16.")
     ] = "auto",
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
+    rectify: Rectify = 0.0,
+    absorb: Absorb = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Turns, in each of which every arm runs once.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  \\[default: torch's own]")] = None,
@@ -190,7 +205,7 @@ def model(
         else:
             refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(LLAVA_SHAPES)})")
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
-        arms = bench.arms_of(job, Settings.make(reducer, family=job.family))
+        arms = bench.arms_of(job, Settings.make(reducer, family=job.family, rectify=rectify, absorb=absorb))
         with ERRORS.status("starting") as status:
             measured = bench.run_arms(arms, repeats, clock.value, status.update)
         result = {"command": _command(context), "model": model, **measured}

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
+Rectify = Annotated[float, typer.Option(help="Strength of a bias on attention to kept tokens, such as 0.5.")]
+Absorb = Annotated[bool, typer.Option("--absorb", help="Average dropped tokens into kept ones; with --rectify 1.")]
+
 ERRORS = Console(stderr=True)
 
 

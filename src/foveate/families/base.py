@@ -40,6 +40,10 @@ class Family(Facts, ABC):
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types
 
+    def of(self, model: Any) -> Family:
+        """Return the family as it is with one model, where that is not the same for all of its models."""
+        return self
+
     def lacks(self, method: Method | type[Method]) -> str | None:
         """Say what a method needs that the family does not give, or return `None` if the method runs on it.
 
@@ -66,6 +70,13 @@ class Family(Facts, ABC):
     @abstractmethod
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         """Locate the spans of a batch from ids and sizes alone, sample by sample, left to right."""
+
+    def spans_for(self, model: Any, inputs: Mapping[str, Any], probes: Sequence[Probe]) -> tuple[Span, ...]:
+        """Locate the spans for methods that read these probes.
+
+        Families that must encode to find the spans read the probes on the way, so that they need not do it again.
+        """
+        return self.spans(model, inputs)
 
     @abstractmethod
     def encode(

@@ -16,6 +16,7 @@ from foveate.core.reducer import Method, Positions
 from foveate.core.selection import SpanSelection
 from foveate.engines.pipeline import UNMETERED, Meter
 from foveate.engines.settings import Separators, Settings
+from foveate.engines.transformers.bias.hooks import Biasing
 from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.priors import check_scores
@@ -37,6 +38,8 @@ def attach(
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
+    rectify: float = 0.0,
+    absorb: bool = False,
     logits: Logits = "compact",
     **config: Any,
 ) -> Handle:
@@ -46,8 +49,8 @@ def attach(
 
     Parameters
     ----------
-    model, method, positions, separators, config
-        Those of `reduce`.
+    model, method, positions, separators, rectify, absorb, config
+        Those of `reduce`, and `rectify` of `Settings`.
     logits
         The columns of the logits and hidden states that ``forward`` returns. ``"compact"``: those that the LLM was
         given, which are all of the prompt's if the method acts inside it. ``"full"``: all of the prompt's, for callers
@@ -72,7 +75,8 @@ def attach(
     reducer = load_reducer(method, **config)
     refuse_vllm(model, reducer)
     family = family_of(model)
-    return attach_with(model, family, Settings.make(reducer, positions, separators, family), logits=logits)
+    settings = Settings.make(reducer, positions, separators, family, rectify, absorb)
+    return attach_with(model, family, settings, logits=logits)
 
 
 def attach_with(
@@ -120,8 +124,9 @@ class Handle:
         self._call, self._results = Call(), Results([Result()])
         inside = settings.inside
         self._layers = LayerHooks(model, family, inside, settings.inside_positions, full) if inside else None
+        self._biasing = Biasing(model, settings.rectify) if settings.rectify else None
         continuation = Continuation(model, family, settings, self._results, self._call, meter)
-        self._wrapping = Wrapping(model, continuation, self._layers, self._results, self._call, full)
+        self._wrapping = Wrapping(model, continuation, self._layers, self._biasing, self._results, self._call, full)
 
     @property
     def reducer(self) -> Method:
@@ -172,6 +177,8 @@ class Handle:
             if attached(self._model) is not self:
                 return
             self._wrapping.remove()
+            if self._biasing is not None:
+                self._biasing.remove()
             if self._layers is not None:
                 self._layers.remove()
             delattr(self._model, _HANDLE)

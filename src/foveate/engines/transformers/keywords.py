@@ -123,3 +123,12 @@ def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     if twice := by_place.keys() & kwargs.keys():
         raise TypeError(f"{function.__qualname__}() got multiple values for argument {min(twice)!r}")
     return {**by_place, **kwargs}
+
+
+def embedded(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the tensor ``[B, q, ...]`` that tells the shape of a pass."""
+    ids = inputs.get("input_ids")
+    x = inputs.get("inputs_embeds") if ids is None else ids
+    if x is None:
+        raise InputError("a model with a method attached needs input_ids")
+    return x  # type: ignore[no-any-return]

@@ -19,8 +19,9 @@ from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
 from foveate.engines.finite import check_pixels
-from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
+from foveate.engines.pipeline import UNMETERED, Decision, Meter, probes_of, readers, run
 from foveate.engines.settings import Separators, Settings, inside_llm
+from foveate.engines.transformers.bias.planes import Bias, spread
 from foveate.engines.transformers.compaction import Compaction, full_positions, plan, position_behind
 from foveate.engines.transformers.keywords import compact_planes
 from foveate.engines.transformers.packing import check_packing, packed_prompts, repack
@@ -45,6 +46,10 @@ class Reduced(dict[str, Any]):
         Of a later turn, given without what is cached: how its own columns map to those that it was given with.
     priors
         What methods inside the LLM make of the tokens that are left, ``[K]`` per span.
+    bias
+        By what the LLM is to raise the attention logits of each column.
+    counts
+        How many tokens those that are left stand for, ``[K]`` per span.
     """
 
     selection: Selection | None = None
@@ -52,6 +57,8 @@ class Reduced(dict[str, Any]):
     added: Compaction | None = None
     spans: tuple[Span, ...] = ()
     priors: Mapping[InLlmReducer, Sequence[Tensor]] = {}
+    bias: Bias | None = None
+    counts: Sequence[Tensor] | None = None
 
 
 def reduce(
@@ -61,6 +68,8 @@ def reduce(
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
+    rectify: float = 0.0,
+    absorb: bool = False,
     **config: Any,
 ) -> Reduced:
     """Encode the images of some model inputs, and return inputs that hold only the kept visual tokens.
@@ -76,8 +85,10 @@ def reduce(
         What its processor returned: ``input_ids`` ``[B, L]``, ``pixel_values``, optionally masks and labels.
     method
         A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Method.save` wrote.
-    positions, separators
+    positions, separators, absorb
         See `Settings`. Positions default to those of the method's paper.
+    rectify
+        Of `attach` alone: no inputs of a model say by what its attention logits are raised.
 
     Returns
     -------
@@ -90,13 +101,18 @@ def reduce(
     UnsupportedModelError
         If the model belongs to no supported family.
     InputError
-        If placeholders and images do not match, or if the images are encoded or reduced already.
+        If placeholders and images do not match, or if the images are encoded or reduced already, or with `rectify`.
     """
     model = base_model(model)
     reducer = load_reducer(method, **config)
     refuse_vllm(model, reducer)
     family = family_of(model)
-    settings = Settings.make(reducer, positions, separators, family)
+    settings = Settings.make(reducer, positions, separators, family, rectify, absorb)
+    if settings.rectify:
+        raise InputError(
+            "rectify raises attention logits inside the LLM, which no change of its inputs does: use "
+            "foveate.attach(model, ..., rectify=...)"
+        )
     if settings.inside:
         raise UnsupportedModelError(
             f"{settings.inside[0].name} acts inside the LLM, and no change of its inputs does the same: use "
@@ -126,7 +142,7 @@ def reduce_with(
         return out
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
-    spans = family.spans(model, inputs)
+    spans = family.spans_for(model, inputs, probes_of(readers(settings)) if seen is None else ())
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
@@ -136,6 +152,10 @@ def reduce_with(
 
     def applied(decision: Decision) -> Reduced:
         ready = apply(model, family, inputs, spans, decision.selection, decision.embeds, settings.positions)
+        if settings.rectify and decision.shares is not None:
+            assert ready.compaction is not None
+            ready.bias = spread(spans, decision.selection, decision.shares, settings.rectify, ready.compaction)
+            ready.counts = [one.counts for one in decision.shares]
         if decision.tokens is not None:
             ready.priors = priors_of(settings.judging, decision.tokens, decision.selection)
         return ready
@@ -184,8 +204,9 @@ def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Prefill:
     ids, mask = reduced["input_ids"], inputs.get("attention_mask")
     width = inputs["input_ids"].shape[1]
     prompts = tokens_by_prompt(
-        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors
-    )
+        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors,
+        reduced.counts,
+    )  # fmt: skip
     return Prefill(prompts, *ids.shape)
 
 

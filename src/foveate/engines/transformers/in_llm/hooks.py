@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,12 +24,13 @@ from foveate.core.in_llm import InLlmReducer
 from foveate.core.probes import LayerStates
 from foveate.core.reducer import Positions
 from foveate.core.rows import Rows
+from foveate.engines.transformers.bias.hooks import BiasPass
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
-from foveate.engines.transformers.in_llm.layer_pass import LayerPass, embedded
+from foveate.engines.transformers.in_llm.layer_pass import LayerPass
 from foveate.engines.transformers.in_llm.layer_probes import reads_ahead, reads_executed
 from foveate.engines.transformers.in_llm.look_ahead import LookedAhead
 from foveate.engines.transformers.in_llm.support import check_boundaries, check_decoder
-from foveate.engines.transformers.keywords import named
+from foveate.engines.transformers.keywords import embedded, named
 from foveate.engines.transformers.packing import packed_prompts
 from foveate.engines.transformers.prompt_tokens import Prefill, PromptTokens, placeholders, tokens_by_prompt
 from foveate.families import Family
@@ -77,7 +79,7 @@ class LayerHooks:
         self._watch.remove()
 
     @defaults()
-    def begin(self, inputs: Mapping[str, Any], prefill: Prefill | None = None) -> None:
+    def begin(self, inputs: Mapping[str, Any], prefill: Prefill | None = None, biased: BiasPass | None = None) -> None:
         """Prepare for a forward pass of the model.
 
         Parameters
@@ -86,6 +88,8 @@ class LayerHooks:
             Keywords of the pass.
         prefill
             The visual tokens that it gives the LLM, where they are known.
+        biased
+            What attention to tokens is raised by in this pass.
         """
         prompts = self._prompts(inputs, prefill)
         if prompts and packed_prompts(inputs) is not None:
@@ -93,7 +97,7 @@ class LayerHooks:
                 f"{self._boundaries.reducers[0].name} ranks visual tokens by what stands at the end of a prompt, and a "
                 "packed row holds several: pad the prompts to a batch instead"
             )
-        run = self._local.run = LayerPass(self._boundaries, inputs, prompts)
+        run = self._local.run = LayerPass(self._boundaries, inputs, prompts, biased)
         run.inputs.show_whole_cache()
 
     @defaults()
@@ -151,6 +155,9 @@ class LayerHooks:
         rows = Rows.of_call(query, key, mask, kwargs)
         if run.looking_ahead:
             raise LookedAhead(rows)
+        if run.biased is not None:
+            raised = run.biased.of_layer(self._numbers[module], int(key.shape[2]), key.device)
+            rows = replace(rows, bias=raised)
         run.probes.executed(self._numbers[module], rows)
 
 
