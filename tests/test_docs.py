@@ -32,6 +32,14 @@ def test_the_readme_shows_the_leaderboard_in_brief():
     assert f"<!-- {excerpt.MARKER} -->\n{table}\n<!-- /{excerpt.MARKER} -->" in shown
 
 
+def test_the_page_on_gaze_shows_the_leaderboard_and_the_ablation():
+    shown = (ROOT / "docs/gaze.md").read_text(encoding="utf-8")
+    table = excerpt.gaze_table(leaderboard.load(ROOT / "results/leaderboard.json"))
+    assert f"<!-- {excerpt.GAZE_MARKER} -->\n{table}\n<!-- /{excerpt.GAZE_MARKER} -->" in shown
+    for name, text in leaderboard.tables(leaderboard.load(ROOT / "results/gaze-ablation.json")).items():
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in shown
+
+
 def test_the_table_of_methods_and_families_is_current():
     shown = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
     assert shown == compatibility.page(), "run: foveate table > docs/compatibility.md"

@@ -46,6 +46,7 @@ def test_families(foveate: Any) -> None:
 
 def test_table(foveate: Any) -> None:
     from foveate.cli.compatibility import MARKS
+    from foveate.core.probes import LayerProbe
     from foveate.core.reducer import declared
     from foveate.families import all_families
     from foveate.registry import by_default
@@ -58,10 +59,12 @@ def test_table(foveate: Any) -> None:
         for name, family in all_families().items():
             refused = family.lacks(method) is not None or (method.video_only and "video" not in family.kinds)
             assert (row["families"][name] == "no") == refused
-            some = declared(method, "reads_grid") and name == "generic"
+            layers = any(isinstance(probe, LayerProbe) for probe in declared(method, "needs"))
+            some = (declared(method, "reads_grid") or layers) and name == "generic"
             assert (row["families"][name] == "some") == (not refused and some)
     rows = {r.split("|")[1].strip(): r for r in foveate("table").out.splitlines() if r.startswith("| `")}
-    assert rows["`fastervlm`"].rstrip(" |").endswith(MARKS["no"])
+    assert rows["`fastervlm`"].rstrip(" |").endswith(MARKS["some"])
+    assert rows["`tome`"].rstrip(" |").endswith(MARKS["no"])
     assert rows["`uniform`"].rstrip(" |").endswith(MARKS["some"])
 
 

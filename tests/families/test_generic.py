@@ -10,7 +10,7 @@ from foveate.engines.settings import Settings
 from foveate.engines.transformers.reduce import reduce_with
 from foveate.families import all_families, family_of
 from foveate.families.generic import Generic, missing
-from foveate.methods import Downsample, FasterVLM, Random, Uniform, VisPruner
+from foveate.methods import Downsample, Random, Uniform
 from tiny import IMAGE, Visual, collate, model, sample, samples
 
 
@@ -67,17 +67,8 @@ def test_a_grid_that_is_no_square_is_unknown():
         foveate.reduce(net, inputs, Uniform(keep=9))
 
 
-@pytest.mark.parametrize("reducer", [VisPruner(keep=9), FasterVLM(keep=9)], ids=lambda r: r.name)
-def test_methods_that_read_the_encoder_are_refused(reducer):
+def test_smaller_pictures_are_refused():
     net = model("generic")
-    with pytest.raises(UnsupportedModelError, match=r"attention layers .* 'generic' does not give; .*: .*random"):
-        foveate.attach(net, reducer)
-
-
-def test_adaptive_budgets_and_smaller_pictures_are_refused():
-    net = model("generic")
-    with pytest.raises(UnsupportedModelError, match="adaptive budget"):
-        foveate.attach(net, Random(keep=foveate.Budget.coverage(0.9)))
     with pytest.raises(UnsupportedModelError, match="takes smaller pictures"):
         foveate.attach(net, Downsample(keep=9))
 

@@ -58,8 +58,8 @@ def evaluate(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Visual tokens to keep, with commas, in place of the budgets of JSON files; by default 64,32,16, and "
-            "files as they are. lmms-eval: one budget."
+            help="Visual tokens to keep, with commas, in place of the budgets of JSON files; by default 64,32,16,8, "
+            "and files as they are. lmms-eval: one budget."
         ),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Scenes.  \\[default: 300, of a backbone 150]")] = None,

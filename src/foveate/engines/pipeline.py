@@ -106,8 +106,7 @@ def run(
             raise InputError(f"{settings.judging[0].name} reads the vision encoder, and cannot follow {before.name}")
         decision = _shrink(model, family, inputs, spans, before)
     else:
-        readers = [r for r in (before, *settings.judging) if r is not None]
-        tokens = look(model, family, inputs, spans, readers) if seen is None else seen
+        tokens = look(model, family, inputs, spans, readers(settings)) if seen is None else seen
         meter.stop("vision")
         selection = decide(tokens, settings)
         meter.stop("select")
@@ -156,18 +155,18 @@ def look(
             return family.encode_inside(model, inputs, spans, reducer)
     probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
-    tokens = family.encode(model, inputs, spans, (*probes, ClsToken()) if ClsSimilarity() in probes else probes)
+    tokens = family.encode(model, inputs, spans, probes)
     if tokens.device.type == "cpu":  # elsewhere selection waits for nothing, and pixels alone are checked
         check_features(tokens.spans, tokens.hidden)
     if ClsSimilarity() in probes:
-        tokens = _with_cls_similarity(tokens)
+        tokens = with_cls_similarity(tokens)
     if Query() in probes:
         tokens = replace(tokens, queries=family.query(model, inputs, spans))
     return with_coverage(tokens, budgets) if budgets else tokens
 
 
 @neutral()
-def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
+def with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     """Compare the patches of each crop with its ``[CLS]`` token, for the probe `ClsSimilarity`."""
     features, similarity = iter(tokens.probe(Features())), []
     for span, hidden in zip(tokens.spans, tokens.hidden, strict=True):
@@ -179,11 +178,18 @@ def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     return replace(tokens, planes={**tokens.planes, ClsSimilarity(): similarity})
 
 
+def readers(settings: Settings) -> list[Method]:
+    """Return the methods that read the vision encoder."""
+    return [r for r in (settings.before, *settings.judging) if r is not None]
+
+
 def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
-    """Return the probes that some reducers and their budgets read."""
+    """Return the probes that some reducers and their budgets read, and what these are made of."""
     probes = dict.fromkeys(probe for reducer in reducers for probe in of_encoder(reducer))
     if any(reducer.coverages() for reducer in reducers):
         probes[SALIENCY] = None
+    if ClsSimilarity() in probes:
+        probes[ClsToken()] = None
     return tuple(probes)
 
 

@@ -33,7 +33,7 @@ from foveate.nano.runner import Condition
 from foveate.registry import get_method, list_methods, load_reducer
 
 SPLIT: Final = "test"
-BUDGETS: Final = (64, 32, 16)
+BUDGETS: Final = (64, 32, 16, 8)
 DRAWS: Final = 3
 """Runs of a method that draws, each with a seed of its own."""
 BLOCK: Final = 25

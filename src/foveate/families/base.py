@@ -67,6 +67,13 @@ class Family(Facts, ABC):
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
         """Locate the spans of a batch from ids and sizes alone, sample by sample, left to right."""
 
+    def spans_for(self, model: Any, inputs: Mapping[str, Any], probes: Sequence[Probe]) -> tuple[Span, ...]:
+        """Locate the spans for methods that read these probes.
+
+        Families that must encode to find the spans read the probes on the way, so that they need not do it again.
+        """
+        return self.spans(model, inputs)
+
     @abstractmethod
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]

@@ -1,10 +1,10 @@
-"""Any other model that takes encoded images: tokens as its encoder returns them, and nothing read on the way."""
+"""Any other model that takes encoded images: tokens as its encoder returns them, and what can be read on the way."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any, ClassVar
 
@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core.errors import UnsupportedModelError
-from foveate.core.probes import Embeddings, Features, Probe
+from foveate.core.probes import Embeddings, Features, LayerProbe, Probe
 from foveate.core.spans import Crop, Span
 from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family
 from foveate.families.batches import one_row_per_token, placeholder_columns
+from foveate.families.generic_tower import look
 from foveate.families.layout import Grid
+from foveate.families.survey import Tower, towers
 
 _PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")
 
@@ -33,10 +35,13 @@ class EncodedSpan(Span):
         ``[N, D]``: what the LLM gets.
     dims
         Dimensions of the encoder's output: 2 or 3 of one tensor, 0 for a list with one tensor per image.
+    values
+        What was read of the encoder on the way, ``[N, ...]`` each.
     """
 
     rows: Tensor | None = None
     dims: int = 0
+    values: Mapping[Probe, Tensor] = field(default_factory=dict)
 
 
 class Generic(Family):
@@ -50,10 +55,10 @@ class Generic(Family):
     name = "generic"
     model_types = ()
     inputs: ClassVar = {"pixel_values": "image", "pixel_values_videos": "video"}
-    has_attention = False
     has_grid = False
     opaque = True
-    notes = "any other model that takes mm_encoder_outputs; no probes of the encoder; the grid if it is a square"
+    notes = "any other model that takes mm_encoder_outputs; attention where each patch makes one token; square grids"
+    towers: Sequence[Tower] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -64,13 +69,17 @@ class Generic(Family):
         """Return the family for one model: it knows what the model's encoder reads beside the pixels."""
         family = cls()
         family.side_inputs = _side_inputs(model)  # type: ignore[misc]
+        family.towers = towers(model)
+        family.has_attention = bool(family.towers)  # type: ignore[misc]
         return family
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
+        return self.spans_for(model, inputs, ())
+
+    def spans_for(self, model: Any, inputs: Mapping[str, Any], probes: Sequence[Probe]) -> tuple[Span, ...]:
         if inputs.get("pixel_values_videos") is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has no family of its own, and so no videos here")
-        side = {key: inputs[key] for key in self.side_inputs if inputs.get(key) is not None}
-        output = model.get_image_features(inputs["pixel_values"], **side, return_dict=True)
+        output, values = self._look(model, inputs, probes)
         if further := [key for key in output if key not in _PLAIN]:
             raise UnsupportedModelError(
                 f"{type(model).__name__} needs a family of its own: its images have {', '.join(further)} beside tokens"
@@ -81,21 +90,40 @@ class Generic(Family):
         parts = list(torch.split(rows, _runs(ids == token))) if dims == 2 and len(rows) else list(rows)
         spans: list[Span] = []
         lengths = [len(x) for x in parts]
-        for x, (row, columns) in zip(parts, placeholder_columns(ids, token, lengths, "image"), strict=True):
+        read = {probe: torch.split(x, lengths) for probe, x in values.items()}
+        places = placeholder_columns(ids, token, lengths, "image")
+        for i, (x, (row, columns)) in enumerate(zip(parts, places, strict=True)):
             side_length = isqrt(len(x))
             grid = (side_length, side_length) if side_length**2 == len(x) else None
             crop = Crop(torch.arange(len(x)), grid)
             ordinal = sum(s.sample == row for s in spans)
-            spans.append(
-                EncodedSpan("image", row, ordinal, columns, (1, *(grid or (1, len(x)))), (crop,), rows=x, dims=dims)
-            )
+            shape, own = (1, *(grid or (1, len(x)))), {probe: x[i] for probe, x in read.items()}
+            spans.append(EncodedSpan("image", row, ordinal, columns, shape, (crop,), rows=x, dims=dims, values=own))
         return tuple(spans)
+
+    def _look(self, model: Any, inputs: Mapping[str, Any], probes: Sequence[Probe]) -> tuple[Any, dict[Probe, Tensor]]:
+        read = [probe for probe in probes if isinstance(probe, LayerProbe)]
+        own = {key: inputs[key] for key in ("pixel_values", *self.side_inputs) if inputs.get(key) is not None}
+
+        def run(given: Mapping[str, Any]) -> Any:
+            side = {key: x for key, x in given.items() if key != "pixel_values"}
+            return model.get_image_features(given["pixel_values"], **side, return_dict=True)
+
+        # Pixels that are not finite are refused behind this, by the name of their image.
+        if not read or not bool(inputs["pixel_values"].isfinite().all()):
+            return run(own), {}
+        return look(model, self.towers, own, read, run, _joined)
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], spans: Sequence[Span], probes: Sequence[Probe]
     ) -> VisualTokens:
-        rows = [span.rows for span in spans if isinstance(span, EncodedSpan) and span.rows is not None]
+        read = [probe for probe in probes if isinstance(probe, LayerProbe)]
+        if any(probe not in span.values for probe in read for span in spans if isinstance(span, EncodedSpan)):
+            spans = self.spans_for(model, inputs, read)
+        own = [span for span in spans if isinstance(span, EncodedSpan)]
+        rows = [span.rows for span in own if span.rows is not None]
         planes: dict[Probe, list[Tensor]] = {Features(): [x.detach() for x in rows]}
+        planes |= {probe: [span.values[probe] for span in own] for probe in read}
         if Embeddings() in probes:
             planes[Embeddings()] = planes[Features()]
         return VisualTokens(tuple(spans), planes, rows[0].device, rows)
@@ -117,6 +145,12 @@ class Generic(Family):
             return {"image": BaseModelOutputWithPooling(pooler_output=list(embeds))}
         rows = torch.cat(list(embeds)) if dims == 2 else one_row_per_token(embeds)
         return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
+
+
+def _joined(output: Any) -> Tensor:
+    """Return the tokens of all images ``[M, D]`` in what ``get_image_features`` returned."""
+    rows = output.pooler_output
+    return rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))
 
 
 def missing(model_class: type) -> str | None:

@@ -46,10 +46,14 @@ class Taps:
         scaling: float,
         bounds: Tensor | None,
         mask: Any = None,
+        out: Tensor | None = None,
     ) -> None:
-        """Read one call of a module; `bounds` are where packed sequences begin and end, if several share the call."""
+        """Read one call of a module.
+
+        `bounds` are where packed sequences begin and end, if several share the call; `out` is what it returns.
+        """
         for probe in self.probes.get(module, ()):
-            visible = None if self.lengths is not None else _visible(mask)  # cut apart, pictures need no mask
+            visible = None if self.lengths is not None else visible_keys(mask)  # cut apart, pictures need no mask
             with torch.no_grad(), neutral():
                 for q, k, v in self._sequences(query.detach(), key.detach(), value.detach(), bounds):
                     values = probe.read(Heads(q, k, v, scaling, self.lead, visible))
@@ -80,7 +84,7 @@ class Taps:
             yield from zip(*(torch.split(x, list(lengths), dim=2) for x in heads), strict=True)
 
 
-def _visible(mask: Any) -> Tensor | None:
+def visible_keys(mask: Any) -> Tensor | None:
     """Return which keys each query attends to, ``[B, 1, S or 1, S]`` bool, by the mask of any implementation.
 
     That is ``[B, S]`` and true at content, or ``[B, 1, S, S]`` and either true or zero where a key is seen.
@@ -120,7 +124,7 @@ def tap(
     if not probes:
         yield taps
         return
-    with _fused(taps) if hasattr(encoder, "timm_model") else _twin(encoder, taps):
+    with _fused(taps) if hasattr(encoder, "timm_model") else twin(encoder, taps):
         yield taps
     if missing := taps.missing():
         raise UnsupportedModelError(
@@ -131,7 +135,8 @@ def tap(
 
 
 @contextmanager
-def _twin(encoder: nn.Module, taps: Taps) -> Iterator[None]:
+def twin(encoder: nn.Module, taps: Taps) -> Iterator[None]:
+    """Show all calls that an encoder makes through the `AttentionInterface` on this thread to some taps."""
     _use_twin(encoder)
     token = _active.set(taps)
     try:
@@ -233,7 +238,7 @@ def _register_twin(name: str) -> str:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             bounds = kwargs.get("cu_seq_lens_q")
             # Packed sequences are cut apart by their bounds; a mask then only tells them from each other.
-            taps.read(module, query, key, value, scaling, bounds, attention_mask if bounds is None else None)
+            taps.read(module, query, key, value, scaling, bounds, attention_mask if bounds is None else None, out[0])
         return out
 
     AttentionInterface.register(twin, attention)

@@ -21,6 +21,7 @@ from foveate.engines.settings import Settings
 from foveate.engines.transformers.bias.planes import Bias
 from foveate.engines.transformers.caches import BIAS, COMPACTION, KEPT_COLUMNS, forget, noted
 from foveate.engines.transformers.compaction import Compaction, check_mask, position_behind
+from foveate.engines.transformers.full_length import FullLength
 from foveate.engines.transformers.keywords import compact_columns, compact_planes
 from foveate.engines.transformers.priors import priors_from_scores
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
@@ -51,6 +52,8 @@ class Call(threading.local):
         The visual tokens that the next pass gives the LLM.
     compaction
         Of a pass outside of ``generate``: how its columns map to those of the prompts.
+    spread
+        Of such a pass whose outputs are to have the full length: what stands where.
     scores
         What `Handle.scored` was given.
     bias
@@ -61,6 +64,7 @@ class Call(threading.local):
     numbered: bool = False
     prefill: Prefill | None = None
     compaction: Compaction | None = None
+    spread: FullLength | None = None
     scores: Sequence[Tensor] | None = None
     bias: Bias | None = None
 
@@ -225,6 +229,7 @@ class Continuation:
         if "mm_encoder_outputs" in tail:
             out["mm_encoder_outputs"] = tail["mm_encoder_outputs"]
         out.selection, out.compaction, out.bias = tail.selection, whole, tail.bias
+        out.added = kept if only_new else None
         return out
 
 

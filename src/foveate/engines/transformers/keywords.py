@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import InputError
-from foveate.engines.transformers.compaction import Compaction, check_mask
+from foveate.engines.transformers.compaction import Compaction, check_mask, sources
 
 Role: TypeAlias = Literal["plane", "next plane", "columns", "bounds", "longest"]
 
@@ -87,19 +87,23 @@ def _next_plane(key: str, value: Tensor, compaction: Compaction, fill: int) -> T
 
 def compact_columns(key: str, value: Any, compaction: Compaction) -> Any:
     """Return which columns of compact prompts are meant: a number of the last ones, or a vector of column numbers."""
+    check_columns(key, value)
     if isinstance(value, int):  # so many of the columns that are left: text, as a rule, of which none is dropped
         return value
-    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
-        raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
-    # A dropped column stands where the last one before it that is left does, as behind methods inside the LLM.
-    columns, wanted = compaction.columns.to(value.device), value.long() % compaction.length
-    before = (columns[:, None] >= 0) & (columns[:, None] <= wanted[:, None])  # [B, k, W]
-    ranks = (before * torch.arange(1, compaction.width + 1, device=value.device)).amax(dim=-1) - 1
+    ranks = sources(compaction.columns, compaction.length).to(value.device)[:, value.long()]
     if bool((ranks < 0).any()):
         raise InputError(f"{key} asks for columns in front of the first one that is left of a prompt")
     if bool((ranks != ranks[:1]).any()):
         raise InputError(f"{key} names columns that lie elsewhere in each compact prompt: pass one prompt at a time")
     return ranks[0].to(value)
+
+
+def check_columns(key: str, value: Any) -> None:
+    """Raise `InputError` unless a value is a number of columns, or a vector of their numbers."""
+    if isinstance(value, int):
+        return
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
+        raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
 
 
 def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

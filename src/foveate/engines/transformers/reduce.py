@@ -19,7 +19,7 @@ from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
 from foveate.engines.finite import check_pixels
-from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
+from foveate.engines.pipeline import UNMETERED, Decision, Meter, probes_of, readers, run
 from foveate.engines.settings import Separators, Settings, inside_llm
 from foveate.engines.transformers.bias.planes import Bias, spread
 from foveate.engines.transformers.compaction import Compaction, full_positions, plan, position_behind
@@ -42,6 +42,8 @@ class Reduced(dict[str, Any]):
         How compact columns map to those of the full prompt, or `None` if the inputs are unchanged.
     spans
         The visual tokens of the full prompts.
+    added
+        Of a later turn, given without what is cached: how its own columns map to those that it was given with.
     priors
         What methods inside the LLM make of the tokens that are left, ``[K]`` per span.
     bias
@@ -52,6 +54,7 @@ class Reduced(dict[str, Any]):
 
     selection: Selection | None = None
     compaction: Compaction | None = None
+    added: Compaction | None = None
     spans: tuple[Span, ...] = ()
     priors: Mapping[InLlmReducer, Sequence[Tensor]] = {}
     bias: Bias | None = None
@@ -139,7 +142,7 @@ def reduce_with(
         return out
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
-    spans = family.spans(model, inputs)
+    spans = family.spans_for(model, inputs, probes_of(readers(settings)) if seen is None else ())
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out

@@ -14,6 +14,7 @@ from foveate.engines.transformers.bias.hooks import Biasing
 from foveate.engines.transformers.caches import BIAS, COMPACTION, cache_of, given_cache, note
 from foveate.engines.transformers.callbacks import WholePrompts, wrap_callbacks
 from foveate.engines.transformers.continuation import Call, Continuation
+from foveate.engines.transformers.full_length import FullLength, wants_tuple
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.in_llm.support import check_options
 from foveate.engines.transformers.keywords import named
@@ -29,14 +30,16 @@ class Wrapping:
         Hooks on the layers, if methods act inside the LLM.
     biasing
         What lets attention take up a bias, if kept tokens have one.
+    full
+        Whether outputs of ``forward`` have the full length.
     """
 
     def __init__(
         self, model: Any, continuation: Continuation, layers: LayerHooks | None, biasing: Biasing | None,
-        results: Results, call: Call,
+        results: Results, call: Call, full: bool,
     ):  # fmt: skip
         self._model, self._continuation, self._layers, self._biasing = model, continuation, layers, biasing
-        self._results, self._call = results, call
+        self._results, self._call, self._full = results, call, full
         self._instances_own = vars(model).get("generate")
         self._generate: Callable[..., Any] = model.generate
         self._wrapper = self._wrapped_generate  # a bound method is another object each time it is asked for
@@ -151,16 +154,27 @@ class Wrapping:
         # By the class: accelerate puts a forward of its own on the instance.
         kwargs = named(type(module).forward, args, kwargs)
         if not call.generating:
-            reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
-            call.compaction, call.bias = reduced.compaction, reduced.bias
-            kwargs = dict(reduced)
+            kwargs = self._reduced(kwargs)
         biased = None if self._biasing is None else self._biasing.begin(call.bias, kwargs)
         if self._layers is not None:
             prefill, call.prefill = call.prefill, None  # of the first pass of ``generate`` alone
             self._layers.begin(kwargs, prefill, biased)
         return (), kwargs
 
-    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _reduced(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of a pass outside of ``generate``, reduced."""
+        call, wanted = self._call, kwargs.pop("logits_to_keep", None) if self._full else None
+        call.spread = None
+        reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
+        call.compaction, call.bias = reduced.compaction, reduced.bias
+        compaction = reduced.compaction if reduced.added is None else reduced.added
+        if self._full and compaction is not None and not compaction.drops_nothing:
+            call.spread = FullLength.ask(reduced, compaction, wanted, wants_tuple(self._model, kwargs))
+        elif wanted is not None:
+            reduced["logits_to_keep"] = wanted
+        return dict(reduced)
+
+    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         cache = cache_of(output)
         biased = None if self._biasing is None else self._biasing.end()
         if biased is not None and biased.was_cut:
@@ -169,11 +183,16 @@ class Wrapping:
             run.finish(cache)
             if run.state.prompts:
                 self._results.inside = run.state
-        if not self._call.generating:
-            if self._call.compaction is not None and cache is not None:
-                note(cache, COMPACTION, self._call.compaction)
-            self._note_bias(cache)
-            self._call.bias = None
+        if self._call.generating:
+            return None
+        if self._call.compaction is not None and cache is not None:
+            note(cache, COMPACTION, self._call.compaction)
+        self._note_bias(cache)
+        self._call.bias = None
+        if self._call.spread is None or output is None:
+            return None
+        spread, self._call.spread = self._call.spread, None
+        return spread.of(output)
 
 
 def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:

@@ -4,8 +4,9 @@ A pass runs over q new columns of the prompts. The layers behind a boundary at w
 them: `KeptColumns` remembers which, for each layer and for as long as its KV cache lives. From this follow the masks,
 the rotary embeddings and the lengths of every later pass, so that decoding, a second turn, beams and padded batches
 need nothing else. The hidden states that leave the last layer have their full length again, each dropped token being a
-copy of the one before it that is left. So whatever reads them (logits, labels, further planes of features) finds every
-token where it was, and the text behind an image is predicted from the last token that is left of it.
+copy of the one before it that is left, or zeros if there is none. So whatever reads them (logits, labels, further
+planes of features) finds every token where it was, and the text behind an image is predicted from the last token that
+is left of it.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ class LayerHooks:
     ----------
     reducers, positions
         See `Boundaries`.
+    full
+        Whether every layer is to hand out all columns.
     """
 
-    def __init__(self, model: Any, family: Family, reducers: Sequence[InLlmReducer], positions: Positions):
+    def __init__(
+        self, model: Any, family: Family, reducers: Sequence[InLlmReducer], positions: Positions, full: bool = False
+    ):
         self._model, decoder = model, model.get_decoder()
         check_decoder(decoder, positions)
         self._boundaries = Boundaries.of(decoder, reducers, positions)
@@ -62,8 +67,9 @@ class LayerHooks:
             layer.register_forward_pre_hook(self._entering(i), with_kwargs=True) for i, layer in enumerate(layers)
         ]
         # Whoever reads or writes the output of a layer (the head; DeepStack in Qwen3-VL) finds all columns there.
-        for i in {len(layers) - 1, *range(family.layers_written(model))}:
-            self._hooks.append(layers[i].register_forward_hook(self._leaving))
+        for i in range(len(layers)) if full else {len(layers) - 1, *range(family.layers_written(model))}:
+            # In front of the hooks with which transformers collects hidden states, whenever it has put these on.
+            self._hooks.append(layers[i].register_forward_hook(self._leaving, prepend=True))
         self._hooks += [mlp.register_forward_pre_hook(self._inside(number)) for number, mlp in mlps.items()]
 
     def remove(self) -> None:
