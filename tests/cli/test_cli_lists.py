@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import foveate as library
+from foveate import projectors
 
 
 def test_methods(foveate: Any) -> None:
@@ -35,6 +36,23 @@ def test_no_such_method(foveate: Any, options: tuple[str, ...]) -> None:
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error: no method matches 'nosuch'; there are: agilepruner, ")
     assert result.err.count("\n") == 1
+
+
+def test_projectors(foveate: Any) -> None:
+    rows = foveate("projectors", "--json").json
+    assert [row["name"] for row in rows] == projectors.list_projectors()
+    assert {row["stage"] for row in rows} == {"projector"}
+    (row,) = foveate("projectors", "token*", "--json").json
+    assert (row["name"], row["paper"], row["parameters"]["scale"]) == (
+        "tokenpacker",
+        "arXiv:2407.02392",
+        {"default": 2},
+    )
+    assert "quecc(kernel=4" in (shown := foveate("projectors").out)
+    assert "asks for the question" in shown
+    result = foveate("projectors", "nosuch")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: no projector matches 'nosuch'; there are: average_pool, ")
 
 
 def test_families(foveate: Any) -> None:

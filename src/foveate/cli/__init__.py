@@ -20,6 +20,7 @@ from foveate.cli import (
     families,
     methods,
     nano,
+    projectors,
     run,
     scenes,
     table,
@@ -53,6 +54,7 @@ app.command("eval")(eval.evaluate)
 app.add_typer(bench.bench_app, name="bench")
 app.command()(methods.methods)
 app.command()(families.families)
+app.command()(projectors.projectors)
 app.command()(table.table)
 app.command()(scenes.scenes)
 app.command()(calibrate.calibrate)

@@ -40,6 +40,10 @@ class Family(Facts, ABC):
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types
 
+    def of(self, model: Any) -> Family:
+        """Return the family as it is with one model, where that is not the same for all of its models."""
+        return self
+
     def lacks(self, method: Method | type[Method]) -> str | None:
         """Say what a method needs that the family does not give, or return `None` if the method runs on it.
 

@@ -131,7 +131,7 @@ def family_of(model: Any) -> Family:
     config = getattr(model, "config", None)
     family = family_of_class(type(model), config)
     if not isinstance(family, Generic):
-        return family
+        return family.of(model)
     if lacking := missing_parts(model):
         raise _unsupported(type(model), config, lacking)
     return family.of(model)
