@@ -173,6 +173,8 @@ OPTIONS = [
 @pytest.mark.parametrize("method", [Random(keep=9, seed=2), INSIDE[1]], ids=["before", "chain"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_ways_to_generate(options, method):
+    if "prefill_chunk_size" in options and CACHE == "past_key_values":
+        pytest.skip("transformers 5.19 loses positions in chunks")
     alone = "prompt_lookup_num_tokens" in options  # transformers takes one prompt
     net, inputs = deep_model("llava"), collate(samples("llava")[1:2] if alone else samples("llava"))
     if method.stages()[-1].stage == "in_llm" and options.keys() & {
