@@ -59,7 +59,11 @@ def test_families(foveate: Any) -> None:
     rows = foveate("families", "--json").json
     assert [row["name"] for row in rows] == library.list_families()
     assert all(isinstance(row["model_types"], list) for row in rows)
-    assert "llava_next" in foveate("families").out
+    refused = {kind: why for row in rows for kind, why in row["refuses"].items()}
+    assert "projects encoded images itself" in refused["llama4"]
+    shown = foveate("families").out
+    assert "llava_next" in shown
+    assert all(f"generic refuses {kind}: it " in shown for kind in refused)
 
 
 def test_table(foveate: Any) -> None:

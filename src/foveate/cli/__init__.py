@@ -14,6 +14,7 @@ from foveate import __version__
 from foveate.cli import (
     bench,
     calibrate,
+    check,
     codebook,
     cost,
     eval,
@@ -52,6 +53,7 @@ app.command()(tune.tune)
 app.command()(cost.cost)
 app.command("eval")(eval.evaluate)
 app.add_typer(bench.bench_app, name="bench")
+app.command()(check.check)
 app.command()(methods.methods)
 app.command()(families.families)
 app.command()(projectors.projectors)
