@@ -49,7 +49,7 @@ def planes(net, inputs, stages, strength=STRENGTH):
                 parts = [[c for c in s.columns.tolist() if (row, c) in counts and c != end] for s in own]
             left = set().union(*(kept[id(s)] for s in own)) if own else set()
             if layer and any(not left & {*part} for part in parts):
-                parts = [sum(parts, [])]
+                parts = [[column for part in parts for column in part]]
             groups += [(row, part, [c for c in part if c in left]) for part in parts]
         plane, now = torch.zeros(inputs["input_ids"].shape), {}
         for row, part, left in groups:
