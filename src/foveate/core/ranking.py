@@ -8,6 +8,8 @@ from torch import Tensor
 # Of b blocks a triangle has (b + 1) / 2b of the products; small blocks multiply slower.
 _BLOCKS, _SMALLEST_BLOCK = 5, 64
 
+_ENTRIES = 2**24  # that are worked on at once: 64 MiB in float32
+
 _GRID = 2.0**33
 
 RESOLUTION = 1e-6
@@ -107,7 +109,9 @@ def added_coverage(matrix: Tensor, covered: Tensor) -> Tensor:
     covered
         ``[B, M]``: how well each element is covered so far.
     """
-    return (matrix - covered[:, None]).relu_().sum(dim=-1)
+    rows = max(1, _ENTRIES // (len(matrix) * matrix.shape[2]))
+    parts = matrix.split(rows, dim=1)
+    return torch.cat([(part - covered[:, None]).relu_().sum(dim=-1) for part in parts], dim=1)
 
 
 def ranks(scores: Tensor) -> Tensor:
