@@ -10,7 +10,7 @@ from torch import Tensor
 FROM = 1025
 """Tokens from which on `LazyDeterminant` is the form to use on a CPU."""
 
-_LEAST_POOL, _MOST_POOL, _PER_PICK = 32, 1024, 8  # tokens
+_LEAST_POOL, _MOST_POOL, _PER_PICK = 64, 1024, 16  # tokens
 _TOGETHER = 64  # picks: tokens that lag behind by about as many are brought up to date together
 
 
@@ -61,6 +61,8 @@ class LazyDeterminant:
         self._seen = torch.zeros(len(diagonal), dtype=torch.long)  # how many picks are worked into a token's row
         self._picks: list[int] = []
         self._factors = diagonal.new_zeros(count, count)  # of the picked tokens among themselves
+        example = rows(torch.arange(1))
+        self._vectors = example.new_zeros(count, example.shape[1])  # of the picked tokens
 
     def pick(self) -> Tensor:
         """Return tokens ``[count]`` in the order of picking."""
@@ -88,13 +90,11 @@ class LazyDeterminant:
             for group in lag.unique().tolist():
                 self._update(stale[lag == group])
 
-    def _kernel(self, some: Tensor, others: Tensor) -> Tensor:
-        return (self._rows(some) @ self._rows(others).T * self._factor(some, others)).double()
-
     def _update(self, tokens: Tensor) -> None:
         """Work the picks into the rows of some tokens, from the first on that any of them has not seen."""
         start, end = int(self._seen[tokens].min()), len(self._picks)
-        rest = self._kernel(torch.tensor(self._picks[start:]), tokens)
+        factor = self._factor(torch.tensor(self._picks[start:]), tokens)
+        rest = (self._vectors[start:end] @ self._rows(tokens).T * factor).double()
         rest -= self._factors[start:end, :start] @ self._basis[tokens, :start].T
         new = torch.linalg.solve_triangular(self._factors[start:end, start:end], rest, upper=False)
         self._basis[tokens, start:end] = new.T
@@ -104,7 +104,9 @@ class LazyDeterminant:
 
     def _pick_from(self, pool: Tensor) -> None:
         """Pick tokens of the pool until one outside could be better, or tie and come first."""
-        kernel, basis, left, bounds = self._kernel(pool, pool), self._basis[pool], self._left[pool], self._bounds[pool]
+        vectors = self._rows(pool)
+        kernel = (vectors @ vectors.T * self._factor(pool, pool)).double()
+        basis, left, bounds = self._basis[pool], self._left[pool], self._bounds[pool]
         outside = self._bounds.index_fill(0, pool, -torch.inf)
         rival = float(outside.max())
         while len(self._picks) < self._count:
@@ -117,7 +119,7 @@ class LazyDeterminant:
             scale = left[best].clamp(min=self._floor).sqrt()
             row = (kernel[best] - basis[:, :t] @ basis[best, :t]) / scale
             self._factors[t, :t], self._factors[t, t] = basis[best, :t], scale
-            basis[:, t] = row
+            self._vectors[t], basis[:, t] = vectors[best], row
             left = left - row.square()
             self._picks.append(token)
             taken = bounds == -torch.inf
