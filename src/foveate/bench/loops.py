@@ -1,4 +1,4 @@
-"""Greedy methods and VisionZip as their descriptions read, in plain loops: what the library's forms are held against."""
+"""Methods as their descriptions read, in plain loops: what the library's own forms are held against."""
 
 from __future__ import annotations
 
