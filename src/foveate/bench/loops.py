@@ -99,7 +99,7 @@ def _arms(grid: tuple[int, int], count: int) -> dict[str, tuple[Callable[[], Any
         size = grid[0] * grid[1]
         return CropBatch(grid, (0,), size, torch.device("cpu"), planes, None, torch.stack(tokens.queries))
 
-    one, other, third, last = (kind(keep=count) for kind in (SCOPE, MMTok, CDPruner, VisionZip))
+    one, other, third, last = SCOPE(keep=count), MMTok(keep=count), CDPruner(keep=count), VisionZip(keep=count)
     a, b, c, d = (crop(reducer) for reducer in (one, other, third, last))
     assert b.query is not None
     assert c.query is not None
