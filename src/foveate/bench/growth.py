@@ -11,15 +11,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveate.bench.inputs import WIDTH, random_tokens
 from foveate.bench.memory import MemoryMeter
-from foveate.core.ranking import cosine_matrix
 from foveate.core.reducer import Reducer
 from foveate.core.tokens import VisualTokens
 from foveate.measure.pages import markdown_table
 from foveate.measure.provenance import machine, versions
-from foveate.measure.timing import threads as torch_threads
+from foveate.measure.timing import threads
 from foveate.measure.units import show_bytes
 
 SIDES = (24, 48, 96, 128)
@@ -35,13 +35,13 @@ def growth(
     reducers: Sequence[Reducer],
     sides: Sequence[int] = SIDES,
     limit: float = LIMIT,
-    threads: int = 1,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Measure selections of random tokens of square pictures, small to large.
 
-    The unit of time is one float32 matrix of the cosines of as many tokens, of the width of CLIP-L, which is computed
-    before and after each timed run in the same process: so what else the machine does at that time hardly counts.
+    The unit of time is one float32 matrix of the cosines of as many tokens, of the width of CLIP-L, as a plain product,
+    before and after each timed run in the same process. Both are processor time of one thread: so what else the
+    machine does at that time hardly counts.
 
     Parameters
     ----------
@@ -52,8 +52,6 @@ def growth(
     limit
         Seconds for one method at one size: making tokens, a run that measures memory, and timed ones. A method that
         takes longer has a row without figures there, and none for larger sizes.
-    threads
-        Of torch.
 
     Returns
     -------
@@ -63,19 +61,19 @@ def growth(
     """
     rows = []
     for reducer in reducers:
-        for row in _in_a_process(reducer, sides, limit, threads):
+        for row in _in_a_process(reducer, sides, limit):
             say(f"{row['method']}, {row['tokens']} tokens")
             rows.append(row)
-    with torch_threads(threads):
+    with threads(1):
         about = machine()
-    config = {"width_of_unit": WIDTH, "limit_s": limit, "frames": FRAMES, "dtype": "float32"}
+    config = {"width_of_unit": WIDTH, "limit_s": limit, "frames": FRAMES, "dtype": "float32", "clock": "cpu"}
     return {"config": config, "machine": about, "versions": versions(), "rows": rows}
 
 
-def _in_a_process(reducer: Reducer, sides: Sequence[int], limit: float, threads: int) -> Iterator[dict[str, Any]]:
+def _in_a_process(reducer: Reducer, sides: Sequence[int], limit: float) -> Iterator[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")  # a fork would share the threads of torch
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_all, args=(sender, reducer, sides, threads), daemon=True)
+    process = context.Process(target=_measure_all, args=(sender, reducer, sides), daemon=True)
     process.start()
     sender.close()
     try:
@@ -94,8 +92,8 @@ def _in_a_process(reducer: Reducer, sides: Sequence[int], limit: float, threads:
         process.join()
 
 
-def _measure_all(sender: Connection, reducer: Reducer, sides: Sequence[int], threads: int) -> None:
-    torch.set_num_threads(threads)
+def _measure_all(sender: Connection, reducer: Reducer, sides: Sequence[int]) -> None:
+    torch.set_num_threads(1)
     for side in sides:
         sender.send(measure(reducer, side))
 
@@ -104,14 +102,14 @@ def _measure_all(sender: Connection, reducer: Reducer, sides: Sequence[int], thr
 def measure(reducer: Reducer, side: int) -> dict[str, Any]:
     """Measure one method on a picture of ``side * side`` tokens."""
     tokens = _tokens(reducer, side)
-    features = torch.randn(1, side * side, WIDTH, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(side * side, WIDTH, generator=torch.Generator().manual_seed(0))
     peak, kept = _peak(reducer, tokens)
     seconds: list[float] = []
     units: list[float] = []
-    before = _time(lambda: cosine_matrix(features))
+    before = _time(lambda: _unit(features))
     while not seconds or (len(seconds) < _MOST and sum(seconds) < _BRIEF):
         seconds.append(_time(lambda: reducer.select(tokens)))
-        after = _time(lambda: cosine_matrix(features))
+        after = _time(lambda: _unit(features))
         units.append(2 * seconds[-1] / (before + after))
         before = after
     return {
@@ -121,6 +119,11 @@ def measure(reducer: Reducer, side: int) -> dict[str, Any]:
         "peak_bytes": peak,
         "runs": len(seconds),
     }
+
+
+def _unit(features: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    return unit @ unit.T
 
 
 def _tokens(reducer: Reducer, side: int) -> VisualTokens:
@@ -141,9 +144,9 @@ def _peak(reducer: Reducer, tokens: VisualTokens) -> tuple[int, int]:
 
 
 def _time(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def growth_table(result: Mapping[str, Any], memory_at: int = 9216) -> str:

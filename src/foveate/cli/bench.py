@@ -51,7 +51,7 @@ def selection(
     """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
     check_methods(methods or ())
     if growth:
-        refuse(context, ("keep", "repeats"), "--growth keeps a ninth and repeats what is brief")
+        refuse(context, ("keep", "repeats", "threads"), "--growth keeps a ninth, on one thread")
     else:
         refuse(context, ("limit",), "only --growth has a limit")
     from foveate.bench import growth as growing
@@ -80,7 +80,7 @@ def selection(
         reducers = [reducer for reducer in loaded if isinstance(reducer, Reducer)]
         if growth:
             early = [reducer for reducer in reducers if reducer.stage == "before_llm"]
-            result = growing.growth(early, growing.SIDES, limit or growing.LIMIT, threads, status.update)
+            result = growing.growth(early, growing.SIDES, limit or growing.LIMIT, status.update)
             left_out |= {r.name: f"stage {r.stage}" for r in reducers if r not in early}
         else:
             result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)

@@ -40,15 +40,21 @@ class DivPrune(CropReducer):
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
+        similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         # Products of matrices are not exactly symmetric, yet the two tokens of a closest pair have to tie.
-        similarity = torch.maximum(similarity, similarity.mT)
-        distance = (1 - similarity).masked_fill(similarity > 1 - ranking.RESOLUTION, 0.0)
-        itself = torch.eye(crops.size, dtype=torch.bool, device=distance.device)
-        nearest = distance.masked_fill(itself, torch.inf).amin(dim=-1)
-        taken = torch.zeros_like(nearest, dtype=torch.bool)
-        picks = [ranking.take_best(nearest, taken)]
-        nearest = ranking.row_of(distance, picks[0])
+        closest = torch.maximum(similarity.amax(dim=1), similarity.amax(dim=2))
+        taken = torch.zeros_like(closest, dtype=torch.bool)
+        picks = [ranking.take_best(_distance(closest), taken)]
+        closest = _row(similarity, picks[0])
         while len(picks) < count:
-            picks.append(ranking.take_best(nearest, taken))
-            nearest = torch.minimum(nearest, ranking.row_of(distance, picks[-1]))
+            picks.append(ranking.take_best(_distance(closest), taken))
+            closest = torch.maximum(closest, _row(similarity, picks[-1]))
         return torch.cat(picks, dim=1)
+
+
+def _distance(similarity: Tensor) -> Tensor:
+    return (1 - similarity).masked_fill(similarity > 1 - ranking.RESOLUTION, 0.0)
+
+
+def _row(similarity: Tensor, token: Tensor) -> Tensor:
+    return torch.maximum(ranking.row_of(similarity, token), ranking.row_of(similarity.mT, token))
