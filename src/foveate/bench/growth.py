@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate.bench.inputs import WIDTH, random_tokens
+from foveate.bench.loops import against_loops, larger_rounds
 from foveate.bench.memory import MemoryMeter
 from foveate.core.reducer import Reducer
 from foveate.core.tokens import VisualTokens
@@ -27,7 +28,7 @@ SHARE = 1 / 9
 LIMIT = 150.0
 FRAMES = 8
 _NONE = "-"
-_BRIEF, _MOST = 0.5, 5  # runs are repeated up to so many seconds, and so many times
+_BRIEF, _MOST = 0.5, 3  # runs are repeated up to so many seconds, and so many times
 Say = Callable[[str], None]
 
 
@@ -66,8 +67,11 @@ def growth(
             rows.append(row)
     with threads(1):
         about = machine()
+    say("plain loops, and rounds of VisPruner")
+    with threads(1):
+        beside = {"plain_loops": against_loops(), "vispruner_rounds": larger_rounds()}
     config = {"width_of_unit": WIDTH, "limit_s": limit, "frames": FRAMES, "dtype": "float32", "clock": "cpu"}
-    return {"config": config, "machine": about, "versions": versions(), "rows": rows}
+    return {"config": config, "machine": about, "versions": versions(), "rows": rows, **beside}
 
 
 def _in_a_process(reducer: Reducer, sides: Sequence[int], limit: float) -> Iterator[dict[str, Any]]:

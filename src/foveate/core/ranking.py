@@ -149,9 +149,7 @@ def take_best(scores: Tensor, taken: Tensor, noise: float = RESOLUTION) -> Tenso
     """
     scores = open_scores(scores, taken)
     highest = scores.amax(dim=1, keepdim=True)
-    index = torch.arange(scores.shape[1], device=scores.device)
-    ties = scores >= highest - noise * highest.abs()
-    best = torch.where(ties, index, len(index)).amin(dim=1, keepdim=True)
+    best = (scores >= highest - noise * highest.abs()).byte().argmax(dim=1, keepdim=True)
     taken.scatter_(1, best, True)
     return best
 
