@@ -10,6 +10,8 @@ _BLOCKS, _SMALLEST_BLOCK, _LARGEST_BLOCK = 5, 64, 256
 
 _WHOLE, _AT_ONCE = 1024, 32
 
+_ENTRIES = 2**24  # that are worked on at once: 64 MiB in float32
+
 _GRID = 2.0**33
 
 RESOLUTION = 1e-6
@@ -169,7 +171,9 @@ def added_coverage(matrix: Tensor, covered: Tensor) -> Tensor:
     covered
         ``[B, M]``: how well each element is covered so far.
     """
-    return (matrix - covered[:, None]).relu_().sum(dim=-1)
+    rows = max(1, _ENTRIES // (len(matrix) * matrix.shape[2]))
+    parts = matrix.split(rows, dim=1)
+    return torch.cat([(part - covered[:, None]).relu_().sum(dim=-1) for part in parts], dim=1)
 
 
 class AddedCoverage:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, determinants, probes, ranking, register
 
 _FLOOR = 1e-3  # of the ridge: what rounding may leave of a gain that is at least the ridge
 
@@ -70,6 +70,10 @@ class Gaze(CropReducer):
         taken = torch.zeros_like(squares, dtype=torch.bool)
         picks = [ranking.take_best((unit * mean).sum(dim=-1), taken)]
         weight, gain, explained = self._weight(crops), squares / variance + self.ridge, unit[:, :, :0]
+        if crops.size >= determinants.FROM and crops.device.type == "cpu" and not torch.compiler.is_compiling():
+            each = zip(centred, variance, gain, weight, taken, strict=True)
+            rest = [self._of_many(crops, *one, count - 1) for one in each]
+            return torch.cat([picks[0], torch.stack(rest)], dim=1)
         while len(picks) < count:
             pick = ranking.take_best(weight * gain, taken)
             picks.append(pick)
@@ -79,6 +83,23 @@ class Gaze(CropReducer):
             gain = (gain - row.square()).clamp(min=self.ridge * _FLOOR)
         return torch.cat(picks, dim=1)
 
+    def _of_many(
+        self, crops: CropBatch, centred: Tensor, variance: Tensor, gain: Tensor, weight: Tensor, taken: Tensor, count: int
+    ) -> Tensor:
+        """Do as `pick` behind the first token, for one crop of many tokens, of which few pairs are compared."""
+        floor, own = self.ridge * _FLOOR, weight.double()
+        greedy = determinants.LazyDeterminant(
+            lambda tokens: centred[tokens],
+            gain.double(),
+            lambda left, tokens: own[tokens] * left.clamp(min=floor),
+            count,
+            ranking.RESOLUTION,
+            floor,
+            lambda picks, tokens: self._nearness(crops, picks[:, None], tokens) / variance,
+            taken,
+        )
+        return greedy.pick()
+
     def _weight(self, crops: CropBatch) -> Tensor:
         """Return how much evidence there is for each token, ``[B, N]``."""
         layers = crops.probe(self.needs[1]).float().nan_to_num(nan=0.0, posinf=0.0).clamp(min=0)
@@ -86,12 +107,12 @@ class Gaze(CropReducer):
         mean = attention.mean(dim=1, keepdim=True)
         return torch.where(mean > 0, attention / (attention + mean), 1.0) ** self.saliency
 
-    def _nearness(self, crops: CropBatch, pick: Tensor) -> Tensor | float:
-        """Return how near each token is to a picked one on the grid, ``[B, N]`` from 0 to 1."""
+    def _nearness(self, crops: CropBatch, pick: Tensor, tokens: Tensor | None = None) -> Tensor | float:
+        """Return how near tokens, by default all ``[N]``, are to picked ones ``[B, 1]`` on the grid, from 0 to 1."""
         if crops.grid is None:
             return 1.0
         height, width = crops.grid
-        index = torch.arange(crops.size, device=pick.device)
+        index = torch.arange(crops.size, device=pick.device) if tokens is None else tokens
         distance = (index // width - pick // width).square() + (index % width - pick % width).square()
         return torch.exp(distance / (-2 * (self.spread * max(height, width)) ** 2))
 
