@@ -125,6 +125,12 @@ def measure(reducer: Reducer, side: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def measure_memory(reducer: Reducer, side: int) -> tuple[int, int]:
+    """Return the peak of the memory of tensors in bytes, over that of the inputs, and how many tokens are kept."""
+    return _peak(reducer, _tokens(reducer, side))
+
+
 def _unit(features: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(features, dim=-1)
     return unit @ unit.T

@@ -84,7 +84,14 @@ class Gaze(CropReducer):
         return torch.cat(picks, dim=1)
 
     def _of_many(
-        self, crops: CropBatch, centred: Tensor, variance: Tensor, gain: Tensor, weight: Tensor, taken: Tensor, count: int
+        self,
+        crops: CropBatch,
+        centred: Tensor,
+        variance: Tensor,
+        gain: Tensor,
+        weight: Tensor,
+        taken: Tensor,
+        count: int,
     ) -> Tensor:
         """Do as `pick` behind the first token, for one crop of many tokens, of which few pairs are compared."""
         floor, own = self.ridge * _FLOOR, weight.double()
