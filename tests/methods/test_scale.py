@@ -16,7 +16,8 @@ from tiny import METHODS, make, method_id, visual_tokens
 
 SIZE = 1100
 FEATURES, SALIENCY = (
-    torch.cat(parts) for parts in zip(*(exact_tokens(SIZE, 64, torch.Generator().manual_seed(s)) for s in range(2)))
+    torch.cat(parts)
+    for parts in zip(*(exact_tokens(SIZE, 64, torch.Generator().manual_seed(s)) for s in range(2)), strict=True)
 )
 """Two crops whose cosines are exact in float32, whatever order they are summed in."""
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from foveate.bench.inputs import WIDTH, random_tokens
-from foveate.bench.loops import against_loops, larger_rounds
+from foveate.bench.loops import against_loops
 from foveate.bench.memory import MemoryMeter
+from foveate.bench.rounds import larger_rounds
 from foveate.core.reducer import Reducer
 from foveate.core.tokens import VisualTokens
 from foveate.measure.pages import markdown_table
@@ -69,7 +70,7 @@ def growth(
         about = machine()
     say("plain loops, and rounds of VisPruner")
     with threads(1):
-        beside = {"plain_loops": against_loops(), "vispruner_rounds": larger_rounds()}
+        beside = {"plain_loops": against_loops()["rows"], "vispruner_rounds": larger_rounds()}
     config = {"width_of_unit": WIDTH, "limit_s": limit, "frames": FRAMES, "dtype": "float32", "clock": "cpu"}
     return {"config": config, "machine": about, "versions": versions(), "rows": rows, **beside}
 

@@ -1,4 +1,4 @@
-"""Methods beside the plain loops of their papers, and what larger rounds change in VisPruner."""
+"""Methods as their descriptions read, in plain loops: what the library's own forms are held against."""
 
 from __future__ import annotations
 
@@ -9,133 +9,150 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from foveate.bench.inputs import EMBEDDING, WIDTH, random_tokens
-from foveate.bench.naive import plain_divprune, plain_selection
-from foveate.bench.selection import exact_tokens
+from foveate.bench.inputs import random_tokens
 from foveate.core.crops import CropBatch
-from foveate.core.probes import Attention, Embeddings, Features, Probe
-from foveate.core.reducer import CropReducer
-from foveate.methods import DivPrune, VisPruner
-from foveate.methods.vispruner import PUBLISHED_STEP
+from foveate.core.probes import Attention, Embeddings, Features, Keys, Query
+from foveate.core.reducer import Reducer
+from foveate.measure.provenance import machine, versions
+from foveate.measure.timing import threads as torch_threads
+from foveate.methods import SCOPE, CDPruner, MMTok, VisionZip
 
-SIZES = ((576, 64), (2880, 320))
+SIZES = ((24, 24, 64), (48, 60, 320))
+"""Rows and columns of a picture's tokens, and how many stay."""
 
 
-@torch.no_grad()
-def against_loops(sizes: Sequence[tuple[int, int]] = SIZES, turns: int = 7) -> list[dict[str, Any]]:
-    """Time methods and the plain loops in turn, by processor time of one thread; both have to keep the same tokens.
+def scope(features: Tensor, saliency: Tensor, count: int) -> Tensor:
+    """Return SCOPE's picks of one crop in order; the features are ``[N, C]``, the saliency ``[N]``."""
+    unit = normalize(features, dim=-1)
+    similarity = unit @ unit.T
+    covered, picks = torch.zeros_like(saliency), []
+    taken = torch.zeros_like(saliency, dtype=torch.bool)
+    for _ in range(count):
+        gain = (similarity - covered[:, None]).clamp(min=0).sum(dim=0) * saliency
+        pick = gain.masked_fill(taken, -torch.inf).argmax()
+        taken[pick] = True
+        covered = torch.maximum(covered, similarity[:, pick])
+        picks.append(pick)
+    return torch.stack(picks)
 
-    Parameters
-    ----------
-    sizes
-        Tokens, and how many of them stay.
-    turns
-        Runs of each.
 
-    Returns
-    -------
-    list
-        Per method and size the medians in milliseconds, the median of the ratios of ours to the loop's time, and
-        whether both keep the same tokens: of exact cosines, so that rounding cannot hide a difference.
+def mmtok(embeddings: Tensor, features: Tensor, words: Tensor, count: int) -> Tensor:
+    """Return MMTok's picks of one crop in order; embeddings ``[N, D]``, features ``[N, C]``, words ``[M, D]``."""
+    unit, size = normalize(features, dim=-1), len(features)
+    vision = (unit @ unit.T / 0.2).softmax(dim=-1) * (0.5 / size)
+    text = (normalize(words, dim=-1) @ normalize(embeddings, dim=-1).T / 0.02).softmax(dim=-1) / len(words)
+    matrix = torch.cat([text, vision])
+    covered, picks = matrix.new_zeros(len(matrix)), []
+    taken = torch.zeros(size, dtype=torch.bool)
+    for _ in range(count):
+        gain = (matrix - covered[:, None]).clamp(min=0).sum(dim=0)
+        pick = gain.masked_fill(taken, -torch.inf).argmax()
+        taken[pick] = True
+        covered = torch.maximum(covered, matrix[:, pick])
+        picks.append(pick)
+    return torch.stack(picks)
+
+
+def cdpruner(embeddings: Tensor, words: Tensor, count: int) -> Tensor:
+    """Return CDPruner's picks of one crop in order; embeddings ``[N, D]``, words ``[M, D]``."""
+    unit = normalize(embeddings, dim=-1)
+    relevance = (unit @ normalize(words, dim=-1).T).mean(dim=1)
+    relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    kernel = relevance[:, None] * (unit @ unit.T) * relevance
+    left, basis, picks = kernel.diagonal().clone(), kernel.new_zeros(count, len(kernel)), []
+    for t in range(count):
+        pick = left.argmax()
+        row = kernel[pick] - (basis[:t, pick, None] * basis[:t]).sum(dim=0)
+        basis[t] = row / left[pick].clamp(min=1e-12).sqrt()
+        left = left - basis[t].square()
+        left[pick] = -torch.inf
+        picks.append(pick)
+    return torch.stack(picks)
+
+
+def visionzip(saliency: Tensor, keys: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return VisionZip's dominant tokens and anchors, and which anchor each token left joins.
+
+    Saliency ``[N]``, keys ``[N, d]``; of tokens that are left, in raster order, anchors count as joining themselves.
     """
-    rows = []
-    for size, count in sizes:
-        features, saliency = exact_tokens(size, WIDTH, torch.Generator().manual_seed(size))
-        embeddings, _ = exact_tokens(size, EMBEDDING, torch.Generator().manual_seed(size))
-        same_step = VisPruner(keep=count, step=PUBLISHED_STEP)
-
-        def vispruner_loop(features: Tensor = features, saliency: Tensor = saliency, count: int = count) -> Tensor:
-            return plain_selection(features, saliency, count)[0]
-
-        def divprune_loop(embeddings: Tensor = embeddings, count: int = count) -> Tensor:
-            return plain_divprune(embeddings[0], count)
-
-        seen: dict[Probe, Tensor] = {Features(): features, Attention(): saliency}
-        rows += [
-            _row(same_step, seen, count, vispruner_loop, turns),
-            _row(VisPruner(keep=count), seen, count, vispruner_loop, turns),
-            _row(DivPrune(keep=count), {Embeddings(): embeddings}, count, divprune_loop, turns),
-        ]
-    return rows
+    chosen = saliency.topk(dominant).indices.sort().values
+    is_left = torch.ones_like(saliency, dtype=torch.bool)
+    is_left[chosen] = False
+    rest = is_left.nonzero().squeeze(1)
+    step = max(1, len(rest) // contextual)
+    places = torch.arange(0, step * contextual, step)
+    metric = normalize(keys[rest], dim=-1)
+    group = (metric @ metric[places].T).argmax(dim=-1)
+    group[places] = torch.arange(contextual)
+    return chosen, rest[places], group
 
 
-def _row(
-    method: CropReducer, planes: dict[Probe, Tensor], count: int, loop: Callable[[], Tensor], turns: int
-) -> dict[str, Any]:
-    size = next(iter(planes.values())).shape[1]
-    crops = CropBatch(None, (0,), size, torch.device("cpu"), planes)
-    arms: tuple[Callable[[], Tensor], ...] = (lambda: method.pick(crops, count)[0].sort().values, loop)
-    same = torch.equal(*[arm() for arm in arms])
-    seconds = [[_time(arm) for arm in arms] for _ in range(turns)]
-    ours, plain = zip(*seconds, strict=True)
+def _arms(grid: tuple[int, int], count: int) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Return for each method its own form and the plain loop, on the same random tokens."""
+
+    def crop(reducer: Reducer) -> CropBatch:
+        tokens = random_tokens([*reducer.needs, Query()], grid)
+        planes = {probe: torch.stack(tokens.planes[probe]) for probe in reducer.needs if probe in tokens.planes}
+        assert tokens.queries is not None
+        size = grid[0] * grid[1]
+        return CropBatch(grid, (0,), size, torch.device("cpu"), planes, None, torch.stack(tokens.queries))
+
+    one, other, third, last = (kind(keep=count) for kind in (SCOPE, MMTok, CDPruner, VisionZip))
+    a, b, c, d = (crop(reducer) for reducer in (one, other, third, last))
+    assert b.query is not None
+    assert c.query is not None
+    words, more_words = b.query[0], c.query[0]
+    contextual = round(count * last.contextual_ratio)
     return {
-        "method": method.name,
-        "reducer": repr(method),
-        "tokens": size,
-        "kept": count,
-        "ours_ms": round(1e3 * statistics.median(ours), 3),
-        "plain_ms": round(1e3 * statistics.median(plain), 3),
-        "ours_of_plain": round(statistics.median(a / b for a, b in seconds), 3),
-        "same": same,
+        "scope": (
+            lambda: one.pick(a, count),
+            lambda: scope(a.probe(Features())[0], a.probe(Attention())[0], count),
+        ),
+        "mmtok": (
+            lambda: other.pick(b, count),
+            lambda: mmtok(b.probe(Embeddings())[0], b.probe(Features())[0], words, count),
+        ),
+        "cdpruner": (
+            lambda: third.pick(c, count),
+            lambda: cdpruner(c.probe(Embeddings())[0], more_words, count),
+        ),
+        "visionzip": (
+            lambda: last.pick(d, count),
+            lambda: visionzip(d.probe(Attention())[0], d.probe(Keys())[0], count - contextual, contextual),
+        ),
     }
 
 
-def _time(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 @torch.no_grad()
-def larger_rounds(side: int = 48, seeds: int = 4) -> dict[str, Any]:
-    """Hold VisPruner's rounds of 8 tokens, in which N of more than 1,024 tokens would take long, against its default.
-
-    Parameters
-    ----------
-    side
-        Rows, and columns, of pictures of random tokens, of which a ninth stays.
-    seeds
-        Pictures.
+def against_loops(sizes: Sequence[tuple[int, int, int]] = SIZES, turns: int = 9) -> dict[str, Any]:
+    """Time methods and their plain loops in turn, on one thread, after one turn that does not count.
 
     Returns
     -------
     dict
-        Shares of the kept tokens that both keep; beside them those that rounds of 8 keep if the features change by a
-        share of 1e-7; and means over the kept tokens of their cosine with all others, and with the closest one.
+        Per method and size: milliseconds of both, and the median of the ratios of turns, ours over the loop's. A plain
+        loop works in float32, where `CDPruner` works in float64.
     """
-    default, published = (VisPruner(keep=1 / 9, step=step) for step in ("auto", PUBLISHED_STEP))
-    shared: list[float] = []
-    noise: list[float] = []
-    cosines: dict[str, list[tuple[float, float]]] = {"auto": [], "8": []}
-    for seed in range(seeds):
-        tokens = random_tokens(default.needs, (side, side), seed=seed)
-        (features,) = tokens.planes[Features()]
-        larger, small = (method.select(tokens)[0].kept for method in (default, published))
-        shared.append(_shared(larger, small))
-        cosines["auto"].append(_cosines(features[larger]))
-        cosines["8"].append(_cosines(features[small]))
-        generator = torch.Generator().manual_seed(seed)
-        tokens.planes[Features()][0] = features * (1 + 1e-7 * torch.randn(features.shape, generator=generator))
-        noise.append(_shared(published.select(tokens)[0].kept, small))
-    means = {step: [round(statistics.mean(values), 4) for values in zip(*found, strict=True)]
-             for step, found in cosines.items()}  # fmt: skip
-    return {
-        "tokens": side * side,
-        "pictures": seeds,
-        "step": default.per_round(side * side, len(small)),
-        "kept_by_both": round(statistics.mean(shared), 3),
-        "kept_by_8_with_noise": round(statistics.mean(noise), 3),
-        "mean_cosine": {step: mean for step, (mean, _) in means.items()},
-        "mean_closest_cosine": {step: closest for step, (_, closest) in means.items()},
-    }
-
-
-def _shared(one: Tensor, other: Tensor) -> float:
-    return float(torch.isin(one, other).double().mean())
-
-
-def _cosines(kept: Tensor) -> tuple[float, float]:
-    unit = torch.nn.functional.normalize(kept.double(), dim=-1)
-    apart = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)].view(len(unit), -1)
-    return float(apart.mean()), float(apart.amax(dim=1).mean())
+    rows = []
+    with torch_threads(1):
+        about = machine()
+        for height, width, count in sizes:
+            for name, arms in _arms((height, width), count).items():
+                seconds: tuple[list[float], list[float]] = ([], [])
+                for turn in range(turns + 1):
+                    for arm, times in zip(arms, seconds, strict=True):
+                        start = time.process_time()
+                        arm()
+                        if turn:
+                            times.append(time.process_time() - start)
+                ours, plain = (round(1e3 * statistics.median(times), 2) for times in seconds)
+                ratio = statistics.median(a / b for a, b in zip(*seconds, strict=True))
+                rows.append(
+                    {
+                        "method": name, "tokens": height * width, "kept": count,
+                        "ours_ms": ours, "plain_ms": plain, "ours_of_plain": round(ratio, 2),
+                    }
+                )  # fmt: skip
+    return {"turns": turns, "clock": "cpu", "machine": about, "versions": versions(), "rows": rows}
