@@ -87,7 +87,7 @@ class LazyDeterminant:
             if not len(stale):
                 return pool.sort().values
             lag = self._seen[stale].div(_TOGETHER, rounding_mode="floor")
-            for group in lag.unique().tolist():
+            for group in sorted(set(lag.tolist())):
                 self._update(stale[lag == group])
 
     def _update(self, tokens: Tensor) -> None:

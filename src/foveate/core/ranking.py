@@ -172,7 +172,7 @@ def added_coverage(matrix: Tensor, covered: Tensor) -> Tensor:
         ``[B, M]``: how well each element is covered so far.
     """
     rows = max(1, _ENTRIES // (len(matrix) * matrix.shape[2]))
-    parts = matrix.split(rows, dim=1)
+    parts = torch.split(matrix, rows, dim=1)
     return torch.cat([(part - covered[:, None]).relu_().sum(dim=-1) for part in parts], dim=1)
 
 

@@ -70,7 +70,7 @@ class CDPruner(CropReducer):
         else:
             # Products and sums token by token, so that copies are equally relevant to the last bit.
             direction = normalize(query.double(), dim=-1).mean(dim=1, keepdim=True)
-            parts = embeddings.split(_ROWS, dim=1)
+            parts = torch.split(embeddings, _ROWS, dim=1)
             relevance = torch.cat([(_unit(x) * direction).sum(dim=-1) for x in parts], dim=1)
         weight = weights(relevance, self.theta)
         if crops.size >= determinants.FROM and crops.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -132,8 +132,8 @@ def most_diverse(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
 
 def _most_diverse(embeddings: Tensor, weight: Tensor, count: int) -> Tensor:
     """Do as `most_diverse` for the cosines of one crop ``[N, D]`` of many tokens, of which few pairs are compared."""
-    norms = torch.cat([x.double().norm(dim=1, keepdim=True) for x in embeddings.split(_ROWS)]).clamp(min=1e-12)
-    squares = torch.cat([_unit(x).square().sum(dim=1) for x in embeddings.split(_ROWS)])
+    norms = torch.cat([x.double().norm(dim=1, keepdim=True) for x in torch.split(embeddings, _ROWS)]).clamp(min=1e-12)
+    squares = torch.cat([_unit(x).square().sum(dim=1) for x in torch.split(embeddings, _ROWS)])
     greedy = determinants.LazyDeterminant(
         lambda tokens: embeddings[tokens].double() / norms[tokens],
         squares,
