@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import record_classes
 from foveate.bench.tables import markdown as speed_table
+from foveate.check.tables import markdown as check_table
 from foveate.cli import compatibility
 from foveate.cost.figures import markdown as cost_table
 from foveate.eval import backbone, leaderboard
@@ -32,9 +34,23 @@ def test_the_readme_shows_the_leaderboard_in_brief():
     assert f"<!-- {excerpt.MARKER} -->\n{table}\n<!-- /{excerpt.MARKER} -->" in shown
 
 
+def test_the_page_on_gaze_shows_the_leaderboard_and_the_ablation():
+    shown = (ROOT / "docs/gaze.md").read_text(encoding="utf-8")
+    table = excerpt.gaze_table(leaderboard.load(ROOT / "results/leaderboard.json"))
+    assert f"<!-- {excerpt.GAZE_MARKER} -->\n{table}\n<!-- /{excerpt.GAZE_MARKER} -->" in shown
+    for name, text in leaderboard.tables(leaderboard.load(ROOT / "results/gaze-ablation.json")).items():
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in shown
+
+
 def test_the_table_of_methods_and_families_is_current():
     shown = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
     assert shown == compatibility.page(), "run: foveate table > docs/compatibility.md"
+
+
+def test_the_table_of_classes_is_current():
+    data = json.loads((ROOT / "results/compatibility-classes.json").read_text(encoding="utf-8"))
+    shown = f"<!-- classes -->\n{record_classes.markdown(data)}\n<!-- /classes -->"
+    assert shown in (ROOT / "docs/families.md").read_text(encoding="utf-8"), "run: tests/record_classes.py --docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -95,6 +111,20 @@ def test_the_page_on_speed_shows_the_results():
     for file in files:
         shown = speed_table(json.loads(file.read_text(encoding="utf-8")))
         assert f"<!-- {file.stem} -->\n{shown}\n<!-- /{file.stem} -->" in page, f"run: foveate bench report {file}"
+
+
+def test_the_page_on_checking_shows_the_results():
+    page = (ROOT / "docs/check.md").read_text(encoding="utf-8")
+    files = sorted(ROOT.glob("results/check-*.json"))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        assert "wrong" not in {verdict["verdict"] for verdict in result["verdicts"]}
+        due = f"<!-- {file.stem} -->\n{check_table(result)}\n<!-- /{file.stem} -->"
+        assert due in page, "fill it with foveate.check.tables.write_report"
+    assert any(json.loads(file.read_text(encoding="utf-8"))["config"]["device"] != "cpu" for file in files) or (
+        "**No GPU has run this command yet.**" in page
+    )
 
 
 @pytest.mark.parametrize(("file", "tables_of"), [

@@ -21,8 +21,10 @@ from foveate.families import family_of
 from foveate.registry import get_method
 from tiny_families import TINIES, Tiny, Visual
 from tiny_families.base import IMAGE, PAD, VIDEO  # noqa: F401  the tests' names of the placeholders
+from tiny_families.generic_classes import GENERICS
 
 FAMILIES = list(TINIES)
+ALL = {**TINIES, **GENERICS}
 CORE = ("llava", "llava_next", "video_llava")
 WIDTH = 12
 
@@ -118,7 +120,7 @@ def codebook_file(family: str | None) -> str:
 
 
 def model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    return TINIES[family].model(attention, dtype)
+    return ALL[family].model(attention, dtype)
 
 
 def deep_model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
@@ -187,7 +189,7 @@ IN_LLM_FAMILIES = [name for name in FAMILIES if name not in ("lfm2_vl", "qwen3_5
 Part = int | str | Visual
 """So many text tokens, "image" for a picture of LLaVA, or a picture or video of another family."""
 
-VISUALS: dict[str, list[Visual]] = {name: [Visual(name, what) for what in t.visuals] for name, t in TINIES.items()}
+VISUALS: dict[str, list[Visual]] = {name: [Visual(name, what) for what in t.visuals] for name, t in ALL.items()}
 
 
 def sample(*parts: Part, seed: int = 0) -> dict[str, list[Any]]:
@@ -200,7 +202,7 @@ def sample(*parts: Part, seed: int = 0) -> dict[str, list[Any]]:
             continue
         visual = Visual("llava", part) if isinstance(part, str) else part
         out["families"].append(visual.family)
-        for key, values in TINIES[visual.family].place(visual.what, generator).items():
+        for key, values in ALL[visual.family].place(visual.what, generator).items():
             out.setdefault(key, []).extend(values)
     return out
 
@@ -223,7 +225,7 @@ def collate(rows: list[dict[str, list[Any]]], side: str = "left", labels: bool =
         mask[i, place] = 1
     out = {"input_ids": ids, "attention_mask": mask}
     if families := [name for row in rows for name in row["families"]]:
-        tiny = TINIES[families[0]]
+        tiny = ALL[families[0]]
         keys = dict.fromkeys(key for row in rows for key in row if key not in ("ids", "families"))
         out |= tiny.collate({key: [row.get(key, []) for row in rows] for key in keys})
         if tiny.type_plane:
@@ -237,7 +239,7 @@ def collate(rows: list[dict[str, list[Any]]], side: str = "left", labels: bool =
 
 def tiny_of(model: Any) -> Tiny:
     """Return what the tests know of a model's family."""
-    return next(tiny for tiny in TINIES.values() if type(tiny.original) is type(model))
+    return next(tiny for tiny in ALL.values() if type(tiny.original) is type(model))
 
 
 def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

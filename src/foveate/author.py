@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from foveate.core import budget, clustering, determinants, greedy, grids, probes, ranking, schedules
+from foveate.core import budget, clustering, grids, probes, ranking, schedules
 from foveate.core.budget import Budget, Coverage, Keep
 from foveate.core.checks import checked_values
 from foveate.core.crops import CropBatch, Groups
@@ -83,8 +83,6 @@ __all__ = [
     "budget",
     "checked_values",
     "clustering",
-    "determinants",
-    "greedy",
     "grids",
     "joined_outputs",
     "probes",

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import foveate as library
+from foveate import projectors
 
 
 def test_methods(foveate: Any) -> None:
@@ -37,15 +38,37 @@ def test_no_such_method(foveate: Any, options: tuple[str, ...]) -> None:
     assert result.err.count("\n") == 1
 
 
+def test_projectors(foveate: Any) -> None:
+    rows = foveate("projectors", "--json").json
+    assert [row["name"] for row in rows] == projectors.list_projectors()
+    assert {row["stage"] for row in rows} == {"projector"}
+    (row,) = foveate("projectors", "token*", "--json").json
+    assert (row["name"], row["paper"], row["parameters"]["scale"]) == (
+        "tokenpacker",
+        "arXiv:2407.02392",
+        {"default": 2},
+    )
+    assert "quecc(kernel=4" in (shown := foveate("projectors").out)
+    assert "asks for the question" in shown
+    result = foveate("projectors", "nosuch")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: no projector matches 'nosuch'; there are: average_pool, ")
+
+
 def test_families(foveate: Any) -> None:
     rows = foveate("families", "--json").json
     assert [row["name"] for row in rows] == library.list_families()
     assert all(isinstance(row["model_types"], list) for row in rows)
-    assert "llava_next" in foveate("families").out
+    refused = {kind: why for row in rows for kind, why in row["refuses"].items()}
+    assert "projects encoded images itself" in refused["llama4"]
+    shown = foveate("families").out
+    assert "llava_next" in shown
+    assert all(f"generic refuses {kind}: it " in shown for kind in refused)
 
 
 def test_table(foveate: Any) -> None:
     from foveate.cli.compatibility import MARKS
+    from foveate.core.probes import LayerProbe
     from foveate.core.reducer import declared
     from foveate.families import all_families
     from foveate.registry import by_default
@@ -58,10 +81,12 @@ def test_table(foveate: Any) -> None:
         for name, family in all_families().items():
             refused = family.lacks(method) is not None or (method.video_only and "video" not in family.kinds)
             assert (row["families"][name] == "no") == refused
-            some = declared(method, "reads_grid") and name == "generic"
+            layers = any(isinstance(probe, LayerProbe) for probe in declared(method, "needs"))
+            some = (declared(method, "reads_grid") or layers) and name == "generic"
             assert (row["families"][name] == "some") == (not refused and some)
     rows = {r.split("|")[1].strip(): r for r in foveate("table").out.splitlines() if r.startswith("| `")}
-    assert rows["`fastervlm`"].rstrip(" |").endswith(MARKS["no"])
+    assert rows["`fastervlm`"].rstrip(" |").endswith(MARKS["some"])
+    assert rows["`tome`"].rstrip(" |").endswith(MARKS["no"])
     assert rows["`uniform`"].rstrip(" |").endswith(MARKS["some"])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.core.probes import ClsToken
 from foveate.core.selection import SpanSelection
 from foveate.families import family_of
+from foveate.families.generic import Generic
 from foveate.families.merged import MergedFamily
 from foveate.methods import Random, Uniform, VisPruner
 from tiny import (
@@ -156,7 +157,7 @@ def rebuilt(
     """
     embeds, ids, tiny = embeddings(model, inputs), inputs["input_ids"], tiny_of(model)
     full = tiny.position_ids(model, inputs) if positions == "original" else None
-    if isinstance(family_of(model), MergedFamily):
+    if isinstance(family_of(model), MergedFamily | Generic):
         merges = "embeddings"  # its methods see nothing else
     results, features = [], iter(unprojected(model, inputs) if merges == "features" else ())
     spans_given = iter(given or ())

@@ -66,6 +66,21 @@ def test_recall_on_one_tower(monkeypatch: pytest.MonkeyPatch):
     assert shown["backbone-pair"].startswith("| `vispruner` - `fastervlm` | 64 tokens | 8 tokens |")
 
 
+@needs_weights
+def test_every_method_that_is_not_left_out_runs():
+    model, processor = nano.load()
+    tower = backbone.Tower(
+        model.model.vision_tower,
+        lambda image: processor(images=image, text="<image>", return_tensors="pt")["pixel_values"],
+        12,
+    )
+    found, _ = backbone._reducers([], [8])
+    image = nano.scene("test", 0, 0).image
+    named = backbone._named(tower, image, 0, found, lambda features: torch.ones(len(features), dtype=torch.int64))
+    assert named == {key: {1} for key in [None, *found]}
+    assert ("text_interaction_image", 8) in named
+
+
 @pytest.mark.parametrize(("method", "reason"), [
     ("cdpruner", "reads the question"), ("tome", "'encoder'"), ("evs", "images alone"), ("fastv", "in_llm|question"),
 ])  # fmt: skip

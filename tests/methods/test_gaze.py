@@ -11,8 +11,10 @@ from foveate import Budget
 from foveate.core.crops import CropBatch
 from foveate.core.errors import FoveateError
 from foveate.core.probes import Attention, Embeddings, Query
+from foveate.engines.pipeline import look
+from foveate.families import family_of
 from foveate.methods import Gaze, GazeQuery
-from tiny import collate, model, sample
+from tiny import FAMILIES, collate, model, sample, samples
 
 LATER = Attention(layers=0.34)
 X = [
@@ -183,3 +185,27 @@ def test_parameters_that_make_no_sense(config):
 def test_order_helper_agrees():
     planes = {Embeddings(): torch.tensor(X), LATER: torch.tensor(S, dtype=torch.float32)[:, None]}
     assert order(Gaze(keep=6), planes, 6) == reference(X, S, 6, None)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_crop_has_its_own_grid(family):
+    """Tiles, frames, merged patches and received attention: what a family shows is what the reference is given."""
+    net, inputs, reducer = model(family), collate(samples(family)), Gaze(keep=Budget(3, per="crop"))
+    try:
+        foveate.attach(net, reducer).detach()
+    except FoveateError as error:
+        pytest.skip(str(error))
+    found = family_of(net)
+    tokens = look(net, found, inputs, found.spans(net, inputs), [reducer])
+    chosen = reducer.select(tokens)
+    planes = zip(tokens.probe(Embeddings()), tokens.probe(LATER), strict=True)
+    grids = set()
+    for i, span in enumerate(tokens.spans):
+        kept = set(chosen[i].kept.tolist())
+        for crop in span.crops:
+            embeddings, attention = next(planes)
+            grids.add(crop.grid)
+            picks, _, gaps = reference(embeddings.tolist(), attention.mean(dim=-1).tolist(), 3, crop.grid)
+            own = {j for j, token in enumerate(crop.index.tolist()) if token in kept}
+            assert own == set(picks) or min(gaps) < 1e-4
+    assert grids

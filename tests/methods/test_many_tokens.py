@@ -6,9 +6,9 @@ from greedy_cases import crop_batch
 
 from foveate.bench import loops
 from foveate.bench.memory import MemoryMeter
-from foveate.core import determinants, greedy
+from foveate.core import ranking
 from foveate.core.probes import Attention, Embeddings, Features, Query
-from foveate.methods import SCOPE, CDPruner, Gaze, GazeQuery, MMTok
+from foveate.methods import SCOPE, CDPruner, Gaze, GazeQuery, MMTok, determinants
 
 METHODS = [SCOPE, MMTok, CDPruner, Gaze, GazeQuery]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -33,7 +33,7 @@ def crops(method, size, seed=0, batch=1, width=48, kinds=24):
 
 def looking_at_all(method, batch, count, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(greedy, "_LAZY_FROM", 10**9)
+        patch.setattr(ranking, "_LAZY_FROM", 10**9)
         patch.setattr(determinants, "FROM", 10**9)
         return method(keep=count).pick(batch, count)
 
@@ -66,7 +66,7 @@ def test_determinants_without_a_kernel_give_the_same_picks(method, size, monkeyp
 @every_method
 def test_few_tokens_are_looked_at(method, monkeypatch):
     looked = []
-    for kind, name in ((greedy.Lazy, "scores"), (determinants.LazyDeterminant, "_update")):
+    for kind, name in ((ranking.Lazy, "scores"), (determinants.LazyDeterminant, "_update")):
         for owner in (kind, *kind.__subclasses__()):
             if name in vars(owner):
                 plain = vars(owner)[name]

@@ -9,9 +9,6 @@ from tiny_families.mistral3 import padded, pixtral_config, place
 class TinyGeneric(Tiny):
     name = "generic"
     visuals = ((48, 48), (40, 40), (64, 64))
-    skips = {  # noqa: RUF012
-        "test_attention_implementation_does_not_change_what_is_salient": "no attention of the encoder is read",
-    }
 
     def build(self):
         return LightOnOcrForConditionalGeneration(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +15,21 @@ from rich.console import Console
 from rich.table import Table
 
 from foveate.cli.names import check_methods
-from foveate.cli.tools import ERRORS, Json, fill_page, guarded, load, print_json, reducer_from, refuse, tell, write_json
+from foveate.cli.tools import (
+    ERRORS,
+    Absorb,
+    Json,
+    Rectify,
+    command_line,
+    fill_page,
+    guarded,
+    load,
+    print_json,
+    reducer_from,
+    refuse,
+    tell,
+    write_json,
+)  # fmt: skip
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes
 
@@ -192,6 +205,8 @@ def model(
         str, typer.Option(help="auto, float32, bfloat16 or float16; of shapes, auto is bfloat16.")
     ] = "auto",
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
+    rectify: Rectify = 0.0,
+    absorb: Absorb = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Turns, in each of which every arm runs once.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  \\[default: torch's own]")] = None,
@@ -215,10 +230,10 @@ def model(
         else:
             refuse(context, ("layers", "tied", "text_tokens"), f"{model!r} is no shape ({', '.join(LLAVA_SHAPES)})")
             job = _real_job(model, dtype, attn, image, question, max_new_tokens)
-        arms = bench.arms_of(job, Settings.make(reducer, family=job.family))
+        arms = bench.arms_of(job, Settings.make(reducer, family=job.family, rectify=rectify, absorb=absorb))
         with ERRORS.status("starting") as status:
             measured = bench.run_arms(arms, repeats, clock.value, status.update)
-        result = {"command": _command(context), "model": model, **measured}
+        result = {"command": command_line(context), "model": model, **measured}
         if model in LLAVA_SHAPES:
             result["config"]["tied"] = tied
         if out is not None:
@@ -248,22 +263,6 @@ def _real_job(name: str, dtype: str, attn: str | None, image: Path | None, quest
 
     picture = open_image(image or SAMPLE)
     return prepare(*load(name, dtype, None, attn), picture, question, max_new_tokens=max_new_tokens)
-
-
-def _command(context: typer.Context) -> str:
-    """Write the command with the options that were given."""
-    words = ["foveate", "bench", "model"]
-    for parameter in context.command.params:
-        value, source = context.params[str(parameter.name)], context.get_parameter_source(str(parameter.name))
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            item = item.value if isinstance(item, Enum) else item
-            if isinstance(item, bool):
-                words.append(parameter.opts[0] if item else (parameter.secondary_opts or [""])[0])
-            else:
-                words += [parameter.opts[0], str(item)]
-    return shlex.join(words)
 
 
 def _plot(path: Path, result: dict[str, Any]) -> None:

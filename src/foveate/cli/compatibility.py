@@ -13,6 +13,7 @@ from foveate.core.probes import (
     Keys,
     LayerAttention,
     LayerKeys,
+    LayerProbe,
     LayerStates,
     Prior,
     Query,
@@ -32,8 +33,9 @@ _PAGE = """\
 `foveate table` writes this page. A method runs on a family if the family gives everything that the method reads;
 where it does not, `foveate.reduce` and `foveate.attach` say what is missing and which methods run.
 
-✓: runs. (✓): runs on the images whose token grid is known, which for `generic` are those with a square number of
-tokens. -: the family lacks what the method needs, with its default parameters.
+✓: runs. (✓): for `generic`, runs on the images whose token grid is known, which are those with a square number of
+tokens, or on the models whose [attention can be read](families/generic.md#attention). -: the family lacks what the
+method needs, with its default parameters.
 
 ## What methods read
 
@@ -56,9 +58,11 @@ encoder.
 
 
 def runs(method: Method | type[Method], family: Family) -> str:
-    """Return whether a method runs on a family: ``"yes"``, ``"no"``, or on ``"some"`` images."""
+    """Return whether a method runs on a family: ``"yes"``, ``"no"``, or on ``"some"`` images or models."""
     if family.lacks(method) or (method.video_only and "video" not in family.kinds):
         return NO
+    if family.opaque and any(isinstance(probe, LayerProbe) for probe in declared(method, "needs")):
+        return SOME
     return SOME if declared(method, "reads_grid") and not family.has_grid else YES
 
 
@@ -109,6 +113,13 @@ def _facts(name: str) -> list[str]:
     return [f"`{name}`", link, method.stage, read, declared(method, "merges") or "no", method.complexity]
 
 
+def _attention(family: str) -> str:
+    known = all_families()[family]
+    if not known.has_attention:
+        return NO
+    return SOME if known.opaque else YES  # of other models, some give it
+
+
 def page() -> str:
     """Return the table as a page of markdown."""
     data = table()
@@ -119,7 +130,7 @@ def page() -> str:
     given = [
         [
             f"`{f['name']}`", ", ".join(f["model_types"]) or "any other", ", ".join(f["inputs"]),
-            *(MARKS[YES if f[key] else NO] for key in ("cls", "attention")),
+            MARKS[YES if f["cls"] else NO], MARKS[_attention(f["name"])],
             MARKS[YES if f["grid"] else SOME], MARKS[YES if f["resizes"] else NO], ", ".join(f["positions"]),
         ]
         for f in data["families"]

@@ -21,13 +21,15 @@ from foveate.core.errors import InputError
 _errors = Console(stderr=True)
 LMMS = "--harness lmms-eval"
 OPTIONS = {
-    "--harness scenes": ("harness", "methods", "keep", "images", "seed", "processes", "out", "page"),
+    "--harness scenes": (
+        "harness", "methods", "keep", "images", "seed", "processes", "out", "page", "rectify", "absorb",
+    ),
     "--backbone": ("backbone", "methods", "keep", "images", "seed", "out", "page"),
     "--published": ("published",),
     "--against-paper": ("against_paper",),
     LMMS: (
         "harness", "methods", "keep", "out", "model", "tasks", "batch_size", "limit", "include_path", "samples",
-        "dtype", "attn", "device_map",
+        "dtype", "attn", "device_map", "rectify", "absorb",
     ),
 }  # fmt: skip
 """What each way to use the command takes, beside ``--json``."""
@@ -56,8 +58,8 @@ def evaluate(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Visual tokens to keep, with commas, in place of the budgets of JSON files; by default 64,32,16, and "
-            "files as they are. lmms-eval: one budget."
+            help="Visual tokens to keep, with commas, in place of the budgets of JSON files; by default 64,32,16,8, "
+            "and files as they are. lmms-eval: one budget."
         ),
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Scenes.  \\[default: 300, of a backbone 150]")] = None,
@@ -87,6 +89,14 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="lmms-eval: auto, float32, bfloat16 or float16.")] = "auto",
     attn: Annotated[str | None, typer.Option(help="lmms-eval: sdpa, eager, flash_attention_2.")] = None,
     device_map: Annotated[str | None, typer.Option(help="lmms-eval: as in transformers.")] = None,
+    rectify: Annotated[
+        float,
+        typer.Option(help="Strength of a bias on attention to kept tokens. Of scenes also with it, in a column."),
+    ] = 0.0,
+    absorb: Annotated[
+        bool,
+        typer.Option("--absorb", help="Average dropped tokens into kept ones. Of scenes also with it and rectify 1."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure accuracy: methods by budgets on scenes, a backbone, or public benchmarks; or show published numbers."""
@@ -102,7 +112,7 @@ def evaluate(
     check_methods(_names(methods))
     options = {
         "batch_size": batch_size, "limit": limit, "out": out, "include_path": include_path, "samples": samples,
-        "dtype": dtype, "attn": attn, "device_map": device_map,
+        "dtype": dtype, "attn": attn, "device_map": device_map, "rectify": rectify, "absorb": absorb,
     }  # fmt: skip
     if published is not None:
         _list_published(published, as_json)
@@ -113,7 +123,9 @@ def evaluate(
     elif backbone is not None:
         _backbone(methods, keep, images or 150, seed, out, page, as_json)
     else:
-        _scenes(methods, keep, images or 300, seed, processes, out or Path("runs/leaderboard.json"), page, as_json)
+        variants = [(rectify, False)] * (rectify != 0) + [(1.0, True)] * absorb
+        out = out or Path("runs/leaderboard.json")
+        _scenes(methods, keep, images or 300, seed, processes, out, page, variants, as_json)
 
 
 def _check_options(context: typer.Context, wanted: dict[str, bool]) -> None:
@@ -129,7 +141,7 @@ def _check_options(context: typer.Context, wanted: dict[str, bool]) -> None:
 
 def _scenes(
     methods: str | None, keep: str | None, images: int, seed: int, processes: int, out: Path, page: Path | None,
-    as_json: bool,
+    variants: list[tuple[float, bool]], as_json: bool,
 ) -> None:  # fmt: skip
     from foveate.eval import leaderboard
     from foveate.eval.plot import plot
@@ -139,7 +151,7 @@ def _scenes(
         task = bar.add_task("answers", total=None)
         result = leaderboard.leaderboard(
             _names(methods), _budgets(keep), images, seed, rows, processes,
-            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda done, total: bar.update(task, completed=done, total=total), variants,
         )  # fmt: skip
     write_json(out, result)
     if page is not None:
@@ -279,20 +291,22 @@ def _bar(what: str) -> Progress:
 def _show(result: dict[str, Any]) -> None:
     from foveate.eval import leaderboard
 
+    variants = leaderboard.variants_of(result)
     rows = [
         [
             str(row["budget"]), row["method"], f"{row['tokens']:g}",
             f"{row['relative']['average']:.1f} ± {row['relative']['error']:.1f}",
             f"{row['worst']['kind']} {row['worst']['relative']:.0f}", f"{row['loyalty']['agreement']:.1f}",
             leaderboard.cost_share(row, "of_unpruned"), _p(row["against"].get("random")),
-            _p(row["against"].get("best")),
+            _p(row["against"].get("best")), *(leaderboard.variant_cell(row, v) for v in variants),
         ]
         for row in result["rows"]
     ]  # fmt: skip
     head = ["budget", "method", "tokens", "relative average", "worst kind", "loyalty", "FLOPs", "p random", "p best"]
-    _print_table(head, rows)
+    _print_table([*head, *variants], rows)
     for one in result["left_out"]:
-        print(f"left out: {one['method']} at {', '.join(map(str, one['budgets']))} tokens: {one['reason']}")
+        name = " ".join(filter(None, [one["method"], one.get("variant")]))
+        print(f"left out: {name} at {', '.join(map(str, one['budgets']))} tokens: {one['reason']}")
 
 
 def _p(gap: dict[str, Any] | None) -> str:

@@ -117,7 +117,9 @@ def inside(
 @guarded
 def report(
     result: Annotated[Path, typer.Argument(help="What `foveate eval --out` wrote.")],
-    page: Annotated[Path, typer.Argument(help="Markdown page that has the table's two marker lines.")],
+    page: Annotated[
+        Path, typer.Argument(help="Markdown page that has the marker lines of the README's or of Gaze's table.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Put a few rows of the leaderboard into a page."""

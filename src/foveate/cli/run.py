@@ -13,7 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
+from foveate.cli.tools import (
+    ERRORS,
+    Absorb,
+    Json,
+    Rectify,
+    guarded,
+    load,
+    make_folder,
+    print_json,
+    reducer_from,
+    write_json,
+)  # fmt: skip
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes, show_flops, show_time
 
@@ -52,6 +63,8 @@ def run(
     ] = None,
     positions: Annotated[str | None, typer.Option(help="original or compact.  \\[default: as in the paper]")] = None,
     separators: Annotated[str, typer.Option(help="Newline and frame tokens: drop, keep or nonempty.")] = "drop",
+    rectify: Rectify = 0.0,
+    absorb: Absorb = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on the answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs; the median counts.")] = 3,
     as_json: Json = False,
@@ -69,7 +82,7 @@ def run(
         from foveate.measure.video import open_video
 
         where, between = cast("Positions | None", positions), cast("Separators", separators)
-        Settings.make(reducer, where, between)
+        Settings.make(reducer, where, between, rectify=rectify, absorb=absorb)
         *images, question = asked
         if not images and video is None:
             raise InputError(f"one argument, {question!r}: pass an image or --video, and a question")
@@ -82,7 +95,7 @@ def run(
         others = baselines(job, reducer, ERRORS.print) if compare else []
         with ERRORS.status("running") as status:
             arms = [None, reducer, *others]
-            unpruned, pruned, *rest = run_methods(job, arms, where, between, repeats, status.update)
+            unpruned, pruned, *rest = run_methods(job, arms, where, between, repeats, status.update, rectify, absorb)
             data = summarize(job, unpruned, pruned, rest)
             status.update("drawing")
             folder = make_folder(out, f"{Path(images[0] if images else str(video)).stem}-{reducer.name}")
@@ -93,7 +106,7 @@ def run(
         data = {
             **data, "model": model, "images": images, "video": video, "question": question, "overlay": overlay,
             "dtype": str(loaded.dtype).removeprefix("torch."), "attention": loaded.config._attn_implementation,
-            "versions": versions(), "machine": machine(),
+            "rectify": rectify, "absorb": absorb, "versions": versions(), "machine": machine(),
         }  # fmt: skip
         write_json(folder / "result.json", data)
     if as_json:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from foveate.cli.names import check_methods
-from foveate.cli.tools import ERRORS, Json, guarded, load, make_folder, print_json, write_json
+from foveate.cli.tools import ERRORS, Absorb, Json, Rectify, guarded, load, make_folder, print_json, write_json
 from foveate.core.errors import InputError
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -64,6 +64,8 @@ def tune(
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help="Text with {question} and an <image> per image.")] = None,
+    rectify: Rectify = 0.0,
+    absorb: Absorb = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on answers.")] = 32,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.  \\[default: torch's own]")] = None,
     clock: Annotated[Clocks, typer.Option(help="cpu: processor time of one thread, for busy machines.")] = Clocks.wall,
@@ -103,7 +105,8 @@ def tune(
             "wish": {"max_loss": max_loss, "speedup": speedup, "by": by.value, "confidence": confidence},
             "dtype": str(loaded.dtype).removeprefix("torch."), "device": str(loaded.device),
             "attention": loaded.config._attn_implementation, "prompt_template": prompt_template,
-            "max_new_tokens": max_new_tokens, "clock": clock.value, "threads": threads,
+            "max_new_tokens": max_new_tokens, "clock": clock.value, "threads": threads, "rectify": rectify,
+            "absorb": absorb,
         }  # fmt: skip
         check_clock(clock.value, loaded.device)
         folder = make_folder(out, f"{prompts.stem}-tune")
@@ -111,7 +114,7 @@ def tune(
         ERRORS.print(f"{len(found)} candidates, {len(asked)} prompts; rows go to {folder}", highlight=False)
         if len(journal):
             ERRORS.print(f"going on behind {len(journal)} prompts that were asked before", highlight=False)
-        asker = Asker(loaded, processor, prompt_template, max_new_tokens, seed, CLOCKS[clock.value])
+        asker = Asker(loaded, processor, prompt_template, max_new_tokens, seed, CLOCKS[clock.value], rectify, absorb)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=ERRORS) as progress:
             bar = progress.add_task("starting", total=None)

@@ -13,7 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.names import check_methods
-from foveate.cli.tools import ERRORS, Json, guarded, load, make_folder, print_json, reducer_from, write_json
+from foveate.cli.tools import (
+    ERRORS,
+    Absorb,
+    Json,
+    Rectify,
+    guarded,
+    load,
+    make_folder,
+    print_json,
+    reducer_from,
+    write_json,
+)  # fmt: skip
 from foveate.core.errors import InputError
 from foveate.measure.units import show_bytes, show_flops, show_time
 
@@ -38,6 +49,8 @@ def view(
     device_map: Annotated[str | None, typer.Option(help="As in transformers: auto, cpu, cuda:1.")] = None,
     attn: Annotated[str | None, typer.Option(help="Attention implementation: sdpa, eager, flash_attention_2.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help="Text with <image> and {question}.")] = None,
+    rectify: Rectify = 0.0,
+    absorb: Absorb = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Limit on the answer.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs; the median counts.")] = 3,
     app: Annotated[bool, typer.Option("--app", help="Choose image, methods and budgets in the browser.")] = False,
@@ -53,7 +66,7 @@ def view(
             if as_json:
                 raise InputError("--app gives no document to print: leave out --json")
             _serve(image, question, model, methods, budgets, (dtype, device_map, attn), prompt_template,
-                   max_new_tokens, repeats, host, port)  # fmt: skip
+                   max_new_tokens, repeats, host, port, rectify, absorb)  # fmt: skip
             return
         if image is None or question is None:
             raise InputError("give an image file and a question, or --app to choose them in the browser")
@@ -70,13 +83,13 @@ def view(
         loaded, processor = load(model, dtype, device_map, attn)
         job = prepare(loaded, processor, picture, question, prompt_template, max_new_tokens)
         with ERRORS.status("running") as status:
-            comparison = compare(job, picture, question, model, made, budgets, repeats, status.update)
+            comparison = compare(job, picture, question, model, made, budgets, repeats, status.update, rectify, absorb)
             status.update("drawing")
             folder = make_folder(out, f"{Path(image).stem}-view")
             save_sheet(folder / "view.png", comparison)
             write_page(folder / "view.html", comparison)
         files = {"picture": str(folder / "view.png"), "page": str(folder / "view.html")}
-        data = {**comparison.to_dict(), **files}
+        data = {**comparison.to_dict(), "rectify": rectify, "absorb": absorb, **files}
         write_json(folder / "view.json", data)
     if as_json:
         print_json(data)
@@ -92,7 +105,7 @@ def make_reducer(method: str, keep: str) -> Any:
 def _serve(
     image: str | None, question: str | None, model: str, methods: tuple[str, ...], budgets: tuple[str, ...],
     kind: tuple[str, str | None, str | None], template: str | None, max_new_tokens: int, repeats: int,
-    host: str, port: int,
+    host: str, port: int, rectify: float, absorb: bool,
 ) -> None:  # fmt: skip
     from foveate.measure.loading import open_image, prompt_for
     from foveate.viz.app import build, serve
@@ -107,7 +120,7 @@ def _serve(
     loaded, processor = load(model, *kind)
     blocks = build(
         loaded, processor, model, make_reducer, image=image, question=question, methods=methods, budgets=budgets,
-        template=template, max_new_tokens=max_new_tokens, repeats=repeats,
+        template=template, max_new_tokens=max_new_tokens, repeats=repeats, rectify=rectify, absorb=absorb,
     )  # fmt: skip
     serve(blocks, host, port, lambda address: ERRORS.print(f"open {address} (stop with Ctrl+C)", highlight=False))
 

@@ -31,6 +31,8 @@ class Rows:
         How many keys up to its own a token sees; `None` if all.
     softcap
         Bound on the logits, as in Gemma 2.
+    bias
+        ``[B, K]``: what the logits of each key are raised by.
     """
 
     query: Tensor
@@ -39,6 +41,7 @@ class Rows:
     mask: Tensor | None = None
     window: int | None = None
     softcap: float | None = None
+    bias: Tensor | None = None
 
     @classmethod
     def of_call(cls, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Mapping[str, Any]) -> Rows:
@@ -67,6 +70,8 @@ class Rows:
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             logits = logits.reshape(batch, heads, size, keys)
+            if self.bias is not None:
+                logits = logits + self.bias[:, None, None].to(logits)
             hidden = torch.finfo(torch.float32).min
             yield part, logits.masked_fill(~self._visible(index)[:, None], hidden).softmax(dim=-1)
 

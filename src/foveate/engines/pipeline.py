@@ -19,8 +19,9 @@ from foveate.core.encoder import EncoderReducer
 from foveate.core.errors import InputError
 from foveate.core.in_llm import of_encoder
 from foveate.core.merges import joined
-from foveate.core.probes import ClsSimilarity, ClsToken, Features, Probe, Query
+from foveate.core.probes import ClsSimilarity, ClsToken, Embeddings, Features, Probe, Query
 from foveate.core.ranking import cosine_matrix
+from foveate.core.rectify import Shares, absorbed, shares_of
 from foveate.core.reducer import Method, identity
 from foveate.core.selection import Merge, Selection, SpanSelection
 from foveate.core.spans import Span
@@ -59,12 +60,15 @@ class Decision:
         ``[K, D]`` per span: what the LLM gets.
     tokens
         What the methods saw; `None` if they had smaller pictures encoded.
+    shares
+        What the kept tokens of each span stand for, if the settings ask for it and not all are kept.
     """
 
     spans: tuple[Span, ...]
     selection: Selection
     embeds: list[Tensor]
     tokens: VisualTokens | None
+    shares: tuple[Shares, ...] | None = None
 
 
 @defaults()
@@ -102,18 +106,37 @@ def run(
             raise InputError(f"{settings.judging[0].name} reads the vision encoder, and cannot follow {before.name}")
         decision = _shrink(model, family, inputs, spans, before)
     else:
-        readers = [r for r in (before, *settings.judging) if r is not None]
-        tokens = look(model, family, inputs, spans, readers) if seen is None else seen
+        tokens = look(model, family, inputs, spans, readers(settings)) if seen is None else seen
         meter.stop("vision")
         selection = decide(tokens, settings)
         meter.stop("select")
+        if settings.represents and not selection.is_identity and not _inside_encoder(before):
+            tokens = family.with_embeddings(model, tokens, (Embeddings(),)) if tokens.embedded is None else tokens
         embeds = family.embed(model, tokens, selection, None if before is None else before.merges)
         decision = Decision(tuple(spans), selection, embeds, tokens)
+    if settings.represents and not decision.selection.is_identity:
+        decision = _represented(decision, settings)
     meter.stop("vision")
     meter.decided(decision)
     applied = apply(decision)
     meter.stop("select")
     return applied
+
+
+def _inside_encoder(method: Method | None) -> bool:
+    return isinstance(method, EncoderReducer)
+
+
+def _represented(decision: Decision, settings: Settings) -> Decision:
+    """Work out what the kept tokens stand for, and let them absorb it where this is asked for."""
+    embedded = None if decision.tokens is None else decision.tokens.embedded
+    found = shares_of(decision.spans, decision.selection, embedded)
+    embeds = decision.embeds
+    if settings.absorb:
+        assert embedded is not None
+        pairs = zip(decision.spans, embeds, found, embedded, strict=True)
+        embeds = [absorbed(kept, own, rows[: len(span)]) for span, kept, own, rows in pairs]
+    return replace(decision, embeds=embeds, shares=found)
 
 
 @defaults()
@@ -132,18 +155,18 @@ def look(
             return family.encode_inside(model, inputs, spans, reducer)
     probes = probes_of(reducers)
     budgets = tuple(dict.fromkeys(budget for reducer in reducers for budget in reducer.coverages()))
-    tokens = family.encode(model, inputs, spans, (*probes, ClsToken()) if ClsSimilarity() in probes else probes)
+    tokens = family.encode(model, inputs, spans, probes)
     if tokens.device.type == "cpu":  # elsewhere selection waits for nothing, and pixels alone are checked
         check_features(tokens.spans, tokens.hidden)
     if ClsSimilarity() in probes:
-        tokens = _with_cls_similarity(tokens)
+        tokens = with_cls_similarity(tokens)
     if Query() in probes:
         tokens = replace(tokens, queries=family.query(model, inputs, spans))
     return with_coverage(tokens, budgets) if budgets else tokens
 
 
 @neutral()
-def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
+def with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     """Compare the patches of each crop with its ``[CLS]`` token, for the probe `ClsSimilarity`."""
     features, similarity = iter(tokens.probe(Features())), []
     for span, hidden in zip(tokens.spans, tokens.hidden, strict=True):
@@ -155,11 +178,18 @@ def _with_cls_similarity(tokens: VisualTokens) -> VisualTokens:
     return replace(tokens, planes={**tokens.planes, ClsSimilarity(): similarity})
 
 
+def readers(settings: Settings) -> list[Method]:
+    """Return the methods that read the vision encoder."""
+    return [r for r in (settings.before, *settings.judging) if r is not None]
+
+
 def probes_of(reducers: Sequence[Method]) -> tuple[Probe, ...]:
-    """Return the probes that some reducers and their budgets read."""
+    """Return the probes that some reducers and their budgets read, and what these are made of."""
     probes = dict.fromkeys(probe for reducer in reducers for probe in of_encoder(reducer))
     if any(reducer.coverages() for reducer in reducers):
         probes[SALIENCY] = None
+    if ClsSimilarity() in probes:
+        probes[ClsToken()] = None
     return tuple(probes)
 
 

@@ -47,12 +47,24 @@ class Settings:
     inside_positions
         The same as `positions` of methods inside the LLM, where ``"compact"`` numbers the tokens anew behind each
         boundary at which some are dropped.
+    rectify
+        Strength of a bias on the attention to each kept token: that many times the logarithm of how many tokens it
+        stands for. 0 for none; 0.5 is a good start, and 1 with `absorb`.
+    absorb
+        Whether embeddings of kept tokens become the means of what they stand for. It does not turn `rectify` on.
     """
 
     reducer: Method
     positions: Positions
     separators: Separators
     inside_positions: Positions
+    rectify: float = 0.0
+    absorb: bool = False
+
+    @property
+    def represents(self) -> bool:
+        """Whether it matters what kept tokens stand for."""
+        return self.absorb or self.rectify > 0
 
     @property
     def before(self) -> Reducer | Chain | None:
@@ -80,6 +92,8 @@ class Settings:
         positions: Positions | None = None,
         separators: Separators = "drop",
         family: Family | None = None,
+        rectify: float = 0.0,
+        absorb: bool = False,
     ) -> Settings:
         """Work out how a method is applied, on a family or, before a model is there, on any.
 
@@ -93,7 +107,8 @@ class Settings:
         UnsupportedModelError
             If the engine, or the family, lacks what the method needs.
         InputError
-            If positions or separators are none of these, or do not go with the method or the family.
+            If positions, separators, `rectify` or `absorb` are none of these, or do not go with the method or the
+            family.
         """
         if strange := [r for r in reducer.stages() if r.stage == "projector"]:
             raise UnsupportedModelError(f"{strange[0].name} acts at the stage 'projector', which this engine lacks")
@@ -104,6 +119,7 @@ class Settings:
             raise InputError(f"positions are 'original' or 'compact', not {positions!r}")
         if separators not in ("drop", "keep", "nonempty"):
             raise InputError(f"separators are 'drop', 'keep' or 'nonempty', not {separators!r}")
+        check_representation(reducer, rectify, absorb)
         before, inside = split(reducer.stages())
         # A smaller picture is a grid of its own: the rows that separators would close are not there.
         if any(r.stage == "pixels" for r in before) and separators != "drop":
@@ -119,7 +135,31 @@ class Settings:
             )
         # The last method's paper counts: it leaves the tokens that the LLM is given.
         own = [part[-1].positions if part and not fixed else "original" for part in (before, inside)]
-        return cls(reducer, positions or own[0], separators, positions or own[1])
+        return cls(reducer, positions or own[0], separators, positions or own[1], float(rectify), absorb)
+
+
+def check_representation(reducer: Method, rectify: float, absorb: bool) -> None:
+    """Raise `InputError` unless a method goes with the options `rectify` and `absorb`."""
+    if not isinstance(rectify, int | float) or isinstance(rectify, bool) or not 0 <= rectify < float("inf"):
+        raise InputError(f"rectify is a finite number from 0 on, such as 0.5, not {rectify!r}")
+    if not isinstance(absorb, bool):
+        raise InputError(f"absorb is True or False, not {absorb!r}")
+    if not absorb:
+        return
+    before, _ = split(reducer.stages())
+    if not before:
+        raise InputError(
+            f"absorb averages embeddings before the LLM, and {reducer.name} drops nothing there: use rectify alone"
+        )
+    if asking := [part for part in before if part.query_aware]:
+        raise InputError(
+            f"{asking[0].name} chooses tokens by the question, and absorb would mix what it rejects into them: use "
+            "rectify alone"
+        )
+    if strange := [part for part in before if part.stage != "before_llm"]:
+        raise InputError(
+            f"{strange[0].name} leaves no embeddings of dropped tokens that could be absorbed: use rectify alone"
+        )
 
 
 def _check_family(reducer: Method, family: Family) -> None:

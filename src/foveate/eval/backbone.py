@@ -18,11 +18,11 @@ from torch import Tensor, nn
 import foveate.nano as nano
 from foveate.core.checks import checked_values, selected
 from foveate.core.errors import FoveateError, InputError
-from foveate.core.probes import Embeddings, Features, Probe
+from foveate.core.probes import ClsSimilarity, Embeddings, Features, Probe
 from foveate.core.reducer import Method, Reducer
 from foveate.core.spans import Crop, Span
 from foveate.core.tokens import VisualTokens
-from foveate.engines.pipeline import probes_of
+from foveate.engines.pipeline import probes_of, with_cls_similarity
 from foveate.eval import dinov2
 from foveate.eval.scenes import DRAWS, SPLIT, draws
 from foveate.eval.statistics import holm, sign_flip
@@ -257,7 +257,8 @@ def _tokens(span: Span, features: Tensor, values: Any, probes: Sequence[Probe]) 
     planes = token_planes(span.crops, (GRID, GRID), read[:, 1:], values)
     planes[Embeddings()] = planes[Features()]
     tokens = VisualTokens((span,), planes, features.device, [read[0, 1:]])
-    return with_cls(tokens, read[:, 0], probes)
+    tokens = with_cls(tokens, read[:, 0], probes)
+    return with_cls_similarity(tokens) if ClsSimilarity() in probes else tokens
 
 
 def _kinds(labels: Tensor) -> set[int]:

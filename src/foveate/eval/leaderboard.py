@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,11 +22,13 @@ from foveate.eval.scenes import (
     Answers,
     Counts,
     Entry,
+    Variant,
     as_they_are,
     blocks,
     budgets_of,
     collect,
     entries,
+    varied,
     weights_digest,
 )
 from foveate.eval.statistics import FLIPS, RESAMPLES, holm, relative_average, sign_flip
@@ -50,6 +53,7 @@ def leaderboard(
     rows: Path,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    variants: Sequence[Variant] = (),
 ) -> Result:
     """Run methods on test scenes, as far as that has not been done, and work out all figures.
 
@@ -61,6 +65,8 @@ def leaderboard(
         Visual tokens to keep, of files instead of their own budgets. `None`: `BUDGETS`, and files as they are.
     images, seed, rows, processes, progress
         See `foveate.eval.scenes.collect`.
+    variants
+        What each method is also run with, at every budget, for columns of their own.
 
     Returns
     -------
@@ -76,13 +82,17 @@ def leaderboard(
     jobs = [prepare(model, processor, s.image, s.questions[0].text, max_new_tokens=1) for s in shown]
     own = as_they_are(jobs[0], methods) if budgets is None else {}
     found, left_out = entries(model, methods, BUDGETS if budgets is None else budgets, total, own)
+    more, not_so = varied(model, found, variants)
+    left_out, plain = left_out + not_so, found
+    found = [*plain, *more]
     answers = collect(found, images, seed, rows, processes, progress)
-    costs = _costs(jobs, found)
+    costs = _costs(jobs, plain)
     return {
         "config": {
             "model": "nano", "weights": weights_digest(), "split": SPLIT, "seed": seed, "images": images,
-            "questions": int(answers[UNPRUNED].asked.sum()), "draws": DRAWS, "budgets": budgets_of(found),
+            "questions": int(answers[UNPRUNED].asked.sum()), "draws": DRAWS, "budgets": budgets_of(plain),
             "visual_tokens": total, "dtype": "float32", "device": "cpu", "attention": config._attn_implementation,
+            "variants": list(dict.fromkeys(entry.variant for entry in more)),
             "bootstrap_samples": RESAMPLES, "sign_flips": FLIPS,
         },
         "versions": versions(),
@@ -100,16 +110,14 @@ def _plain(answers: Answers) -> dict[str, Any]:
 def table_rows(
     found: Sequence[Entry], answers: Mapping[str, Answers], costs: Mapping[Any, Any]
 ) -> list[dict[str, Any]]:
-    """Work out the figures of each entry that has a method, best first within a budget."""
+    """Work out the figures of each entry that has a method, best first within a budget; variants in their rows."""
     unpruned = answers[UNPRUNED]
     rows, right = [], {}
     for entry in found:
-        if not entry.reducers:
+        if not entry.reducers or entry.variant:
             continue
         conditions = entry.conditions()
-        draws = [answers[condition.name] for condition in conditions]
-        total = np.sum([d.right for d in draws], axis=0)
-        mean = total / len(draws)
+        draws, total, mean = _draws(entry, answers)
         right[entry.method, entry.budget] = mean.sum(axis=1)
         summary = Tally(total, len(draws) * unpruned.asked).summary()
         kinds = {kind: _relative(mean, unpruned.right, kind) for kind in ASKED_KINDS}
@@ -128,10 +136,46 @@ def table_rows(
             "cost": costs.get((entry.method, entry.budget)),
             "commits": sorted({commit for d in draws for commit in d.commits}),
         })  # fmt: skip
+    _add_variants(rows, right, found, answers)
     order = budgets_of(found)
     for budget in order:
         _compare([row for row in rows if row["budget"] == budget], right, unpruned)
     return sorted(rows, key=lambda row: (order.index(row["budget"]), -row["relative"]["average"]))
+
+
+def _draws(entry: Entry, answers: Mapping[str, Answers]) -> tuple[list[Answers], NDArray[Any], NDArray[Any]]:
+    """Return the answers of an entry's draws, and its right ones per image and kind: their sum and their mean."""
+    draws = [answers[condition.name] for condition in entry.conditions()]
+    total = np.sum([d.right for d in draws], axis=0)
+    return draws, total, total / len(draws)
+
+
+def _add_variants(
+    rows: Sequence[dict[str, Any]], right: Mapping[Any, NDArray[Any]], found: Sequence[Entry],
+    answers: Mapping[str, Answers],
+) -> None:  # fmt: skip
+    """Add to each row what the variants of its method come to, and their paired gain over the plain one."""
+    unpruned = answers[UNPRUNED]
+    of = {(row["method"], row["budget"]): row for row in rows}
+    pairs: dict[Any, list[tuple[dict[str, Any], NDArray[Any]]]] = defaultdict(list)
+    for entry in found:
+        if not entry.variant:
+            continue
+        draws, total, mean = _draws(entry, answers)
+        summary = Tally(total, len(draws) * unpruned.asked).summary()
+        shown = of[entry.method, entry.budget].setdefault("variants", {})[entry.variant] = {
+            "accuracy": summary.pop("all"),
+            "kinds": {kind: {**summary[kind], "relative": _relative(mean, unpruned.right, kind)} for kind in summary},
+            "relative": relative_average(mean, unpruned.right),
+            "loyalty": _loyalty(draws, unpruned),
+            "commits": sorted({commit for d in draws for commit in d.commits}),
+        }
+        pairs[entry.variant, entry.budget].append((shown, mean.sum(axis=1) - right[entry.method, entry.budget]))
+    asked = unpruned.asked.sum(axis=1)
+    for gaps in pairs.values():
+        for (shown, gap), p in zip(gaps, holm([sign_flip(gap) for _, gap in gaps]), strict=True):
+            gain = clustered(gap, asked)
+            shown["gain"] = {"points": gain["accuracy"], "error": gain["error"], "p": round(p, 5)}
 
 
 def _relative(right: NDArray[Any], unpruned: Counts, kind: str) -> float:
@@ -231,19 +275,32 @@ def _table(result: Result, budget: int) -> str:
     rows = [row for row in result["rows"] if row["budget"] == budget]
     head = [
         "method", "tokens", "relative average", "worst kind", *ASKED_KINDS, "loyalty", "FLOPs", "KV", "above random",
-        "p", "to the best", "p",
+        "p", "to the best", "p", *variants_of(result),
     ]  # fmt: skip
-    return markdown_table(head, [_line(row) for row in rows])
+    return markdown_table(head, [_line(row, variants_of(result)) for row in rows])
 
 
-def _line(row: Mapping[str, Any]) -> list[str]:
+def variants_of(result: Result) -> list[str]:
+    """Return the variants that methods were also run with."""
+    return list(result["config"].get("variants", ()))  # results of earlier versions have none
+
+
+def variant_cell(row: Mapping[str, Any], variant: str) -> str:
+    """Return what a variant of a row's method comes to, and its gain in points; empty where it cannot run so."""
+    found = row.get("variants", {}).get(variant)
+    if found is None:
+        return ""
+    return f"{found['relative']['average']:.1f} ({found['gain']['points']:+.1f} ± {found['gain']['error']:.1f})"
+
+
+def _line(row: Mapping[str, Any], variants: Sequence[str]) -> list[str]:
     relative, against = row["relative"], row["against"]
     kinds = [f"{row['kinds'][kind]['relative']:.0f}" for kind in ASKED_KINDS]
     return [
         f"`{row['method']}`", f"{row['tokens']:g}", f"{relative['average']:.1f} ± {relative['error']:.1f}",
         f"{row['worst']['kind']} {row['worst']['relative']:.0f}", *kinds, f"{row['loyalty']['agreement']:.1f}",
         cost_share(row, "of_unpruned"), cost_share(row, "kv_of_unpruned"),
-        *_gap(against.get("random")), *_gap(against.get("best")),
+        *_gap(against.get("random")), *_gap(against.get("best")), *(variant_cell(row, v) for v in variants),
     ]  # fmt: skip
 
 

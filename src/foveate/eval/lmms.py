@@ -54,6 +54,8 @@ def run(
     positions: Positions | None = None,
     separators: Separators = "drop",
     frames: int = 32,
+    rectify: float = 0.0,
+    absorb: bool = False,
 ) -> dict[str, Any] | None:
     """Run benchmarks of lmms-eval on a model with a method attached.
 
@@ -81,7 +83,7 @@ def run(
         Ask in lmms-eval's older form of requests, which tasks that score given answers need.
     dtype, attn, device_map
         See `foveate.measure.loading.load_model`.
-    positions, separators
+    positions, separators, rectify, absorb
         See `foveate.engines.settings.Settings`.
     frames
         Frames taken from each video.
@@ -111,7 +113,7 @@ def run(
         kind = lmms_model.SimpleFoveate if simple else lmms_model.ChatFoveate
         adapter = kind(
             pretrained=model, method=reducer, batch_size=batch_size, dtype=dtype, attn=attn, device_map=device_map,
-            positions=positions, separators=separators, frames=frames,
+            positions=positions, separators=separators, frames=frames, rectify=rectify, absorb=absorb,
         )  # fmt: skip
         about, started = adapter.about(), time.perf_counter()
         results = _evaluate(adapter, tasks, manager, limit)

@@ -78,7 +78,7 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
         As of lmms-eval's command line; `device_map` goes before it.
     dtype, attn, device_map
         See `foveate.measure.loading.load_model`. Of several processes, each takes a device of its own by default.
-    positions, separators
+    positions, separators, rectify, absorb
         See `foveate.engines.settings.Settings`.
     frames
         Frames taken from each video.
@@ -99,6 +99,8 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
         positions: Any = None,
         separators: Any = "drop",
         frames: int = 32,
+        rectify: float = 0.0,
+        absorb: bool = False,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -116,7 +118,11 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
         self.batch_size = int(batch_size)
         self._handle = None
         if reducer is not None:
-            self._handle = attach(self._model, reducer, positions=positions, separators=separators)
+            self._handle = attach(
+                self._model, reducer, positions=positions, separators=separators, rectify=rectify, absorb=absorb
+            )
+        elif rectify or absorb:
+            raise InputError("rectify and absorb have no meaning without a method, as nothing is reduced: name one")
 
     @property
     def device(self) -> torch.device:
@@ -137,6 +143,8 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
             "method": None if self._reducer is None else self._reducer.to_dict(),
             "positions": settings and settings.positions,
             "separators": settings and settings.separators,
+            "rectify": settings and settings.rectify,
+            "absorb": settings and settings.absorb,
             "dtype": str(self._model.dtype).removeprefix("torch."),
             "attention": self._model.config._attn_implementation,
             "batch_size": self.batch_size,

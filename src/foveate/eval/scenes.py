@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -33,12 +33,14 @@ from foveate.nano.runner import Condition
 from foveate.registry import get_method, list_methods, load_reducer
 
 SPLIT: Final = "test"
-BUDGETS: Final = (64, 32, 16)
+BUDGETS: Final = (64, 32, 16, 8)
 DRAWS: Final = 3
 """Runs of a method that draws, each with a seed of its own."""
 BLOCK: Final = 25
 """Images whose answers are written at once."""
 Counts: TypeAlias = NDArray[np.int64]
+Variant: TypeAlias = tuple[float, bool]
+"""`rectify` and `absorb`."""
 UNPRUNED, BLIND = "unpruned", "blind"
 
 
@@ -54,20 +56,33 @@ class Entry:
         Visual tokens, or for a method inside the LLM equivalent tokens; `None` for those two.
     reducers
         One, or one per draw.
+    rectify, absorb
+        See `foveate.engines.settings.Settings`.
     """
 
     method: str
     budget: int | None = None
     reducers: tuple[Method, ...] = ()
+    rectify: float = 0.0
+    absorb: bool = False
+
+    @property
+    def variant(self) -> str:
+        """What sets it apart from the plain method, such as ``"absorb, rectify 1"``; empty for that one."""
+        parts = ["absorb"] * self.absorb + [f"rectify {self.rectify:g}"] * (self.rectify > 0)
+        return ", ".join(parts)
 
     def conditions(self) -> list[Condition]:
         """Return what the model is run with, one condition per draw."""
         if not self.reducers:
             return [Condition(self.method, wrong_image=self.method == BLIND)]
         return [
-            Condition(f"{self.method} {self.budget} {i}", r, None if isinstance(r, Chain) else r.positions)
+            Condition(
+                " ".join(filter(None, [self.method, str(self.budget), self.variant, str(i)])), r,
+                None if isinstance(r, Chain) else r.positions, rectify=self.rectify, absorb=self.absorb,
+            )
             for i, r in enumerate(self.reducers)
-        ]
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,6 +164,24 @@ def entries(
     return found, left_out
 
 
+def varied(model: Any, found: Sequence[Entry], variants: Sequence[Variant]) -> tuple[list[Entry], list[dict[str, Any]]]:
+    """Return the entries with a method once more in each variant; and which cannot run so, as in `entries`."""
+    more, reasons = [], defaultdict(list)
+    for rectify, absorb in variants:
+        for entry in (e for e in found if e.reducers):
+            own = replace(entry, rectify=rectify, absorb=absorb)
+            try:
+                _check(model, entry.reducers[0], rectify, absorb)
+                more.append(own)
+            except FoveateError as error:
+                reasons[entry.method, own.variant, str(error)].append(entry.budget)
+    left_out = [
+        {"method": method, "variant": variant, "budgets": budgets, "reason": reason}
+        for (method, variant, reason), budgets in reasons.items()
+    ]
+    return more, left_out
+
+
 def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
     depth = model.config.get_text_config().num_hidden_layers
     reducer = equal_tokens(name, budget, total, depth)
@@ -156,12 +189,12 @@ def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
     return Entry(name, budget, draws(reducer))
 
 
-def _check(model: Any, reducer: Method) -> None:
+def _check(model: Any, reducer: Method, rectify: float = 0.0, absorb: bool = False) -> None:
     if reducer.video_only:
         raise InputError(f"{reducer.name} leaves images alone")
     if reducer.guided:
         raise InputError(f"{reducer.name} needs a second model to guide this one, see foveate.guide")
-    with attach(model, reducer):
+    with attach(model, reducer, rectify=rectify, absorb=absorb):
         pass  # raises if the model cannot run the method
 
 
@@ -309,7 +342,10 @@ def weights_digest() -> str:
 
 def _key(condition: Condition, seed: int, weights: str) -> str:
     what = condition.name if condition.reducer is None else condition.reducer.to_dict()
-    return json.dumps([what, condition.positions, SPLIT, seed, weights], sort_keys=True)
+    key: list[Any] = [what, condition.positions, SPLIT, seed, weights]
+    if condition.rectify or condition.absorb:
+        key.append({"rectify": condition.rectify, "absorb": condition.absorb})
+    return json.dumps(key, sort_keys=True)
 
 
 def _block(

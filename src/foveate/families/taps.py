@@ -7,11 +7,13 @@ attention map is built.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,10 +46,14 @@ class Taps:
         scaling: float,
         bounds: Tensor | None,
         mask: Any = None,
+        out: Tensor | None = None,
     ) -> None:
-        """Read one call of a module; `bounds` are where packed sequences begin and end, if several share the call."""
+        """Read one call of a module.
+
+        `bounds` are where packed sequences begin and end, if several share the call; `out` is what it returns.
+        """
         for probe in self.probes.get(module, ()):
-            visible = None if self.lengths is not None else _visible(mask)  # cut apart, pictures need no mask
+            visible = None if self.lengths is not None else visible_keys(mask)  # cut apart, pictures need no mask
             with torch.no_grad(), neutral():
                 for q, k, v in self._sequences(query.detach(), key.detach(), value.detach(), bounds):
                     values = probe.read(Heads(q, k, v, scaling, self.lead, visible))
@@ -78,7 +84,7 @@ class Taps:
             yield from zip(*(torch.split(x, list(lengths), dim=2) for x in heads), strict=True)
 
 
-def _visible(mask: Any) -> Tensor | None:
+def visible_keys(mask: Any) -> Tensor | None:
     """Return which keys each query attends to, ``[B, 1, S or 1, S]`` bool, by the mask of any implementation.
 
     That is ``[B, S]`` and true at content, or ``[B, 1, S, S]`` and either true or zero where a key is seen.
@@ -118,7 +124,7 @@ def tap(
     if not probes:
         yield taps
         return
-    with _fused(taps) if hasattr(encoder, "timm_model") else _twin(encoder, taps):
+    with _fused(taps) if hasattr(encoder, "timm_model") else twin(encoder, taps):
         yield taps
     if missing := taps.missing():
         raise UnsupportedModelError(
@@ -129,7 +135,8 @@ def tap(
 
 
 @contextmanager
-def _twin(encoder: nn.Module, taps: Taps) -> Iterator[None]:
+def twin(encoder: nn.Module, taps: Taps) -> Iterator[None]:
+    """Show all calls that an encoder makes through the `AttentionInterface` on this thread to some taps."""
     _use_twin(encoder)
     token = _active.set(taps)
     try:
@@ -215,17 +222,23 @@ def _register_twin(name: str) -> str:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> Any:
-        seen = _seen_as(name, module)
-        if isinstance(config := getattr(module, "config", None), _Watched):
-            config.read(module, query, key, attention_mask, kwargs)
-        out = _attention_function(name, module)(seen, query, key, value, attention_mask, **kwargs)
+        call = functools.partial(_attention_function(name, module), _seen_as(name, module))
+        watched = list(_watching(module))
+        for one in watched:
+            if one.read is not None:
+                one.read(module, query, key, attention_mask, kwargs)
+        # Readers are shown what the model calls; who goes around the call may change it.
+        for one in watched:
+            if one.around is not None:
+                call = functools.partial(one.around, Around(module, name, call))
+        out = call(query, key, value, attention_mask, **kwargs)
         taps = _active.get()
         if taps is not None:
             scaling = kwargs.get("scaling")
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             bounds = kwargs.get("cu_seq_lens_q")
             # Packed sequences are cut apart by their bounds; a mask then only tells them from each other.
-            taps.read(module, query, key, value, scaling, bounds, attention_mask if bounds is None else None)
+            taps.read(module, query, key, value, scaling, bounds, attention_mask if bounds is None else None, out[0])
         return out
 
     AttentionInterface.register(twin, attention)
@@ -245,23 +258,46 @@ class _View:
 
 
 class _Watched(_View):
-    """The configuration of a single attention module, which makes it alone call the twin, and a reader first."""
+    """The configuration of a single attention module, which makes it alone call the twin, which asks it what to do."""
 
-    def __init__(self, config: Any, read: Callable[..., None]):
-        super().__init__(config, read=read)
+    def __init__(self, config: Any, read: Callable[..., None] | None, around: Callable[..., Any] | None):
+        super().__init__(config, read=read, around=around)
 
     @property
     def _attn_implementation(self) -> str:
-        return _register_twin(self._seen._attn_implementation or "eager")
+        return _register_twin(_models_own(self)._attn_implementation or "eager")
 
     @property
     def seen(self) -> Any:
-        """The configuration of the model."""
+        """The configuration of the model, or what watches it besides."""
         return self._seen
 
 
+def _watching(module: nn.Module) -> Iterator[_Watched]:
+    config = getattr(module, "config", None)
+    while isinstance(config, _Watched):
+        yield config
+        config = config.seen
+
+
+def _models_own(config: Any) -> Any:
+    """Return the configuration of the model behind those that watch it."""
+    while isinstance(config, _Watched):
+        config = config.seen
+    return config
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """A call of an attention function that somebody may change: of which module and implementation, and the rest."""
+
+    module: nn.Module
+    implementation: str
+    call: Callable[..., Any]
+
+
 class Watch:
-    """Attention modules whose every call is shown to a reader before it runs, until removed.
+    """Attention modules whose every call is shown to a reader before it runs, or handed to one, until removed.
 
     Parameters
     ----------
@@ -269,9 +305,16 @@ class Watch:
         Modules that call their attention through the `AttentionInterface` of `transformers`.
     read
         Gets the module, its queries and keys, the mask and the further keywords of the call.
+    around
+        Gets an `Around`, queries, keys, values, the mask and the further keywords, and returns what the call does.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], read: Callable[..., None]):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        read: Callable[..., None] | None = None,
+        around: Callable[..., Any] | None = None,
+    ):
         for module in modules:
             if getattr(module, "config", None) is None:
                 raise UnsupportedModelError(
@@ -280,7 +323,7 @@ class Watch:
                 )
         self._modules = list(modules)
         for module in self._modules:
-            module.config = _Watched(module.config, read)  # type: ignore[assignment]
+            module.config = _Watched(module.config, read, around)  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Give the modules their own configuration back."""
@@ -290,8 +333,7 @@ class Watch:
 
 def _seen_as(name: str, module: nn.Module) -> Any:
     """Return a module as the original implementation expects it: flash attention looks its own name up there."""
-    config = getattr(module, "config", None)
-    config = config.seen if isinstance(config, _Watched) else config
+    config = _models_own(getattr(module, "config", None))
     return module if config is None else _View(module, config=_View(config, _attn_implementation=name))
 
 

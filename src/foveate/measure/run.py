@@ -96,6 +96,8 @@ def run_methods(
     separators: Separators = "drop",
     repeats: int = 3,
     say: Say = lambda _: None,
+    rectify: float = 0.0,
+    absorb: bool = False,
 ) -> list[Outcome]:
     """Run a job with each reducer, `None` being the stock model, and time the stages.
 
@@ -103,7 +105,7 @@ def run_methods(
 
     Parameters
     ----------
-    positions, separators
+    positions, separators, rectify, absorb
         See `foveate.engines.settings.Settings`.
     repeats
         Measured runs of each, of which the median counts.
@@ -118,7 +120,9 @@ def run_methods(
     for reducer in reducers:
         if reducer is not None:
             reducer.check_images(len(job.spans))
-    settings = [None if r is None else Settings.make(r, positions, separators, job.family) for r in reducers]
+    settings = [
+        None if r is None else Settings.make(r, positions, separators, job.family, rectify, absorb) for r in reducers
+    ]
     first, times = [], []
     for reducer, setting in zip(reducers, settings, strict=True):
         say(f"warming up {_name(reducer)}")

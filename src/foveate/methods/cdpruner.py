@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.author import CropBatch, CropReducer, FoveateError, determinants, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
+from foveate.methods import determinants
 
 _DEPENDENT = 1e-10  # of a token's squared norm: float64 does not tell less from nothing after many projections
 _TIE = 1e-10  # share: copies of a token differ by no more in float64

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.author import CropBatch, CropReducer, FoveateError, determinants, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
+from foveate.methods import determinants
 
 _FLOOR = 1e-3  # of the ridge: what rounding may leave of a gain that is at least the ridge
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, CropReducer, FoveateError, greedy, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _ELEMENTS = 512  # visual tokens whose shares are worked out at once
 
@@ -34,7 +34,7 @@ class MMTok(CropReducer):
     Notes
     -----
     Cosines are computed once, ``O(N^2 C + M N D)``; T picks cost ``O(T N (M + N))``. On a CPU each pick
-    looks at a few tokens, and the picks are the same, see `greedy.cover`.
+    looks at a few tokens, and the picks are the same, see `ranking.cover`.
 
     Deviations from the paper: it covers the question's words without its answer-format suffix and about 45 words that
     nothing visual corresponds to. A method sees no tokenizer, so that here every text token behind the first image
@@ -84,5 +84,5 @@ class MMTok(CropReducer):
 
 
 def cover(matrix: Tensor, count: int, taken: Tensor, noise: float) -> Tensor:
-    """Pick tokens greedily, see `greedy.cover`; entries that should be equal may differ by a share of `noise`, too."""
-    return greedy.cover(matrix, count, taken, noise, slack=noise)
+    """Pick tokens greedily, see `ranking.cover`; entries that should be equal may differ by a share of `noise`, too."""
+    return ranking.cover(matrix, count, taken, noise, slack=noise)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.author import CropBatch, CropReducer, FoveateError, greedy, probes, ranking, register
+from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 
 @register("scope")
@@ -28,7 +28,7 @@ class SCOPE(CropReducer):
     Notes
     -----
     Cosines are computed once, ``O(N^2 C)``; each pick reads them all, so that T picks cost ``O(T N^2)``. On a CPU it
-    reads those of a few tokens, and the picks are the same, see `greedy.cover`.
+    reads those of a few tokens, and the picks are the same, see `ranking.cover`.
 
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives (UNVERIFIED), and
     where a model merges patches, the merged tokens of each image by itself. Once every token is covered (no pick would
@@ -52,4 +52,4 @@ class SCOPE(CropReducer):
         saliency = crops.probe(probes.Attention()).float()
         taken = torch.zeros_like(saliency, dtype=torch.bool)
         # Tokens that add nothing rank among each other by saliency, and below all others.
-        return greedy.cover(similarity, count, taken, weight=saliency**self.alpha, spent=-1 / saliency)
+        return ranking.cover(similarity, count, taken, weight=saliency**self.alpha, spent=-1 / saliency)

@@ -16,8 +16,9 @@ from foveate.core.tokens import VisualTokens
 from foveate.engines.pipeline import look
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attach_with
+from foveate.engines.transformers.bias.hooks import biased
+from foveate.engines.transformers.caches import BIAS, cache_of, note, noted
 from foveate.engines.transformers.caches import NAME as CACHE
-from foveate.engines.transformers.caches import cache_of
 from foveate.engines.transformers.reduce import Reduced, reduce_with
 from foveate.families import family_of
 from foveate.methods import Uniform
@@ -41,12 +42,16 @@ class Condition:
         ``"original"`` or ``"compact"``; `None` leaves it to the parts of a chain.
     wrong_image : bool
         Ask each scene's questions about the scene before it: what can be answered without seeing.
+    rectify, absorb
+        See `foveate.engines.settings.Settings`.
     """
 
     name: str
     reducer: Method | None = None
     positions: Positions | None = "original"
     wrong_image: bool = False
+    rectify: float = 0.0
+    absorb: bool = False
 
 
 class Runner:
@@ -74,11 +79,16 @@ class Runner:
         """Run the visual prefix; returns its key-value cache and the position of the first word after it."""
         settings = self._settings(condition)
         reduced = self._reduced(inputs, settings, tokens)
-        cache = cache_of(self.model(**reduced, use_cache=True, logits_to_keep=1))
+        with biased(self.model, reduced.bias):
+            cache = cache_of(self.model(**reduced, use_cache=True, logits_to_keep=1))
+        note(cache, BIAS, reduced.bias)
         return cache, (inputs if settings.positions == "original" else reduced)["input_ids"].shape[1]
 
     def _settings(self, condition: Condition) -> Settings:
-        return Settings.make(condition.reducer or _UNPRUNED, condition.positions, family=self.family)
+        return Settings.make(
+            condition.reducer or _UNPRUNED, condition.positions, family=self.family, rectify=condition.rectify,
+            absorb=condition.absorb,
+        )  # fmt: skip
 
     def _reduced(self, inputs: Mapping[str, Any], settings: Settings, tokens: VisualTokens) -> Reduced:
         """Reduce inputs whose images `look` has seen; only methods that change pixels or encoder encode again."""
@@ -119,7 +129,9 @@ class Runner:
         )
         reduced = self._reduced(batch, self._settings(condition), shown)
         assert reduced.selection is not None
-        return self._last_words(reduced), sum(map(len, reduced.selection)) / count
+        with biased(self.model, reduced.bias):
+            words = self._last_words(reduced)
+        return words, sum(map(len, reduced.selection)) / count
 
     def ask_attached(self, batch: Mapping[str, Any], condition: Condition) -> tuple[list[str], float]:
         """Answer a batch of whole prompts, padded on the left, with the condition's method attached to the model.
@@ -159,9 +171,10 @@ class Runner:
         cache.batch_repeat_interleave(len(ids))
         mask = torch.ones(len(ids), seen + longest, dtype=torch.int64, device=ids.device)
         # Padding is on the right, where a causal model does not look.
-        logits = self.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{CACHE: cache}
-        ).logits
+        with biased(self.model, noted(cache, BIAS)):
+            logits = self.model(
+                input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{CACHE: cache}
+            ).logits
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
         words: Tensor = logits[torch.arange(len(ids), device=ids.device), ends].argmax(-1)
         return [str(word) for word in self.processor.tokenizer.convert_ids_to_tokens(words.tolist())]

@@ -40,6 +40,8 @@ class Asker:
         Decides in which order candidates take turns.
     now
         See `foveate.measure.timing.Clock`.
+    rectify, absorb
+        Of every candidate, see `foveate.engines.settings.Settings`.
     """
 
     model: Any
@@ -48,6 +50,8 @@ class Asker:
     max_new_tokens: int = 32
     seed: int = 0
     now: Callable[[], float] = time.perf_counter
+    rectify: float = 0.0
+    absorb: bool = False
 
     def ask(self, prompt: Prompt, candidates: Mapping[str, Method], *, count: bool = False) -> dict[str, Any]:
         """Run the unpruned model and every candidate on one prompt.
@@ -126,7 +130,9 @@ class Asker:
         return None if cost is None else cost.total
 
     def _settings(self, job: Job, reducer: Method | None) -> Settings | None:
-        return None if reducer is None else Settings.make(reducer, family=job.family)
+        if reducer is None:
+            return None
+        return Settings.make(reducer, family=job.family, rectify=self.rectify, absorb=self.absorb)
 
 
 def _total(result: Result) -> float:

@@ -43,6 +43,8 @@ def build(
     template: str | None = None,
     max_new_tokens: int = 32,
     repeats: int = 3,
+    rectify: float = 0.0,
+    absorb: bool = False,
 ) -> gr.Blocks:
     """Build the app around a loaded model. It sends nothing anywhere.
 
@@ -58,6 +60,8 @@ def build(
         See `foveate.measure.job.prepare`.
     repeats
         Measured runs per arm.
+    rectify, absorb
+        See `foveate.engines.settings.Settings`.
 
     Raises
     ------
@@ -74,8 +78,9 @@ def build(
             picture = open_image(path)
             job = prepare(model, processor, picture, asked, template, max_new_tokens)
             comparison = compare(
-                job, picture, asked, name, made, budgets, repeats, lambda line: progress(None, desc=line)
-            )
+                job, picture, asked, name, made, budgets, repeats, lambda line: progress(None, desc=line), rectify,
+                absorb,
+            )  # fmt: skip
         except FoveateError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return _FRAME.format(html.escape(page(comparison)))

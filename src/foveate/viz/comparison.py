@@ -125,6 +125,8 @@ def compare(
     budgets: Sequence[str],
     repeats: int = 3,
     say: Callable[[str], None] = lambda _: None,
+    rectify: float = 0.0,
+    absorb: bool = False,
 ) -> Comparison:
     """Measure methods at budgets, and the unpruned model beside them.
 
@@ -142,6 +144,8 @@ def compare(
         Measured runs of each, of which the median counts.
     say
         Gets a line about what is going on.
+    rectify, absorb
+        See `foveate.engines.settings.Settings`.
 
     Raises
     ------
@@ -154,8 +158,9 @@ def compare(
             edges(crop, 1, 1)  # raises
     names = list(methods)
     unpruned, *measured = run_methods(
-        job, [None, *(r for name in names for r in methods[name])], repeats=repeats, say=say
-    )
+        job, [None, *(r for name in names for r in methods[name])], repeats=repeats, say=say, rectify=rectify,
+        absorb=absorb,
+    )  # fmt: skip
     rows = [measured[i : i + len(budgets)] for i in range(0, len(measured), len(budgets))]
     order = sorted(range(len(budgets)), key=lambda i: (sum(row[i].kept for row in rows), i))
     return Comparison(

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from torch import Tensor
 
-from foveate.core.errors import AttachError
+from foveate.core.errors import AttachError, InputError
 from foveate.core.reducer import Method, Positions
 from foveate.core.selection import SpanSelection
 from foveate.engines.pipeline import UNMETERED, Meter
 from foveate.engines.settings import Separators, Settings
+from foveate.engines.transformers.bias.hooks import Biasing
 from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.priors import check_scores
@@ -24,6 +25,8 @@ from foveate.engines.transformers.results import Results
 from foveate.engines.transformers.wrapping import Wrapping
 from foveate.families import Family, family_of
 from foveate.registry import load_reducer
+
+Logits: TypeAlias = Literal["compact", "full"]
 
 _HANDLE: Final = "_foveate"
 _LOCK: Final = threading.Lock()
@@ -35,16 +38,32 @@ def attach(
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
+    rectify: float = 0.0,
+    absorb: bool = False,
+    logits: Logits = "compact",
     **config: Any,
 ) -> Handle:
     """Make a model reduce its visual tokens in ``generate`` and ``forward`` until detached.
 
-    Parameters are those of `reduce`. The handle is a context manager.
+    The handle is a context manager.
+
+    Parameters
+    ----------
+    model, method, positions, separators, rectify, absorb, config
+        Those of `reduce`, and `rectify` of `Settings`.
+    logits
+        The columns of the logits and hidden states that ``forward`` returns. ``"compact"``: those that the LLM was
+        given, which are all of the prompt's if the method acts inside it. ``"full"``: all of the prompt's, for callers
+        that look up labels or ``logits_to_keep`` there. A dropped column has what the last one before it that is left
+        has, so that the text behind an image is predicted as in the compact prompt; one in front of the first that is
+        left has zeros. The loss is the same. Attentions stay as they are.
 
     Raises
     ------
     AttachError
         If something is attached to the model already.
+    InputError
+        If positions, separators or logits are none of these, or do not go with the method or the family.
 
     Examples
     --------
@@ -56,13 +75,18 @@ def attach(
     reducer = load_reducer(method, **config)
     refuse_vllm(model, reducer)
     family = family_of(model)
-    return attach_with(model, family, Settings.make(reducer, positions, separators, family))
+    settings = Settings.make(reducer, positions, separators, family, rectify, absorb)
+    return attach_with(model, family, settings, logits=logits)
 
 
-def attach_with(model: Any, family: Family, settings: Settings, meter: Meter = UNMETERED) -> Handle:
+def attach_with(
+    model: Any, family: Family, settings: Settings, meter: Meter = UNMETERED, logits: Logits = "compact"
+) -> Handle:
     """Attach as `attach` does, with the family and the settings at hand; see `foveate.engines.pipeline.run`."""
+    if logits not in ("compact", "full"):
+        raise InputError(f"logits are 'compact' or 'full', not {logits!r}")
     settings.reducer.check(model, family)
-    return Handle(model, family, settings, meter)
+    return Handle(model, family, settings, meter, logits)
 
 
 def attached(model: Any) -> Handle | None:
@@ -75,10 +99,10 @@ class Handle:
     """A live attachment.
 
     ``generate`` is wrapped on the instance, so that prompt ids come back whole and later turns on the same cache fit;
-    ``forward`` is served by hooks, and its logits have the compact length.
+    ``forward`` is served by hooks.
     """
 
-    def __init__(self, model: Any, family: Family, settings: Settings, meter: Meter):
+    def __init__(self, model: Any, family: Family, settings: Settings, meter: Meter, logits: Logits):
         self._model, self.settings = model, settings
         with _LOCK:  # of several threads one gets the model
             if (other := attached(model)) is not None:
@@ -87,18 +111,19 @@ class Handle:
                 )
             setattr(model, _HANDLE, self)
         try:
-            self._put_on(model, family, meter)
+            self._put_on(model, family, meter, full=logits == "full")
         except BaseException:
             delattr(model, _HANDLE)
             raise
 
-    def _put_on(self, model: Any, family: Family, meter: Meter) -> None:
+    def _put_on(self, model: Any, family: Family, meter: Meter, full: bool) -> None:
         settings = self.settings
         self._call, self._results = Call(), Results()
         inside = settings.inside
-        self._layers = LayerHooks(model, family, inside, settings.inside_positions) if inside else None
+        self._layers = LayerHooks(model, family, inside, settings.inside_positions, full) if inside else None
+        self._biasing = Biasing(model, settings.rectify) if settings.rectify else None
         continuation = Continuation(model, family, settings, self._results, self._call, meter)
-        self._wrapping = Wrapping(model, continuation, self._layers, self._results, self._call)
+        self._wrapping = Wrapping(model, continuation, self._layers, self._biasing, self._results, self._call, full)
 
     @property
     def reducer(self) -> Method:
@@ -149,6 +174,8 @@ class Handle:
             if attached(self._model) is not self:
                 return
             self._wrapping.remove()
+            if self._biasing is not None:
+                self._biasing.remove()
             if self._layers is not None:
                 self._layers.remove()
             delattr(self._model, _HANDLE)

@@ -18,6 +18,7 @@ NAME: Final = next(name for name in NAMES if name in {f.name for f in dataclasse
 _NOTES: Final = "_foveate"
 COMPACTION: Final = "compaction"
 KEPT_COLUMNS: Final = "kept columns"
+BIAS: Final = "bias"
 
 
 def given_cache(inputs: Mapping[str, Any]) -> Any:
@@ -44,7 +45,8 @@ def note(cache: Any, what: str, value: Any) -> None:
     ----------
     what
         `COMPACTION`: how its first layer's columns map to those of the prompts, a `Compaction`. `KEPT_COLUMNS`: what
-        each layer keeps that keeps less than the first one, a `KeptColumns` each.
+        each layer keeps that keeps less than the first one, a `KeptColumns` each. `BIAS`: by what the logits of its
+        columns are raised, a `Bias`.
     """
     setattr(cache, _NOTES, {**getattr(cache, _NOTES, {}), what: value})
 

@@ -39,6 +39,11 @@ class Compaction:
         """Number of columns of the compact prompts, W."""
         return int(self.columns.shape[1])
 
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether every column is where it was."""
+        return self.width == self.length and not self.padded
+
     def apply(self, plane: Tensor, fill: int = 0, dim: int = 1) -> Tensor:
         """Compact a plane ``[..., B, L, ...]`` whose batch dimension is ``dim - 1`` and whose columns are `dim`."""
         moved = plane.movedim(dim, -1).movedim(dim - 1, -2)  # [..., B, L]
@@ -85,6 +90,29 @@ class Compaction:
         behind = None if self.behind is None else self.behind.repeat_interleave(times)
         columns = self.columns.repeat_interleave(times, dim=0)
         return Compaction(columns, self.length, self.padded, behind)
+
+
+def sources(columns: Tensor, length: int) -> Tensor:
+    """Return which of W columns that are left stands at each of those that there were, ``[B, length]``.
+
+    Where one was dropped, it is the last one before it that is left, from which the text behind is predicted; in front
+    of the first one that is left it is none, -1.
+
+    Parameters
+    ----------
+    columns
+        ``[B, W]`` int64, ascending: where each stood, -1 at padding.
+    """
+    index = torch.where(columns < 0, length, columns)
+    ranks = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+    return columns.new_full((len(columns), length + 1), -1).scatter(1, index, ranks)[:, :length].cummax(dim=1).values
+
+
+def spread(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows ``[B, k]`` of ``[..., B, W, C]``, zeros for -1: states and logits that nothing led to."""
+    rows = rows.to(x.device)
+    batch = torch.arange(len(rows), device=x.device)[:, None]
+    return torch.nn.functional.pad(x, (0, 0, 0, 1))[..., batch, rows, :]
 
 
 def repeats(rows: int, batch: int) -> int:

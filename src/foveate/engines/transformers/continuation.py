@@ -18,8 +18,10 @@ from foveate.core.spans import Span
 from foveate.engines.finite import check_pixels
 from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
-from foveate.engines.transformers.caches import COMPACTION, KEPT_COLUMNS, forget, noted
+from foveate.engines.transformers.bias.planes import Bias
+from foveate.engines.transformers.caches import BIAS, COMPACTION, KEPT_COLUMNS, forget, noted
 from foveate.engines.transformers.compaction import Compaction, check_mask, position_behind
+from foveate.engines.transformers.full_length import FullLength
 from foveate.engines.transformers.keywords import compact_columns, compact_planes
 from foveate.engines.transformers.priors import priors_from_scores
 from foveate.engines.transformers.prompt_tokens import Prefill, tokens_by_prompt
@@ -50,15 +52,21 @@ class Call(threading.local):
         The visual tokens that the next pass gives the LLM.
     compaction
         Of a pass outside of ``generate``: how its columns map to those of the prompts.
+    spread
+        Of such a pass whose outputs are to have the full length: what stands where.
     scores
         What `Handle.scored` was given.
+    bias
+        By what the attention logits of all columns are raised, those of a cache included.
     """
 
     generating: bool = False
     numbered: bool = False
     prefill: Prefill | None = None
     compaction: Compaction | None = None
+    spread: FullLength | None = None
     scores: Sequence[Tensor] | None = None
+    bias: Bias | None = None
 
 
 class Continuation:
@@ -74,10 +82,25 @@ class Continuation:
 
     @defaults()
     def reduce(self, inputs: Mapping[str, Any], cache: Any) -> Reduced:
-        """Return what the model is to be given in place of some inputs."""
-        filled, settings = int(cache.get_seq_length()) if cache is not None else 0, self._settings
+        """Return what the model is to be given in place of some inputs; its bias is that of all columns."""
+        filled = int(cache.get_seq_length()) if cache is not None else 0
         if not filled:
             forget(cache)
+        out, earlier = self._of_cache(inputs, cache, filled), noted(cache, BIAS)
+        if earlier is not None and not self._settings.rectify:
+            raise InputError(
+                "the tokens of this cache were attended to with a bias: attach the method with rectify, or start with "
+                "a new cache"
+            )
+        if filled and out.bias is not None:
+            out.bias = out.bias.behind(earlier, filled)
+        elif filled:
+            out.bias = earlier
+        return out
+
+    def _of_cache(self, inputs: Mapping[str, Any], cache: Any, filled: int) -> Reduced:
+        """Return the same; the bias is that of the new columns."""
+        settings = self._settings
         if not settings.inside and noted(cache, KEPT_COLUMNS):
             raise InputError(
                 "the deep layers of this cache hold fewer tokens than the first ones: attach the method inside the LLM "
@@ -176,7 +199,7 @@ class Continuation:
         """Return the M-RoPE positions ``[3, B, n]`` of the n columns that follow a cached prompt."""
         batch, length = new["input_ids"].shape
         if own is not None:
-            return rotary_axes(own, batch)[..., -length:]
+            return rotary_axes(own, batch, self._family.axes)[..., -length:]
         positions = self._family.positions(self._model, new)
         assert positions is not None
         assert prefix.behind is not None
@@ -205,7 +228,8 @@ class Continuation:
                 out.pop(key, None)
         if "mm_encoder_outputs" in tail:
             out["mm_encoder_outputs"] = tail["mm_encoder_outputs"]
-        out.selection, out.compaction = tail.selection, whole
+        out.selection, out.compaction, out.bias = tail.selection, whole, tail.bias
+        out.added = kept if only_new else None
         return out
 
 

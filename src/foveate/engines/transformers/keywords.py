@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import InputError
-from foveate.engines.transformers.compaction import Compaction, check_mask
+from foveate.engines.transformers.compaction import Compaction, check_mask, sources
 
-Role: TypeAlias = Literal["plane", "next plane", "columns", "bounds", "longest"]
+Role: TypeAlias = Literal["plane", "next plane", "columns", "bounds", "longest", "free"]
 
 ROLES: Final[Mapping[str, Role]] = {
     "input_ids": "plane",
@@ -27,13 +27,15 @@ ROLES: Final[Mapping[str, Role]] = {
     "cu_seq_lens_k": "bounds",
     "max_length_q": "longest",
     "max_length_k": "longest",
+    "feature_attention_mask": "free",
+    "input_features_mask": "free",
 }
-"""The keywords that say something about columns of the prompt.
+"""The keywords that say something about columns of the prompt, or look as if they did.
 
 A plane ``[B, L, ...]``, or ``[..., B, L]``, is compacted; the next plane holds at each column what a plane holds at the
 one behind it; columns are named by their numbers, or by how many of the last ones are meant; bounds of packed prompts,
 and the longest of them, are worked out anew (`packing`). Any other tensor of the shape of a plane is compacted, too,
-and all else is free: images and their sizes, caches, flags.
+and all else is free: images and their sizes, masks of sounds, caches, flags.
 """
 _FILL: Final = {"labels": -100, "shift_labels": -100}
 
@@ -52,7 +54,7 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
         role, fill = ROLES.get(key), pad_id if key == "input_ids" else _FILL.get(key, 0)
         if role == "columns" and value is not None:
             out[key] = compact_columns(key, value, compaction)
-        elif not isinstance(value, Tensor) or role in ("bounds", "longest"):
+        elif not isinstance(value, Tensor) or role in ("bounds", "longest", "free"):
             continue
         elif role == "next plane":
             out[key] = _next_plane(key, value, compaction, fill)
@@ -87,19 +89,23 @@ def _next_plane(key: str, value: Tensor, compaction: Compaction, fill: int) -> T
 
 def compact_columns(key: str, value: Any, compaction: Compaction) -> Any:
     """Return which columns of compact prompts are meant: a number of the last ones, or a vector of column numbers."""
+    check_columns(key, value)
     if isinstance(value, int):  # so many of the columns that are left: text, as a rule, of which none is dropped
         return value
-    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
-        raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
-    # A dropped column stands where the last one before it that is left does, as behind methods inside the LLM.
-    columns, wanted = compaction.columns.to(value.device), value.long() % compaction.length
-    before = (columns[:, None] >= 0) & (columns[:, None] <= wanted[:, None])  # [B, k, W]
-    ranks = (before * torch.arange(1, compaction.width + 1, device=value.device)).amax(dim=-1) - 1
+    ranks = sources(compaction.columns, compaction.length).to(value.device)[:, value.long()]
     if bool((ranks < 0).any()):
         raise InputError(f"{key} asks for columns in front of the first one that is left of a prompt")
     if bool((ranks != ranks[:1]).any()):
         raise InputError(f"{key} names columns that lie elsewhere in each compact prompt: pass one prompt at a time")
     return ranks[0].to(value)
+
+
+def check_columns(key: str, value: Any) -> None:
+    """Raise `InputError` unless a value is a number of columns, or a vector of their numbers."""
+    if isinstance(value, int):
+        return
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point() or value.dtype == torch.bool:
+        raise InputError(f"{key} is a number of columns or a vector of their numbers, not {value!r}")
 
 
 def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,3 +125,12 @@ def named(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     if twice := by_place.keys() & kwargs.keys():
         raise TypeError(f"{function.__qualname__}() got multiple values for argument {min(twice)!r}")
     return {**by_place, **kwargs}
+
+
+def embedded(inputs: Mapping[str, Any]) -> Tensor:
+    """Return the tensor ``[B, q, ...]`` that tells the shape of a pass."""
+    ids = inputs.get("input_ids")
+    x = inputs.get("inputs_embeds") if ids is None else ids
+    if x is None:
+        raise InputError("a model with a method attached needs input_ids")
+    return x  # type: ignore[no-any-return]

@@ -35,6 +35,8 @@ class PromptTokens:
         How many tokens of text follow the last of them.
     priors
         Scores ``[n]`` that a method inside the LLM made of the tokens before.
+    counts
+        ``[n]``: how many tokens each stands for, if that matters and methods before the LLM have dropped some.
     """
 
     sample: int
@@ -43,6 +45,7 @@ class PromptTokens:
     columns: Tensor
     behind: int
     priors: Mapping[InLlmReducer, Tensor] = field(default_factory=dict)
+    counts: Tensor | None = None
 
     @property
     def images(self) -> list[tuple[str, int]]:
@@ -146,6 +149,7 @@ def tokens_by_prompt(
     selection: Selection | None = None,
     compaction: Compaction | None = None,
     priors: Mapping[InLlmReducer, Sequence[Tensor]] | None = None,
+    counts: Sequence[Tensor] | None = None,
 ) -> list[PromptTokens]:
     """Find the visual tokens that the LLM is given of some spans, prompt by prompt.
 
@@ -157,6 +161,8 @@ def tokens_by_prompt(
         What a method before the LLM left of the spans, and where it went.
     priors
         Per method and span a score of each token that is left.
+    counts
+        Per span how many tokens each token that is left stands for.
 
     Raises
     ------
@@ -183,7 +189,8 @@ def tokens_by_prompt(
         scores = {reducer: torch.cat([values[i] for i in own]).to(device) for reducer, values in (priors or {}).items()}
         where = where if places is None else places[sample].index_select(0, where)
         left = tuple(kept[i] for i in own)
-        rows.append(PromptTokens(sample, tuple(spans[i] for i in own), left, where, behind, scores))
+        stands = None if counts is None else torch.cat([counts[i] for i in own]).to(device)
+        rows.append(PromptTokens(sample, tuple(spans[i] for i in own), left, where, behind, scores, stands))
     return rows
 
 

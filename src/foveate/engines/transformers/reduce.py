@@ -19,8 +19,9 @@ from foveate.core.selection import Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
 from foveate.engines.finite import check_pixels
-from foveate.engines.pipeline import UNMETERED, Decision, Meter, run
+from foveate.engines.pipeline import UNMETERED, Decision, Meter, probes_of, readers, run
 from foveate.engines.settings import Separators, Settings, inside_llm
+from foveate.engines.transformers.bias.planes import Bias, spread
 from foveate.engines.transformers.compaction import Compaction, full_positions, plan, position_behind
 from foveate.engines.transformers.keywords import compact_planes
 from foveate.engines.transformers.packing import check_packing, packed_prompts, repack
@@ -41,14 +42,23 @@ class Reduced(dict[str, Any]):
         How compact columns map to those of the full prompt, or `None` if the inputs are unchanged.
     spans
         The visual tokens of the full prompts.
+    added
+        Of a later turn, given without what is cached: how its own columns map to those that it was given with.
     priors
         What methods inside the LLM make of the tokens that are left, ``[K]`` per span.
+    bias
+        By what the LLM is to raise the attention logits of each column.
+    counts
+        How many tokens those that are left stand for, ``[K]`` per span.
     """
 
     selection: Selection | None = None
     compaction: Compaction | None = None
+    added: Compaction | None = None
     spans: tuple[Span, ...] = ()
     priors: Mapping[InLlmReducer, Sequence[Tensor]] = {}
+    bias: Bias | None = None
+    counts: Sequence[Tensor] | None = None
 
 
 def reduce(
@@ -58,6 +68,8 @@ def reduce(
     *,
     positions: Positions | None = None,
     separators: Separators = "drop",
+    rectify: float = 0.0,
+    absorb: bool = False,
     **config: Any,
 ) -> Reduced:
     """Encode the images of some model inputs, and return inputs that hold only the kept visual tokens.
@@ -73,8 +85,10 @@ def reduce(
         What its processor returned: ``input_ids`` ``[B, L]``, ``pixel_values``, optionally masks and labels.
     method
         A reducer, the name of one (its parameters follow as keywords), or a JSON file that `Method.save` wrote.
-    positions, separators
+    positions, separators, absorb
         See `Settings`. Positions default to those of the method's paper.
+    rectify
+        Of `attach` alone: no inputs of a model say by what its attention logits are raised.
 
     Returns
     -------
@@ -87,13 +101,18 @@ def reduce(
     UnsupportedModelError
         If the model belongs to no supported family.
     InputError
-        If placeholders and images do not match, or if the images are encoded or reduced already.
+        If placeholders and images do not match, or if the images are encoded or reduced already, or with `rectify`.
     """
     model = base_model(model)
     reducer = load_reducer(method, **config)
     refuse_vllm(model, reducer)
     family = family_of(model)
-    settings = Settings.make(reducer, positions, separators, family)
+    settings = Settings.make(reducer, positions, separators, family, rectify, absorb)
+    if settings.rectify:
+        raise InputError(
+            "rectify raises attention logits inside the LLM, which no change of its inputs does: use "
+            "foveate.attach(model, ..., rectify=...)"
+        )
     if settings.inside:
         raise UnsupportedModelError(
             f"{settings.inside[0].name} acts inside the LLM, and no change of its inputs does the same: use "
@@ -123,7 +142,7 @@ def reduce_with(
         return out
     if inputs.get("input_ids") is None:
         raise InputError("reduction needs input_ids beside the pixels; inputs_embeds do not show where the images are")
-    spans = family.spans(model, inputs)
+    spans = family.spans_for(model, inputs, probes_of(readers(settings)) if seen is None else ())
     if seen is None and settings.leaves_alone(spans):
         out.selection = identity(spans)
         return out
@@ -133,6 +152,10 @@ def reduce_with(
 
     def applied(decision: Decision) -> Reduced:
         ready = apply(model, family, inputs, spans, decision.selection, decision.embeds, settings.positions)
+        if settings.rectify and decision.shares is not None:
+            assert ready.compaction is not None
+            ready.bias = spread(spans, decision.selection, decision.shares, settings.rectify, ready.compaction)
+            ready.counts = [one.counts for one in decision.shares]
         if decision.tokens is not None:
             ready.priors = priors_of(settings.judging, decision.tokens, decision.selection)
         return ready
@@ -160,7 +183,7 @@ def apply(
     full = with_positions(inputs, inputs["input_ids"].shape, positions, own, packed is not None)
     if family.keeps_positions and positions == "original":
         # A later turn goes on behind the last M-RoPE position, which the number of columns does not tell.
-        full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
+        full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]), family.axes)
         compaction = replace(compaction, behind=position_behind(full["position_ids"], inputs.get("attention_mask")))
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
     # The images are encoded: a model that is given pixels beside mm_encoder_outputs may encode them again.
@@ -181,8 +204,9 @@ def shown_to_llm(inputs: Mapping[str, Any], reduced: Reduced) -> Prefill:
     ids, mask = reduced["input_ids"], inputs.get("attention_mask")
     width = inputs["input_ids"].shape[1]
     prompts = tokens_by_prompt(
-        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors
-    )
+        reduced.spans, mask, width, ids.device, reduced.selection, reduced.compaction, reduced.priors,
+        reduced.counts,
+    )  # fmt: skip
     return Prefill(prompts, *ids.shape)
 
 
@@ -209,14 +233,14 @@ def with_positions(
     return full
 
 
-def rotary_axes(positions: Tensor, batch: int) -> Tensor:
-    """Return the temporal, vertical and horizontal positions ``[3, B, L]`` among M-RoPE position ids.
+def rotary_axes(positions: Tensor, batch: int, axes: int) -> Tensor:
+    """Return the positions along so many axes, ``[axes, B, L]``, among M-RoPE position ids.
 
     A row in front of them that counts the tokens is left out: with gaps in it, transformers would take one prompt for
     several packed ones.
     """
-    axes = positions[-3:] if positions.dim() == 3 else positions[None]
-    return axes.expand(3, batch, -1)
+    own = positions[-axes:] if positions.dim() == 3 else positions[None]
+    return own.expand(axes, batch, -1)
 
 
 def refuse_vllm(model: Any, reducer: Method) -> None:

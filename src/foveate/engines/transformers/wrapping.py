@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import AttachError, UnsupportedModelError
-from foveate.engines.transformers.caches import COMPACTION, cache_of, given_cache, note
+from foveate.engines.transformers.bias.hooks import Biasing
+from foveate.engines.transformers.caches import BIAS, COMPACTION, cache_of, given_cache, note
 from foveate.engines.transformers.callbacks import WholePrompts, wrap_callbacks
 from foveate.engines.transformers.continuation import Call, Continuation
+from foveate.engines.transformers.full_length import FullLength, wants_tuple
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.in_llm.support import check_options
 from foveate.engines.transformers.keywords import named
@@ -26,11 +28,18 @@ class Wrapping:
     ----------
     layers
         Hooks on the layers, if methods act inside the LLM.
+    biasing
+        What lets attention take up a bias, if kept tokens have one.
+    full
+        Whether outputs of ``forward`` have the full length.
     """
 
-    def __init__(self, model: Any, continuation: Continuation, layers: LayerHooks | None, results: Results, call: Call):
-        self._model, self._continuation, self._layers = model, continuation, layers
-        self._results, self._call = results, call
+    def __init__(
+        self, model: Any, continuation: Continuation, layers: LayerHooks | None, biasing: Biasing | None,
+        results: Results, call: Call, full: bool,
+    ):  # fmt: skip
+        self._model, self._continuation, self._layers, self._biasing = model, continuation, layers, biasing
+        self._results, self._call, self._full = results, call, full
         self._instances_own = vars(model).get("generate")
         self._generate: Callable[..., Any] = model.generate
         self._wrapper = self._wrapped_generate  # a bound method is another object each time it is asked for
@@ -76,13 +85,14 @@ class Wrapping:
             check_options(self._model, kwargs)
         with torch.no_grad():
             reduced = self._continuation.reduce(kwargs, cache)
+        self._call.bias = reduced.bias
         if reduced.compaction is None:
             wrap_callbacks(reduced, WholePrompts(None, 0, self._outside))
-            return self._run_generate(reduced)
+            return self._run_generate(reduced, cache)
         full_ids, width = kwargs["input_ids"], reduced["input_ids"].shape[1]
         shorten_limits(self._model, reduced, full_ids.shape[1] - width)
         wrap_callbacks(reduced, WholePrompts(full_ids, width, self._outside))
-        out = self._run_generate(reduced)
+        out = self._run_generate(reduced, cache)
         sequences = out if isinstance(out, Tensor) else out.sequences
         prompts = full_ids.to(sequences.device).repeat_interleave(len(sequences) // len(full_ids), dim=0)
         whole = torch.cat([prompts, sequences[:, width:]], dim=1)
@@ -94,26 +104,33 @@ class Wrapping:
         out.sequences = whole
         return out
 
-    def _run_generate(self, kwargs: Mapping[str, Any]) -> Any:
+    def _run_generate(self, kwargs: Mapping[str, Any], cache: Any) -> Any:
         self._call.generating = True
         self._call.numbered = kwargs.get("position_ids") is not None
         try:
-            return self._generate(**kwargs)
+            out = self._generate(**kwargs)
+            for used in (cache, cache_of(out)):
+                self._note_bias(used)
+            return out
         finally:
             self._call.generating = False
-            self._call.prefill = None
+            self._call.prefill = self._call.bias = None
+
+    def _note_bias(self, cache: Any) -> None:
+        if cache is not None and self._call.bias is not None:
+            note(cache, BIAS, self._call.bias)
 
     @contextmanager
     def _outside(self) -> Iterator[None]:
         """Let what a callback of ``generate`` runs be reduced as outside of it; ``generate`` then goes on."""
         call = self._call
-        before = (call.generating, call.prefill, call.compaction)
-        call.generating, call.prefill, call.compaction = False, None, None
+        before = (call.generating, call.prefill, call.compaction, call.bias)
+        call.generating, call.prefill, call.compaction, call.bias = False, None, None, None
         try:
             with self._results.aside():
                 yield
         finally:
-            call.generating, call.prefill, call.compaction = before
+            call.generating, call.prefill, call.compaction, call.bias = before
 
     def _watched_prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse a `generate` that does not come by way of the wrapper: its loop counts the tokens of full prompts."""
@@ -132,27 +149,50 @@ class Wrapping:
                 raise UnsupportedModelError(
                     f"generate of {type(module).__name__} throws position_ids away: use positions='compact'"
                 )
-        if call.generating and self._layers is None:
+        if call.generating and self._layers is None and call.bias is None:
             return None
         # By the class: accelerate puts a forward of its own on the instance.
         kwargs = named(type(module).forward, args, kwargs)
         if not call.generating:
-            reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
-            call.compaction = reduced.compaction
-            kwargs = dict(reduced)
+            kwargs = self._reduced(kwargs)
+        biased = None if self._biasing is None else self._biasing.begin(call.bias, kwargs)
         if self._layers is not None:
             prefill, call.prefill = call.prefill, None  # of the first pass of ``generate`` alone
-            self._layers.begin(kwargs, prefill)
+            self._layers.begin(kwargs, prefill, biased)
         return (), kwargs
 
-    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _reduced(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of a pass outside of ``generate``, reduced."""
+        call, wanted = self._call, kwargs.pop("logits_to_keep", None) if self._full else None
+        call.spread = None
+        reduced = self._continuation.reduce(kwargs, given_cache(kwargs))
+        call.compaction, call.bias = reduced.compaction, reduced.bias
+        compaction = reduced.compaction if reduced.added is None else reduced.added
+        if self._full and compaction is not None and not compaction.drops_nothing:
+            call.spread = FullLength.ask(reduced, compaction, wanted, wants_tuple(self._model, kwargs))
+        elif wanted is not None:
+            reduced["logits_to_keep"] = wanted
+        return dict(reduced)
+
+    def _after_forward(self, module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         cache = cache_of(output)
+        biased = None if self._biasing is None else self._biasing.end()
+        if biased is not None and biased.was_cut:
+            self._call.bias = biased.bias
         if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
             run.finish(cache)
             if run.state.prompts:
                 self._results.inside = run.state
-        if not self._call.generating and self._call.compaction is not None and cache is not None:
+        if self._call.generating:
+            return None
+        if self._call.compaction is not None and cache is not None:
             note(cache, COMPACTION, self._call.compaction)
+        self._note_bias(cache)
+        self._call.bias = None
+        if self._call.spread is None or output is None:
+            return None
+        spread, self._call.spread = self._call.spread, None
+        return spread.of(output)
 
 
 def shorten_limits(model: Any, kwargs: dict[str, Any], dropped: int) -> None:

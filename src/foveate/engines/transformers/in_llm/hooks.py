@@ -4,14 +4,16 @@ A pass runs over q new columns of the prompts. The layers behind a boundary at w
 them: `KeptColumns` remembers which, for each layer and for as long as its KV cache lives. From this follow the masks,
 the rotary embeddings and the lengths of every later pass, so that decoding, a second turn, beams and padded batches
 need nothing else. The hidden states that leave the last layer have their full length again, each dropped token being a
-copy of the one before it that is left. So whatever reads them (logits, labels, further planes of features) finds every
-token where it was, and the text behind an image is predicted from the last token that is left of it.
+copy of the one before it that is left, or zeros if there is none. So whatever reads them (logits, labels, further
+planes of features) finds every token where it was, and the text behind an image is predicted from the last token that
+is left of it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +24,13 @@ from foveate.core.in_llm import InLlmReducer
 from foveate.core.probes import LayerStates
 from foveate.core.reducer import Positions
 from foveate.core.rows import Rows
+from foveate.engines.transformers.bias.hooks import BiasPass
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
-from foveate.engines.transformers.in_llm.layer_pass import LayerPass, embedded
+from foveate.engines.transformers.in_llm.layer_pass import LayerPass
 from foveate.engines.transformers.in_llm.layer_probes import reads_ahead, reads_executed
 from foveate.engines.transformers.in_llm.look_ahead import LookedAhead
 from foveate.engines.transformers.in_llm.support import check_boundaries, check_decoder
-from foveate.engines.transformers.keywords import named
+from foveate.engines.transformers.keywords import embedded, named
 from foveate.engines.transformers.packing import packed_prompts
 from foveate.engines.transformers.prompt_tokens import Prefill, PromptTokens, placeholders, tokens_by_prompt
 from foveate.families import Family
@@ -42,9 +45,13 @@ class LayerHooks:
     ----------
     reducers, positions
         See `Boundaries`.
+    full
+        Whether every layer is to hand out all columns.
     """
 
-    def __init__(self, model: Any, family: Family, reducers: Sequence[InLlmReducer], positions: Positions):
+    def __init__(
+        self, model: Any, family: Family, reducers: Sequence[InLlmReducer], positions: Positions, full: bool = False
+    ):
         self._model, decoder = model, model.get_decoder()
         check_decoder(decoder, positions)
         self._boundaries = Boundaries.of(decoder, reducers, positions)
@@ -60,8 +67,9 @@ class LayerHooks:
             layer.register_forward_pre_hook(self._entering(i), with_kwargs=True) for i, layer in enumerate(layers)
         ]
         # Whoever reads or writes the output of a layer (the head; DeepStack in Qwen3-VL) finds all columns there.
-        for i in {len(layers) - 1, *range(family.layers_written(model))}:
-            self._hooks.append(layers[i].register_forward_hook(self._leaving))
+        for i in range(len(layers)) if full else {len(layers) - 1, *range(family.layers_written(model))}:
+            # In front of the hooks with which transformers collects hidden states, whenever it has put these on.
+            self._hooks.append(layers[i].register_forward_hook(self._leaving, prepend=True))
         self._hooks += [mlp.register_forward_pre_hook(self._inside(number)) for number, mlp in mlps.items()]
 
     def remove(self) -> None:
@@ -71,7 +79,7 @@ class LayerHooks:
         self._watch.remove()
 
     @defaults()
-    def begin(self, inputs: Mapping[str, Any], prefill: Prefill | None = None) -> None:
+    def begin(self, inputs: Mapping[str, Any], prefill: Prefill | None = None, biased: BiasPass | None = None) -> None:
         """Prepare for a forward pass of the model.
 
         Parameters
@@ -80,6 +88,8 @@ class LayerHooks:
             Keywords of the pass.
         prefill
             The visual tokens that it gives the LLM, where they are known.
+        biased
+            What attention to tokens is raised by in this pass.
         """
         prompts = self._prompts(inputs, prefill)
         if prompts and packed_prompts(inputs) is not None:
@@ -87,7 +97,7 @@ class LayerHooks:
                 f"{self._boundaries.reducers[0].name} ranks visual tokens by what stands at the end of a prompt, and a "
                 "packed row holds several: pad the prompts to a batch instead"
             )
-        run = self._local.run = LayerPass(self._boundaries, inputs, prompts)
+        run = self._local.run = LayerPass(self._boundaries, inputs, prompts, biased)
         run.inputs.show_whole_cache()
 
     @defaults()
@@ -145,6 +155,9 @@ class LayerHooks:
         rows = Rows.of_call(query, key, mask, kwargs)
         if run.looking_ahead:
             raise LookedAhead(rows)
+        if run.biased is not None:
+            raised = run.biased.of_layer(self._numbers[module], int(key.shape[2]), key.device)
+            rows = replace(rows, bias=raised)
         run.probes.executed(self._numbers[module], rows)
 
 

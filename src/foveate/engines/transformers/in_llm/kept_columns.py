@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import InputError
-from foveate.engines.transformers.compaction import repeats
+from foveate.engines.transformers.compaction import repeats, sources, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +88,5 @@ class RemainingTokens:
         return x[..., batch, index, :]
 
     def spread(self, x: Tensor, width: int) -> Tensor:
-        """Put the tokens ``[B, R, C]`` back where they were among `width`, each followed by copies up to the next."""
-        there = self.index >= 0
-        index = torch.where(there, self.index, width)
-        filled = torch.zeros(len(index), width + 1, dtype=torch.long, device=index.device).scatter(1, index, 1)
-        first = there.int().argmax(dim=1, keepdim=True)
-        row = (filled[:, :width].cumsum(dim=1) - 1).clamp(min=0) + first
-        row = row.to(x.device)
-        return x[torch.arange(len(row), device=x.device)[:, None], row]
+        """Put the tokens ``[B, R, C]`` back where they were among `width`, see `sources`."""
+        return spread(x, sources(self.index, width))

@@ -105,6 +105,13 @@ class LayerInputs:
             if name not in known and isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == width
         ]
 
+    def kept(self, number: int) -> KeptColumns | None:
+        """Return what a layer has in this pass, `None` for all columns: of one that runs, or is about to."""
+        remaining, before = self._state.remaining, self._before.get(number)
+        if remaining is None and before is None:
+            return None
+        return self._cached((id(remaining), id(before)), self._columns, before)  # type: ignore[no-any-return]
+
     def finish(self, cache: Any) -> None:
         """Note on a cache what its layers keep after this pass."""
         if kept := {**self._before, **self._now}:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from foveate.core.ambient import defaults
 from foveate.core.checks import selected_inside
-from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.errors import UnsupportedModelError
+from foveate.core.rectify import bias, groups_of, shares
 from foveate.core.rows import Rows
+from foveate.core.selection import SpanSelection
+from foveate.engines.transformers.bias.hooks import BiasPass
 from foveate.engines.transformers.caches import given_cache, without_cache
 from foveate.engines.transformers.in_llm.boundaries import Boundaries
 from foveate.engines.transformers.in_llm.kept_columns import RemainingTokens
@@ -20,6 +23,7 @@ from foveate.engines.transformers.in_llm.layer_probes import LayerProbes
 from foveate.engines.transformers.in_llm.look_ahead import look_ahead
 from foveate.engines.transformers.in_llm.pass_state import PassState
 from foveate.engines.transformers.in_llm.support import check_pass
+from foveate.engines.transformers.keywords import embedded
 from foveate.engines.transformers.prompt_tokens import PromptTokens
 
 
@@ -36,9 +40,14 @@ class LayerPass:
         What the methods read; `None` in a pass without visual tokens.
     looking_ahead
         Whether a layer only runs to show what it would attend with.
+    biased
+        What attention to tokens is raised by, if it is.
     """
 
-    def __init__(self, boundaries: Boundaries, inputs: Mapping[str, Any], prompts: Sequence[PromptTokens]):
+    def __init__(
+        self, boundaries: Boundaries, inputs: Mapping[str, Any], prompts: Sequence[PromptTokens],
+        biased: BiasPass | None = None,
+    ):  # fmt: skip
         cache, shape = given_cache(inputs), embedded(inputs)
         if prompts:
             check_pass(boundaries.decoder, cache)
@@ -48,6 +57,10 @@ class LayerPass:
         self.inputs = LayerInputs(self.state, cache)
         self.probes = LayerProbes(self.state) if prompts else None
         self.looking_ahead = False
+        self.biased = biased
+        self._embedded: list[Tensor] = []
+        if biased is not None:
+            biased.kept = self.inputs.kept
         self._carried: RemainingTokens | None = None  # what the hidden states between the layers hold
 
     @defaults()
@@ -63,6 +76,9 @@ class LayerPass:
             self.inputs.cache = given_cache(kwargs)  # which the decoder makes, if the model was given none
             if self.probes is not None:
                 self.probes.start(hidden)
+                if self.biased is not None:
+                    pairs = zip(state.prompts, state.tokens.visual, strict=True)
+                    self._embedded = [hidden[p.sample, visual].detach() for p, visual in pairs]
         if state.remaining is not None and self._carried is not state.remaining:
             hidden = state.remaining.gather(hidden)  # `leave` gave all columns back to whoever writes into them
         if state.acting(number) is not None:
@@ -106,7 +122,23 @@ class LayerPass:
             for prompt, picked, visual in zip(self.state.prompts, chosen, self.state.tokens.visual, strict=True):
                 hidden[prompt.sample, visual.index_select(0, picked.kept)] = picked.apply(hidden[prompt.sample, visual])
         order = self.state.drop(number, chosen).to(hidden.device)
+        if self.biased is not None:
+            self.biased.cut(number, self._raised(number, self.biased))
         return hidden[torch.arange(len(order), device=hidden.device)[:, None], order]
+
+    def _raised(self, number: int, biased: BiasPass) -> Tensor:
+        """Return the plane ``[B, past + q]`` of what is left behind a boundary, by what it stands for now."""
+        state = self.state
+        plane = biased.plane(number, state.batch, state.device)
+        for i, (prompt, given_to_llm) in enumerate(zip(state.prompts, self._embedded, strict=True)):
+            origin, merge = state.tokens.origin[i], state.merges[number][i]
+            if not len(origin):
+                continue
+            given = None if prompt.counts is None else prompt.counts[: prompt.free]
+            groups = groups_of(prompt.crops("image"), prompt.free, origin)
+            found = shares(groups, SpanSelection(prompt.free, origin, merge), given_to_llm, given)
+            plane[prompt.sample, prompt.columns[origin] + state.past] = bias(found, biased.strength)
+        return plane
 
     def _look_ahead(self, number: int, layer: nn.Module, kwargs: dict[str, Any], rows: Tensor | None) -> Rows:
         """Return what a layer would attend with if nothing were dropped in front of it."""
@@ -124,13 +156,5 @@ class LayerPass:
             old = self.inputs.cache.layers[number].keys
             key = torch.cat([old.to(key.device), key], dim=2)
         window = found.window if mask is None or mask.dim() == 2 else None
-        return Rows(found.query, key, found.scaling, mask, window, found.softcap)
-
-
-def embedded(inputs: Mapping[str, Any]) -> Tensor:
-    """Return the tensor ``[B, q, ...]`` that tells the shape of a pass."""
-    ids = inputs.get("input_ids")
-    x = inputs.get("inputs_embeds") if ids is None else ids
-    if x is None:
-        raise InputError("a model with a method inside its LLM needs input_ids")
-    return x  # type: ignore[no-any-return]
+        raised = None if self.biased is None else self.biased.of_layer(number, int(key.shape[2]), key.device)
+        return Rows(found.query, key, found.scaling, mask, window, found.softcap, raised)
