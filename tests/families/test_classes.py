@@ -37,13 +37,18 @@ OTHERS = (
     "chameleon", "apertus1p5", "aria", "inkling2", "inkling2_loop", "glm5_next", "dots3_note", "lfm3_vl", "got_ocr2",
     "step3p7", "unlimited_ocr", "muse_spark", "gemma4_unified", "deepseek_ocr2",
 )  # fmt: skip
+OLDER = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+CHANGED_IN_5_24 = {"hunyuan_vl", "minicpmv4_6", "minicpmv4_7"}
+"""Whose encoder joined all images, or whose text configuration had no default."""
 AT_ONCE = {"deepseek_vl", "idefics2", "minicpmv4_6", "janus"}
 
 
 def known(kinds):
     """Return those of some model types that the installed transformers has; most of the rest are slow tests."""
     return [
-        pytest.param(k, marks=[] if k not in OTHERS or k in AT_ONCE else pytest.mark.slow) for k in kinds if k in NAMES
+        pytest.param(k, marks=[] if k not in OTHERS or k in AT_ONCE else pytest.mark.slow)
+        for k in kinds
+        if k in NAMES and not (OLDER and k in CHANGED_IN_5_24)
     ]
 
 
@@ -116,6 +121,7 @@ def test_images_that_an_encoder_joins_have_budgets_of_their_own():
 
 
 @pytest.mark.parametrize("kind", known(["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"]))
+@pytest.mark.skipif(OLDER, reason="sounds made other numbers of tokens")
 @torch.no_grad()
 def test_sounds_beside_images(kind):
     """Their tokens keep their places and positions."""

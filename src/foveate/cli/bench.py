@@ -113,7 +113,7 @@ def conditioning(
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell how much of what each method decides stays when nothing but rounding differs."""
+    """Tell how much of what each method decides stays when nothing but rounding differs, and what float64 costs."""
     from foveate.bench.conditioning import conditioning as measured
     from foveate.core.reducer import Reducer
     from foveate.registry import get_method, list_methods, load_reducer, parameters_without_default
@@ -138,7 +138,13 @@ def _show_conditioning(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column not in changes else "right")
     for row in result["rows"]:
         table.add_row(row["method"], *(f"{100 * row[change]['same']:.1f}" for change in changes))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for row in result["exact_arithmetic_cost"]:
+        console.print(
+            f"{row['method']}, {row['tokens']} tokens: {row['ratio']} times as long as in float32, which keeps "
+            f"{100 * row['same']:.0f} % of the same"
+        )
 
 
 @bench_app.command()

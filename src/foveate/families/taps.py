@@ -390,9 +390,18 @@ def _stopping(encoder: nn.Module, keep: Callable[..., bool]) -> Callable[..., No
     """Return a hook that calls `keep` in this thread only, and ends the pass once that returns true."""
     thread = threading.get_ident()
     managed = any(hasattr(module, "_hf_hook") for module in encoder.modules())
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
 
     def hook(*call: Any) -> None:
-        if threading.get_ident() == thread and keep(*call) and not managed:
+        if threading.get_ident() != thread:
+            return
+        # Before transformers 5.23, hooks run inside a checkpoint, and a reentrant one records no gradients there.
+        if trained and not torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"with use_reentrant=True, gradient checkpointing of this version of transformers would give "
+                f"{type(encoder).__name__} no gradients: use use_reentrant=False, freeze it, or update transformers"
+            )
+        if keep(*call) and not managed:
             raise _ReachedLastLayer
 
     return hook
