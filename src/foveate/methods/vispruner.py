@@ -45,9 +45,9 @@ class VisPruner(CropReducer):
     -----
     Cosine similarities are computed once, ``O(N^2 C)``; the rounds, about ``(N - T) / step`` of them, only read them.
 
-    Deviations from the paper: rounds drop more than 8 of more than 1,024 tokens (`step`). Of 2,304 random tokens 256 kept
-    ones are then to 67 % those of rounds of 8, which keep to 71 % the same themselves if features change by 1e-7; kept
-    tokens are as far apart. Encoders without ``[CLS]`` use the attention that each token receives, as the authors
+    Deviations from the paper: of more than 1,024 tokens, rounds drop more than 8 (`step`). Of 256 kept of 2,304 random
+    tokens, 67 % are then those of rounds of 8, which themselves keep 71 % if features change by 1e-7; they lie as far
+    apart. Encoders without ``[CLS]`` use the attention that each token receives, as the authors
     advise. It is that of the layer that makes the features; last-layer attention with penultimate features, as the
     official code has for SigLIP, is not offered. On LLaVA-NeXT the official code leaves the picture padded: a crop's
     budget goes to all its patches, those that show padding too, where here they are no candidates, as the model itself
