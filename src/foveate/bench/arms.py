@@ -245,7 +245,8 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
         features = seen.hidden_states[layer + 1][:, 1:]
         saliency = seen.attentions[layer][:, :, 0, 1:].mean(dim=1)
         meter.stop("vision")
-        kept = plain_selection(features, saliency, count, reducer.important_ratio, reducer.step or features.shape[1])
+        step = reducer.per_round(features.shape[1], count)
+        kept = plain_selection(features, saliency, count, reducer.important_ratio, step)
         meter.stop("select")
         chosen = Selection(tuple(SpanSelection(len(s), k, sample=s.sample) for s, k in zip(spans, kept, strict=True)))
         embeds = _projected(job, features, kept)

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.bench.inputs import random_tokens
+from foveate.bench.naive import plain_divprune, plain_selection
 from foveate.core.crops import CropBatch
 from foveate.core.probes import Attention, Embeddings, Features, Keys, Query
 from foveate.core.reducer import Reducer
 from foveate.measure.provenance import machine, versions
 from foveate.measure.timing import threads as torch_threads
-from foveate.methods import SCOPE, CDPruner, MMTok, VisionZip
+from foveate.methods import SCOPE, CDPruner, DivPrune, MMTok, VisionZip, VisPruner
 
 SIZES = ((24, 24, 64), (48, 60, 320))
 """Rows and columns of a picture's tokens, and how many stay."""
@@ -99,13 +100,23 @@ def _arms(grid: tuple[int, int], count: int) -> dict[str, tuple[Callable[[], Any
         size = grid[0] * grid[1]
         return CropBatch(grid, (0,), size, torch.device("cpu"), planes, None, torch.stack(tokens.queries))
 
-    one, other, third, last = SCOPE(keep=count), MMTok(keep=count), CDPruner(keep=count), VisionZip(keep=count)
-    a, b, c, d = (crop(reducer) for reducer in (one, other, third, last))
+    one, other = SCOPE(keep=count), MMTok(keep=count)
+    third, last = CDPruner(keep=count), VisionZip(keep=count)
+    rounds, apart = VisPruner(keep=count), DivPrune(keep=count)
+    a, b, c, d, e, f = (crop(reducer) for reducer in (one, other, third, last, rounds, apart))
     assert b.query is not None
     assert c.query is not None
     words, more_words = b.query[0], c.query[0]
     contextual = round(count * last.contextual_ratio)
     return {
+        "vispruner": (
+            lambda: rounds.pick(e, count),
+            lambda: plain_selection(e.probe(Features()), e.probe(Attention()), count),
+        ),
+        "divprune": (
+            lambda: apart.pick(f, count),
+            lambda: plain_divprune(f.probe(Embeddings())[0], count),
+        ),
         "scope": (
             lambda: one.pick(a, count),
             lambda: scope(a.probe(Features())[0], a.probe(Attention())[0], count),

@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-# Of b blocks a triangle has (b + 1) / 2b of the products; small blocks multiply slower.
-_BLOCKS, _SMALLEST_BLOCK = 5, 64
+# Of b blocks a triangle has (b + 1) / 2b of the products; small blocks multiply slower, large ones take memory.
+_BLOCKS, _SMALLEST_BLOCK, _LARGEST_BLOCK = 5, 64, 256
+
+_WHOLE, _AT_ONCE = 1024, 32
 
 _LAZY_FROM = 256  # tokens: of fewer, all are looked at sooner than the few are told
 
@@ -31,7 +33,13 @@ def top(scores: Tensor, count: int) -> Tensor:
     return descending(scores)[:, :count].sort(dim=-1).values
 
 
-def cosine_matrix(features: Tensor, others: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def cosine_matrix(
+    features: Tensor,
+    others: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    rounded: torch.dtype | None = None,
+    among: Tensor | None = None,
+) -> Tensor:
     """Return cosine similarities; zero vectors give zero.
 
     Of features among themselves, products are computed for one triangle of blocks, and mirrored.
@@ -45,6 +53,10 @@ def cosine_matrix(features: Tensor, others: Tensor | None = None, dtype: torch.d
     dtype
         float64 is for what is compared so often that the last bits of float32, and with them the order in which a
         kernel adds, would decide.
+    rounded
+        The dtype of the result, if it is another one. Of features among themselves, no matrix is made in `dtype`.
+    among
+        ``[B, R]``: the tokens that are compared, in this order; by default all N.
 
     Returns
     -------
@@ -52,17 +64,69 @@ def cosine_matrix(features: Tensor, others: Tensor | None = None, dtype: torch.d
         ``[B, N, M]``.
     """
     unit = torch.nn.functional.normalize(features.to(dtype), dim=-1)
+    if among is not None:
+        unit = unit.gather(1, among[..., None].expand(-1, -1, unit.shape[-1]))
     if others is not None:
-        return torch.bmm(unit, torch.nn.functional.normalize(others.to(dtype), dim=-1).transpose(1, 2))
+        products = torch.bmm(unit, torch.nn.functional.normalize(others.to(dtype), dim=-1).transpose(1, 2))
+        return products.to(rounded or dtype)
     size = unit.shape[1]
-    block = max(-(-size // _BLOCKS), _SMALLEST_BLOCK)
-    out = unit.new_empty(unit.shape[0], size, size)
+    block = min(max(-(-size // _BLOCKS), _SMALLEST_BLOCK), _LARGEST_BLOCK)
+    out = unit.new_empty(unit.shape[0], size, size, dtype=rounded or dtype)
     for start in range(0, size, block):
         end = min(start + block, size)
-        products = torch.bmm(unit[:, start:end], unit[:, start:].transpose(1, 2))
+        # bmm copies a part of each of several crops, but not the end of a single one.
+        others = unit[0, start:][None] if len(unit) == 1 else unit[:, start:]
+        products = torch.bmm(unit[:, start:end], others.transpose(1, 2)).to(out.dtype)
         out[:, start:end, start:] = products
         out[:, end:, start:end] = products[:, :, end - start :].transpose(1, 2)
     return out
+
+
+class CosineRows:
+    """Rows of the matrix of cosines of tokens, for those who read few of them.
+
+    Up to 1,024 tokens the matrix is computed as a whole. Of more, a row is computed when it is asked for. A CPU takes
+    as long to read all tokens for one row as to multiply them for many, so there the rows of other likely tokens are
+    computed along with it, and none of them twice.
+
+    Parameters
+    ----------
+    features
+        ``[B, N, C]``.
+    """
+
+    def __init__(self, features: Tensor):
+        self._matrix = cosine_matrix(features) if features.shape[1] <= _WHOLE else None
+        self._unit = torch.nn.functional.normalize(features.float(), dim=-1) if self._matrix is None else features
+        self._known: list[dict[int, Tensor]] = [{} for _ in features]
+
+    def of(self, token: Tensor, scores: Tensor) -> Tensor:
+        """Return the cosines ``[B, N]`` of one token per crop ``[B, 1]``.
+
+        Parameters
+        ----------
+        token
+            ``[B, 1]``.
+        scores
+            ``[B, N]``: the higher the score of another token, the sooner it is expected; those at minus infinity never.
+        """
+        if self._matrix is not None:
+            return row_of(self._matrix, token)
+        if self._unit.device.type != "cpu" or torch.compiler.is_compiling():  # which must not wait for values
+            one = self._unit.take_along_dim(token[:, :, None], dim=1)
+            return torch.bmm(self._unit, one.transpose(1, 2)).squeeze(-1)
+        return torch.stack([self._row(i, int(number), scores[i]) for i, number in enumerate(token[:, 0])])
+
+    def _row(self, crop: int, token: int, scores: Tensor) -> Tensor:
+        known = self._known[crop]
+        if token not in known:
+            unknown = scores.nan_to_num(nan=-torch.inf)
+            unknown[[token, *known]] = -torch.inf
+            likely = unknown.topk(min(_AT_ONCE, len(unknown)) - 1).indices
+            rows = torch.cat([likely.new_tensor([token]), likely[unknown[likely] > -torch.inf]])
+            unit = self._unit[crop]
+            known.update(zip(rows.tolist(), (unit @ unit[rows].T).T.contiguous(), strict=True))
+        return known[token]
 
 
 def without_noise(cosines: Tensor) -> Tensor:
@@ -91,9 +155,7 @@ def take_best(scores: Tensor, taken: Tensor, noise: float = RESOLUTION) -> Tenso
     """
     scores = open_scores(scores, taken)
     highest = scores.amax(dim=1, keepdim=True)
-    index = torch.arange(scores.shape[1], device=scores.device)
-    ties = scores >= highest - noise * highest.abs()
-    best = torch.where(ties, index, len(index)).amin(dim=1, keepdim=True)
+    best = (scores >= highest - noise * highest.abs()).byte().argmax(dim=1, keepdim=True)
     taken.scatter_(1, best, True)
     return best
 
@@ -116,6 +178,46 @@ def added_coverage(matrix: Tensor, covered: Tensor) -> Tensor:
     rows = max(1, _ENTRIES // (len(matrix) * matrix.shape[2]))
     parts = torch.split(matrix, rows, dim=1)
     return torch.cat([(part - covered[:, None]).relu_().sum(dim=-1) for part in parts], dim=1)
+
+
+class AddedCoverage:
+    """`added_coverage` of tokens among themselves while they are more and more covered.
+
+    Up to 1,024 tokens, and on a GPU, it is summed up anew each time. Of more, a CPU takes off, in float64, what came in
+    between: only the elements that are better covered than the time before are read.
+
+    Parameters
+    ----------
+    matrix
+        ``[B, N, N]`` symmetric: how well each token covers each.
+    """
+
+    def __init__(self, matrix: Tensor):
+        self._matrix = matrix
+        self._covered: list[Tensor] = []
+        self._gains: list[Tensor] = []
+        self._differs = matrix.shape[1] > _WHOLE and matrix.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def beyond(self, covered: Tensor) -> Tensor:
+        """Return how much each token would add to what is covered, ``[B, N]``, which is never less than before."""
+        if not self._differs:
+            return added_coverage(self._matrix, covered)
+        if not self._gains:
+            self._gains = [self._added(i, row.new_ones(len(row)).bool(), row) for i, row in enumerate(covered)]
+        else:
+            for i, (before, now) in enumerate(zip(self._covered, covered, strict=True)):
+                better = now > before
+                self._gains[i] = self._gains[i] - self._added(i, better, before) + self._added(i, better, now)
+        self._covered = list(covered)
+        return torch.stack(self._gains).float()
+
+    def _added(self, crop: int, elements: Tensor, covered: Tensor) -> Tensor:
+        """Return what each token would add to some elements ``[N]`` bool of a crop, ``[N]`` float64."""
+        added = self._matrix.new_zeros(self._matrix.shape[1], dtype=torch.float64)
+        for part in torch.split(elements.nonzero()[:, 0], _AT_ONCE):
+            rows = self._matrix[crop].index_select(0, part)
+            added += rows.sub_(covered[part, None]).relu_().sum(dim=0, dtype=torch.float64)
+        return added
 
 
 def ranks(scores: Tensor) -> Tensor:

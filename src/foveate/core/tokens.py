@@ -158,7 +158,7 @@ class VisualTokens:
                 joint = len(unit.crops) > 1
                 work[unit.size, count, unit.grid, words, joint].append(unit.on(self.device))
         for (size, count, grid, _, joint), units in work.items():
-            planes = {probe: torch.stack([u.gather(plane) for u in units]) for probe, plane in self.planes.items()}
+            planes = {probe: _stacked([u.gather(plane) for u in units]) for probe, plane in self.planes.items()}
             query = None
             if self.queries is not None:
                 query = torch.stack([self.queries[self.spans[u.span].sample] for u in units])
@@ -221,6 +221,10 @@ class _Unit:
     def gather(self, plane: Sequence[Tensor]) -> Tensor:
         parts = [plane[c] for c in self.crops]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stacked(planes: Sequence[Tensor]) -> Tensor:
+    return planes[0][None] if len(planes) == 1 else torch.stack(list(planes))  # one large picture is not copied
 
 
 def merged_selection(
