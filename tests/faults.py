@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from foveate import registry
-from foveate.check.run import Sizes
+from foveate.bench.check.run import Sizes
 from foveate.core.reducer import Reducer
 from foveate.methods import Uniform
 

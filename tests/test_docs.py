@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import record_classes
+from foveate.bench.check.tables import markdown as check_table
 from foveate.bench.growth import growth_table
 from foveate.bench.tables import markdown as speed_table
-from foveate.check.tables import markdown as check_table
 from foveate.cli import compatibility
 from foveate.cost.figures import markdown as cost_table
 from foveate.eval import backbone, leaderboard
@@ -134,7 +134,7 @@ def test_the_page_on_checking_shows_the_results():
         result = json.loads(file.read_text(encoding="utf-8"))
         assert "wrong" not in {verdict["verdict"] for verdict in result["verdicts"]}
         due = f"<!-- {file.stem} -->\n{check_table(result)}\n<!-- /{file.stem} -->"
-        assert due in page, "fill it with foveate.check.tables.write_report"
+        assert due in page, "fill it with foveate.bench.check.tables.write_report"
     assert any(json.loads(file.read_text(encoding="utf-8"))["config"]["device"] != "cpu" for file in files) or (
         "**No GPU has run this command yet.**" in page
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from faults import broken  # noqa: F401  a fixture
-from foveate.check.subjects import load_subject
+from foveate.bench.check.subjects import load_subject
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from foveate.check import answers
-from foveate.check.answers import alone_as_in_batch, as_hidden, by_place, run, settings_of, unchanged
-from foveate.check.oracle import hide, oracle_logits, other_kernel
-from foveate.check.subjects import TINY, answers_for, load_subject
-from foveate.check.verdicts import judged
+from foveate.bench.check import answers
+from foveate.bench.check.answers import alone_as_in_batch, as_hidden, by_place, run, settings_of, unchanged
+from foveate.bench.check.oracle import hide, oracle_logits, other_kernel
+from foveate.bench.check.subjects import TINY, answers_for, load_subject
+from foveate.bench.check.verdicts import judged
 from foveate.core.errors import UnsupportedModelError
 from foveate.cost.shapes import SHAPES
 from foveate.registry import load_reducer
@@ -207,7 +207,7 @@ def test_columns_are_hidden_from_flash_attention():
 
 
 def test_an_error_inside_is_a_fault(subject, monkeypatch):
-    from foveate.check.verdicts import Minutes
+    from foveate.bench.check.verdicts import Minutes
 
     def fails(*_args, **_kwargs):
         raise RuntimeError("the kernel\nbroke")

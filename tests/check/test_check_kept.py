@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from foveate.bench.check import kept, waiting
+from foveate.bench.check.kept import Plan, all_methods, before_llm, inside_llm, on, summary, tokens_for
+from foveate.bench.check.verdicts import Minutes
 from foveate.bench.conditioning import same
-from foveate.check import kept, waiting
-from foveate.check.kept import Plan, all_methods, before_llm, inside_llm, on, summary, tokens_for
-from foveate.check.verdicts import Minutes
 from foveate.methods import FasterVLM, FastV, Uniform
 from foveate.registry import get_method, list_methods, load_reducer
 

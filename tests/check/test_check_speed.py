@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from foveate.bench import model as bench
-from foveate.check import speed
-from foveate.check.speed import Cost, selection, whole_model
-from foveate.check.verdicts import Minutes
+from foveate.bench.check import speed
+from foveate.bench.check.speed import Cost, selection, whole_model
+from foveate.bench.check.verdicts import Minutes
 from foveate.methods import FasterVLM, FastV, Uniform
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from foveate.bench.check.subjects import load_subject, tiny_shape
+from foveate.bench.check.verdicts import Minutes, Verdict, judged
 from foveate.bench.random_models import random_model
-from foveate.check.subjects import load_subject, tiny_shape
-from foveate.check.verdicts import Minutes, Verdict, judged
 from foveate.core.errors import FoveateError, InputError, UnknownNameError
 from foveate.cost.shapes import SHAPES, read_shape
 

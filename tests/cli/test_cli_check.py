@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-import foveate.check.run as checks
+import foveate.bench.check.run as checks
 from faults import SIZES, KeepsOthersInBatches
 from foveate.methods import Uniform
 
@@ -24,7 +24,7 @@ ORDER = [
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr("foveate.check.speed.TURNS", 1)
+    monkeypatch.setattr("foveate.bench.check.speed.TURNS", 1)
     monkeypatch.setattr(checks, "check", functools.partial(checks.check, sizes=SIZES))
 
 

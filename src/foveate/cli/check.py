@@ -38,9 +38,9 @@ def check(
 ) -> None:
     """Check that reduction is right and fast with a model on this machine; exit code 1 if something is wrong."""
     with contextlib.redirect_stdout(sys.stderr), ERRORS.status("loading") as status:
-        from foveate.check import run
-        from foveate.check.subjects import load_subject
-        from foveate.check.verdicts import WRONG, Minutes
+        from foveate.bench.check import run
+        from foveate.bench.check.subjects import load_subject
+        from foveate.bench.check.verdicts import WRONG, Minutes
 
         place = run.device_of(device)
         name = model or ("nano" if place == "cpu" else "llava-1.5-7b")

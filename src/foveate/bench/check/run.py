@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from foveate.check import answers, kept, speed, waiting
-from foveate.check.kept import all_methods
-from foveate.check.subjects import KEEP, Subject
-from foveate.check.verdicts import Minutes, Verdict, judged
+from foveate.bench.check import answers, kept, speed, waiting
+from foveate.bench.check.kept import all_methods
+from foveate.bench.check.subjects import KEEP, Subject
+from foveate.bench.check.verdicts import Minutes, Verdict, judged
 from foveate.core.errors import InputError
 from foveate.core.reducer import Method
 from foveate.measure.job import Say

@@ -15,11 +15,11 @@ import torch
 
 from foveate.bench import arms as ways
 from foveate.bench.arms import Arm
+from foveate.bench.check.kept import on, tokens_for
+from foveate.bench.check.subjects import Subject, together
+from foveate.bench.check.verdicts import WRONG, Minutes, Verdict, judged
 from foveate.bench.memory import MemoryMeter
 from foveate.bench.model import run_arms
-from foveate.check.kept import on, tokens_for
-from foveate.check.subjects import Subject, together
-from foveate.check.verdicts import WRONG, Minutes, Verdict, judged
 from foveate.core.checks import selected
 from foveate.core.reducer import Method, Reducer
 from foveate.engines.settings import Settings

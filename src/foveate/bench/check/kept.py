@@ -12,10 +12,10 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor
 
+from foveate.bench.check.subjects import Subject
+from foveate.bench.check.verdicts import WRONG, Minutes, Verdict, judged
 from foveate.bench.conditioning import changed, flows, noise, permutation, same, twice
 from foveate.bench.inputs import random_codebook, random_tokens
-from foveate.check.subjects import Subject
-from foveate.check.verdicts import WRONG, Minutes, Verdict, judged
 from foveate.core.checks import selected, selected_inside
 from foveate.core.errors import FoveateError
 from foveate.core.in_llm import InLlmReducer, LayerTokens

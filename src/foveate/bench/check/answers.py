@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from foveate.bench import arms
-from foveate.check.oracle import Cuts, oracle_logits, other_kernel
-from foveate.check.subjects import KEEP, Subject, answers_for
-from foveate.check.verdicts import WRONG, Verdict
+from foveate.bench.check.oracle import Cuts, oracle_logits, other_kernel
+from foveate.bench.check.subjects import KEEP, Subject, answers_for
+from foveate.bench.check.verdicts import WRONG, Verdict
 from foveate.core.reducer import Method
 from foveate.core.selection import SpanSelection
 from foveate.engines.settings import Settings

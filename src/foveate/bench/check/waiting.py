@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import torch
 
-from foveate.check.kept import on, tokens_for
-from foveate.check.subjects import Subject
-from foveate.check.verdicts import WRONG, Minutes, Verdict, judged
+from foveate.bench.check.kept import on, tokens_for
+from foveate.bench.check.subjects import Subject
+from foveate.bench.check.verdicts import WRONG, Minutes, Verdict, judged
 from foveate.core.checks import selected
 from foveate.core.reducer import Method, Reducer
 from foveate.engines.settings import Settings
