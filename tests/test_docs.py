@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import record_classes
 from foveate.bench.tables import markdown as speed_table
+from foveate.check.tables import markdown as check_table
 from foveate.cli import compatibility
 from foveate.cost.figures import markdown as cost_table
 from foveate.eval import backbone, leaderboard
@@ -45,6 +47,12 @@ def test_the_table_of_methods_and_families_is_current():
     measured = json.loads((ROOT / "results/compatibility-callers.json").read_text(encoding="utf-8"))
     command = "foveate table --callers results/compatibility-callers.json > docs/compatibility.md"
     assert shown == compatibility.page(measured), f"run: {command}"
+
+
+def test_the_table_of_classes_is_current():
+    data = json.loads((ROOT / "results/compatibility-classes.json").read_text(encoding="utf-8"))
+    shown = f"<!-- classes -->\n{record_classes.markdown(data)}\n<!-- /classes -->"
+    assert shown in (ROOT / "docs/families.md").read_text(encoding="utf-8"), "run: tests/record_classes.py --docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -105,6 +113,20 @@ def test_the_page_on_speed_shows_the_results():
     for file in files:
         shown = speed_table(json.loads(file.read_text(encoding="utf-8")))
         assert f"<!-- {file.stem} -->\n{shown}\n<!-- /{file.stem} -->" in page, f"run: foveate bench report {file}"
+
+
+def test_the_page_on_checking_shows_the_results():
+    page = (ROOT / "docs/check.md").read_text(encoding="utf-8")
+    files = sorted(ROOT.glob("results/check-*.json"))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        assert "wrong" not in {verdict["verdict"] for verdict in result["verdicts"]}
+        due = f"<!-- {file.stem} -->\n{check_table(result)}\n<!-- /{file.stem} -->"
+        assert due in page, "fill it with foveate.check.tables.write_report"
+    assert any(json.loads(file.read_text(encoding="utf-8"))["config"]["device"] != "cpu" for file in files) or (
+        "**No GPU has run this command yet.**" in page
+    )
 
 
 @pytest.mark.parametrize(("file", "tables_of"), [

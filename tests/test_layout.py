@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "foveate"
 FLOORS = (
     ("cli",),
-    ("measure", "cost", "bench", "eval", "tune", "viz", "nano", "guided", "fit"),
+    ("measure", "cost", "bench", "eval", "tune", "viz", "nano", "guided", "fit", "check"),
     ("engines",),
     ("methods", "projectors"),
     ("author",),

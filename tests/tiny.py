@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections import ChainMap
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from tiny_families.base import IMAGE, PAD, VIDEO  # noqa: F401  the tests' names
 from tiny_families.generic_classes import GENERICS
 
 FAMILIES = list(TINIES)
-ALL = {**TINIES, **GENERICS}
+ALL = ChainMap(TINIES, GENERICS)
 CORE = ("llava", "llava_next", "video_llava")
 WIDTH = 12
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foveate.guided.guide import guide
     from foveate.methods import VisPruner
     from foveate.methods.chain import Chain
+    from foveate.projectors.install import from_pretrained, install_projector
     from foveate.registry import list_methods, load_reducer, register
 
 __version__ = "0.1.0"
@@ -32,7 +33,9 @@ __all__ = [
     "VisPruner",
     "VisualTokens",
     "attach",
+    "from_pretrained",
     "guide",
+    "install_projector",
     "list_families",
     "list_methods",
     "load_reducer",
@@ -50,7 +53,9 @@ _HOMES = {
     "VisPruner": "methods",
     "VisualTokens": "core.tokens",
     "attach": "engines.transformers.attach",
+    "from_pretrained": "projectors.install",
     "guide": "guided.guide",
+    "install_projector": "projectors.install",
     "list_families": "families",
     "list_methods": "registry",
     "load_reducer": "registry",

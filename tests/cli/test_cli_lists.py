@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import foveate as library
+from foveate import projectors
 
 
 def test_methods(foveate: Any) -> None:
@@ -37,11 +38,32 @@ def test_no_such_method(foveate: Any, options: tuple[str, ...]) -> None:
     assert result.err.count("\n") == 1
 
 
+def test_projectors(foveate: Any) -> None:
+    rows = foveate("projectors", "--json").json
+    assert [row["name"] for row in rows] == projectors.list_projectors()
+    assert {row["stage"] for row in rows} == {"projector"}
+    (row,) = foveate("projectors", "token*", "--json").json
+    assert (row["name"], row["paper"], row["parameters"]["scale"]) == (
+        "tokenpacker",
+        "arXiv:2407.02392",
+        {"default": 2},
+    )
+    assert "quecc(kernel=4" in (shown := foveate("projectors").out)
+    assert "asks for the question" in shown
+    result = foveate("projectors", "nosuch")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: no projector matches 'nosuch'; there are: average_pool, ")
+
+
 def test_families(foveate: Any) -> None:
     rows = foveate("families", "--json").json
     assert [row["name"] for row in rows] == library.list_families()
     assert all(isinstance(row["model_types"], list) for row in rows)
-    assert "llava_next" in foveate("families").out
+    refused = {kind: why for row in rows for kind, why in row["refuses"].items()}
+    assert "projects encoded images itself" in refused["llama4"]
+    shown = foveate("families").out
+    assert "llava_next" in shown
+    assert all(f"generic refuses {kind}: it " in shown for kind in refused)
 
 
 def test_table(foveate: Any) -> None:

@@ -40,6 +40,7 @@ def python_m(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
         (("--help",), 0, "Keep only the visual tokens that matter"),
         (("--version",), 0, f"foveate {library.__version__}\n"),
         (("run", "--help"), 0, "unpruned and pruned"),
+        (("check", "--help"), 0, "right and fast"),
         (("nano", "train", "--help"), 0, "Train the model from nothing"),
         (("rnu",), 2, "Did you mean 'run'?"),
         (("bench", "modl"), 2, "Did you mean 'model'?"),

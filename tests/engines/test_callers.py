@@ -130,6 +130,42 @@ def test_threads_do_not_see_each_other_inside_the_encoder():
     check_threads("llava", ToMe(keep=9))
 
 
+@pytest.mark.parametrize("reducer", METHODS, ids=repr)
+def test_threads_read_their_own_selections(reducer):
+    net, turns = deep_model("llava"), [threading.Event(), threading.Event()]
+    few, many = collate([sample(4, "image", 5)]), collate([sample(2, "image", 3, "image", 6), sample(1, "image", 4)])
+    found = {}
+
+    def first(handle):
+        net(**few)
+        turns[0].set()
+        assert turns[1].wait(60)
+        found["first"] = [len(row) for row in handle.selections], len(handle.received), sorted(handle.layers)
+
+    def second(handle):
+        assert turns[0].wait(60)
+        net(**many)
+        found["second"] = [len(row) for row in handle.selections], len(handle.received), sorted(handle.layers)
+        turns[1].set()
+
+    layers = {METHODS[1]: [1], METHODS[2]: [2]}.get(reducer, [])
+    with foveate.attach(net, reducer) as handle, torch.no_grad():
+        assert (handle.selections, handle.layers, handle.received) == ([], {}, [])
+        threads = [threading.Thread(target=ask, args=(handle,)) for ask in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {"first": ([1], 1, layers), "second": ([2, 1], 2, layers)}
+        # A thread that has made no call, such as the one that reads what a streamer is given, learns of the last one.
+        assert [len(row) for row in handle.selections] == [2, 1]
+        net(**few)
+        worker = threading.Thread(target=net.generate, kwargs={**many, "max_new_tokens": 2})
+        worker.start()
+        worker.join()
+        assert [len(row) for row in handle.selections] == [1]
+
+
 class Pipeline:
     def __init__(self, net):
         self.model = net

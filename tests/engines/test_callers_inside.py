@@ -4,10 +4,13 @@ import copy
 
 import pytest
 import torch
+from inside import Recording
+from transformers.generation.streamers import BaseStreamer
 
 import foveate
 from callers import check_checkpointing, check_offload
-from foveate.core.errors import UnsupportedModelError
+from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.core.selection import SpanSelection
 from foveate.engines.transformers.in_llm import support
 from foveate.methods import FastV, Uniform
 from foveate.registry import get_method
@@ -30,28 +33,39 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 REDUCERS = [Uniform(keep=9), FastV(keep=9, layer=1)]
 
 
-@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"])
+class Streamer(BaseStreamer):
+    def __init__(self, run):
+        self.put = self.end = run
+
+
+@pytest.mark.parametrize("where", ["logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"])
+@pytest.mark.parametrize("runs", ["forward", "generate"])
 @pytest.mark.parametrize("reducer", REDUCERS, ids=lambda r: r.name)
-def test_a_callback_runs_the_model_as_outside(reducer, where):
-    net, inputs, other = deep_model("llava"), collate(samples("llava")), collate([sample(4, "image", 2)])
+def test_a_callback_runs_the_model_as_outside(reducer, where, runs):
+    net, other = deep_model("llava"), collate([sample(4, "image", 2)])
+    inputs = collate(samples("llava")[:1] if where == "streamer" else samples("llava"))
     found = []
 
-    def run(result):
-        found.append(net(**other).logits)
+    def ask():
+        return net(**other).logits if runs == "forward" else net.generate(**other, **GREEDY)
+
+    def run(result=None):
+        found.append(ask())
         return result
 
     callback = {
         "logits_processor": [lambda ids, scores: run(scores)],
         "stopping_criteria": [lambda ids, scores, **_: run(torch.zeros(len(ids), dtype=torch.bool))],
         "prefix_allowed_tokens_fn": lambda prompt, ids: run(list(range(110))),
+        "streamer": Streamer(run),
     }
     with foveate.attach(net, reducer) as handle, torch.no_grad():
-        expected = net(**other).logits
+        expected = ask()
         allowed = {} if where != "prefix_allowed_tokens_fn" else {where: lambda prompt, ids: list(range(110))}
         plain = net.generate(**inputs, **GREEDY, **allowed)
         assert torch.equal(net.generate(**inputs, **GREEDY, **{where: callback[where]}), plain)
-        assert [len(row) for row in handle.selections] == [1, 2, 1]
-    assert found
+        assert [len(row) for row in handle.selections] == [1, 2, 1][: len(plain)]
+    assert len(found) > 3
     assert all(torch.equal(x, expected) for x in found)
 
 
@@ -109,3 +123,32 @@ def test_selections_inside_merge_when_the_method_does(entry):
     assert (name in ("sparsevlm", "sparsevlm+", "topv", "visiondrop_llm")) or all(
         s.merge is None for row in handle.selections for s in row
     )
+
+
+@pytest.mark.parametrize("entry", [e for e in IN_LLM if get_method(e[0])(**e[1]).merges], ids=method_id)
+@torch.no_grad()
+def test_merges_across_images_are_told(entry, monkeypatch):
+    rows = [sample(3, "image", 2, "image", 4, "image", 5, seed=1), *samples("llava")]
+    net, inputs = deep_model("llava"), collate(rows)
+    name, config = entry
+    reducer = get_method(name)(**config)
+    record = Recording(reducer, monkeypatch)
+    with foveate.attach(net, reducer) as handle:
+        net(**inputs)
+    across = 0
+    for prompt, images in enumerate([3, 1, 2, 1]):
+        states = torch.randn(64 * images, 5, generator=torch.Generator().manual_seed(3))
+        own, left = states.split(64), states
+        for boundary, cut in record.cuts.items():
+            left, spans, merged = cut[prompt].apply(left), handle.layers[boundary][prompt], []
+            for i, span in enumerate(spans):
+                others = [x for j, x in enumerate(own) if j != i]
+                across += bool(span.extra)
+                merged.append(span.apply(torch.cat([own[i], *others]) if span.extra else own[i]))
+                span.check()
+                assert SpanSelection.from_dict(span.to_dict()).extra == span.extra
+                if span.extra:
+                    with pytest.raises(InputError, match=r"merges rows of the \d+ behind the 64 tokens"):
+                        span.apply(own[i])
+            torch.testing.assert_close(torch.cat(merged), left, atol=1e-5, rtol=1e-5)
+    assert bool(across) == (name in ("sparsevlm", "sparsevlm+") and config.get("recycle") != 0.0)

@@ -61,7 +61,7 @@ def planes(net, inputs, stages, strength=STRENGTH):
 
 def stages_of(handle):
     """Return what was left before the LLM, if something was dropped there, and in front of its layers."""
-    before = handle._results._before()
+    before = handle._results.last._before()
     return [(0, before)] * bool(before) + sorted(handle.layers.items())
 
 

@@ -9,7 +9,8 @@ from foveate.core.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.reduce import reduce_with
 from foveate.families import all_families, family_of
-from foveate.families.generic import Generic, missing
+from foveate.families.classes import missing
+from foveate.families.generic import Generic
 from foveate.methods import Downsample, Random, Uniform
 from tiny import IMAGE, Visual, collate, model, sample, samples
 
@@ -43,6 +44,22 @@ def test_one_flat_tensor_is_split_at_the_text():
     found = generic(net, inputs, Random(keep=9))
     assert [len(s) for s in found.selection] == [9] * 4
     assert found["mm_encoder_outputs"]["image"].pooler_output.shape == (36, 32)
+
+
+def test_one_row_per_patch_is_split_at_the_text():
+    """Inkling's encoder returns its patches as if each were an image."""
+    net, inputs = model("llava"), collate(samples("llava"))
+    encode = net.get_image_features
+
+    def by_patch(*args, **kwargs):
+        output = encode(*args, **kwargs)
+        output.pooler_output = torch.cat(list(output.pooler_output))[:, None]
+        return output
+
+    net.get_image_features = by_patch
+    found = generic(net, inputs, Random(keep=9))
+    assert [len(s) for s in found.selection] == [9] * 4
+    assert found["mm_encoder_outputs"]["image"].pooler_output.shape == (36, 1, 32)
 
 
 def test_encodes_once():
@@ -125,14 +142,11 @@ def test_messages_say_what_there_is_and_what_would_be_needed():
     with pytest.raises(UnsupportedModelError, match=r"'old'\) .* llava, .* this one lacks mm_encoder_outputs among"):
         family_of(Old())
 
-    class Rotary(Old):
-        config = SimpleNamespace(model_type="rotary", image_token_id=3)
-        model = SimpleNamespace(get_rope_index=None)
-
+    class Nameless(Old):
         def forward(self, mm_encoder_outputs): ...
 
-    with pytest.raises(UnsupportedModelError, match="lacks positions along one axis"):
-        family_of(Rotary())
+    with pytest.raises(UnsupportedModelError, match="this one lacks image_token_id in its configuration"):
+        family_of(Nameless())
     with pytest.raises(FoveateError, match="no supported family"):
         family_of(object())
 

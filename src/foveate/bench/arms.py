@@ -44,7 +44,7 @@ class Arm:
     encode
         Makes the inputs of ``generate`` from those of the job, and reports the ends of its stages.
     received
-        Visual tokens that each layer of the LLM receives.
+        Visual tokens that each layer of the LLM receives, of all prompts of the job, which are of equal size.
     reducer
         The method, if the arm has one.
     around
@@ -132,7 +132,8 @@ def inside(job: Job, settings: Settings) -> list[Arm]:
         raise UnsupportedModelError(
             f"{reducer.name} has no oracle: inside the LLM, single methods with a fixed number of tokens have one"
         )
-    received = tokens_per_layer(reducer, job.depth, job.visual_tokens)
+    each = tokens_per_layer(reducer, job.depth, job.visual_tokens // job.prompts)
+    received = tuple(job.prompts * tokens for tokens in each)
     free = replace(settings, reducer=_Free(keep=None, like=reducer))  # type: ignore[arg-type]
     return [attached("method", job, settings, received), attached("oracle", job, free, received)]
 

@@ -64,31 +64,37 @@ def _agreement(reducer: Reducer, seeds: int) -> dict[str, Any]:
     with threads(THREADS[0]):
         for seed in range(seeds):
             tokens = random_tokens(reducer.needs, grid, 1, frames, seed)
-            due = _fates(reducer, tokens)
-            found["channels"].append(_same(due, _fates(reducer, _changed(tokens, _permutation(seed)))))
-            found["noise"].append(_same(due, _fates(reducer, _changed(tokens, _noise(seed)))))
+            due = fates(reducer, tokens)
+            found["channels"].append(same(due, fates(reducer, changed(tokens, permutation(seed)))))
+            found["noise"].append(same(due, fates(reducer, changed(tokens, noise(seed)))))
             with threads(THREADS[1]):
-                found["threads"].append(_same(due, _fates(reducer, tokens)))
-            found["batch"].append(_same(due, _fates(reducer, _twice(tokens))))
+                found["threads"].append(same(due, fates(reducer, tokens)))
+            found["batch"].append(same(due, fates(reducer, twice(tokens))))
     return {
         change: {"same": round(sum(shares) / seeds, 4), "pictures_same": sum(share == 1 for share in shares)}
         for change, shares in found.items()
     }
 
 
-def _fates(reducer: Reducer, tokens: VisualTokens) -> set[tuple[int, int]]:
-    """Return which token went into which, of the first span."""
-    chosen: SpanSelection = selected(reducer, tokens)[0]
+def fates(reducer: Reducer, tokens: VisualTokens) -> set[tuple[int, int]]:
+    """Let a method decide, and return which token went into which, of the first span."""
+    return flows(selected(reducer, tokens)[0])
+
+
+def flows(chosen: SpanSelection) -> set[tuple[int, int]]:
+    """Return which token of a span went into which kept one."""
     if chosen.merge is None:
         return {(i, i) for i in chosen.kept.tolist()}
     return set(zip(chosen.kept[chosen.merge.target].tolist(), chosen.merge.source.tolist(), strict=True))
 
 
-def _same(a: set[tuple[int, int]], b: set[tuple[int, int]]) -> float:
-    return len(a & b) / max(len(a), len(b))
+def same(a: set[tuple[int, int]], b: set[tuple[int, int]]) -> float:
+    """Return the share of decisions that are the same."""
+    return len(a & b) / max(len(a), len(b)) if a or b else 1.0
 
 
-def _changed(tokens: VisualTokens, change: Change) -> VisualTokens:
+def changed(tokens: VisualTokens, change: Change) -> VisualTokens:
+    """Change features, embeddings, keys and queries."""
     planes = {
         probe: [change(x) if isinstance(probe, Features | Embeddings | Keys) else x for x in plane]
         for probe, plane in tokens.planes.items()
@@ -97,17 +103,19 @@ def _changed(tokens: VisualTokens, change: Change) -> VisualTokens:
     return replace(tokens, planes=planes, queries=queries)
 
 
-def _permutation(seed: int) -> Change:
+def permutation(seed: int) -> Change:
+    """Put channels in another order, which changes cosines by rounding alone."""
     # The same for all of one width, as the query has the channels of the embeddings.
     return lambda x: x[:, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))]
 
 
-def _noise(seed: int) -> Change:
+def noise(seed: int) -> Change:
+    """Change each value by as much as rounding may."""
     generator = torch.Generator().manual_seed(seed)
     return lambda x: x * (1 + NOISE * torch.randn(x.shape, generator=generator, dtype=torch.float64)).float()
 
 
-def _twice(tokens: VisualTokens) -> VisualTokens:
+def twice(tokens: VisualTokens) -> VisualTokens:
     """Put the picture into a batch with one like it, backwards."""
     (span,) = tokens.spans
     planes = {probe: [*plane, *(x.flip(0) for x in plane)] for probe, plane in tokens.planes.items()}

@@ -129,11 +129,12 @@ def _row(arm: Arm, times: Sequence[Mapping[str, float]], memory: Mapping[str, in
 def _prefill_flops(arm: Arm) -> int | None:
     """FLOPs of the LLM's layers and of the logits of the prompt's last token; `None` if they are not known."""
     job = arm.job
+    visual, text, *received = (n // job.prompts for n in (job.visual_tokens, job.text_tokens, *arm.received))
     try:
-        cost = prefill_flops(job.model.config, job.visual_tokens, job.text_tokens, arm.received)
+        cost = prefill_flops(job.model.config, visual, text, received)
     except UnsupportedModelError:
         return None
-    return cost.prefill + cost.lm_head
+    return job.prompts * (cost.prefill + cost.lm_head)
 
 
 def comparisons(rows: Sequence[Mapping[str, Any]], times: Times, visual_tokens: int, steps: int) -> dict[str, Any]:

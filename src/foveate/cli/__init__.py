@@ -14,12 +14,14 @@ from foveate import __version__
 from foveate.cli import (
     bench,
     calibrate,
+    check,
     codebook,
     cost,
     eval,
     families,
     methods,
     nano,
+    projectors,
     run,
     scenes,
     table,
@@ -51,8 +53,10 @@ app.command()(tune.tune)
 app.command()(cost.cost)
 app.command("eval")(eval.evaluate)
 app.add_typer(bench.bench_app, name="bench")
+app.command()(check.check)
 app.command()(methods.methods)
 app.command()(families.families)
+app.command()(projectors.projectors)
 app.command()(table.table)
 app.command()(scenes.scenes)
 app.command()(calibrate.calibrate)

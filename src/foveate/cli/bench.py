@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from foveate.cli.tools import (
     Absorb,
     Json,
     Rectify,
+    command_line,
     fill_page,
     guarded,
     load,
@@ -214,7 +214,7 @@ def model(
         arms = bench.arms_of(job, Settings.make(reducer, family=job.family, rectify=rectify, absorb=absorb))
         with ERRORS.status("starting") as status:
             measured = bench.run_arms(arms, repeats, clock.value, status.update)
-        result = {"command": _command(context), "model": model, **measured}
+        result = {"command": command_line(context), "model": model, **measured}
         if model in LLAVA_SHAPES:
             result["config"]["tied"] = tied
         if out is not None:
@@ -244,22 +244,6 @@ def _real_job(name: str, dtype: str, attn: str | None, image: Path | None, quest
 
     picture = open_image(image or SAMPLE)
     return prepare(*load(name, dtype, None, attn), picture, question, max_new_tokens=max_new_tokens)
-
-
-def _command(context: typer.Context) -> str:
-    """Write the command with the options that were given."""
-    words = ["foveate", "bench", "model"]
-    for parameter in context.command.params:
-        value, source = context.params[str(parameter.name)], context.get_parameter_source(str(parameter.name))
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        for item in value if isinstance(value, list | tuple) else [value]:
-            item = item.value if isinstance(item, Enum) else item
-            if isinstance(item, bool):
-                words.append(parameter.opts[0] if item else (parameter.secondary_opts or [""])[0])
-            else:
-                words += [parameter.opts[0], str(item)]
-    return shlex.join(words)
 
 
 def _plot(path: Path, result: dict[str, Any]) -> None:

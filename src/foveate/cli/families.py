@@ -24,7 +24,13 @@ def families(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")
     if not names:
         raise UnknownNameError.among("no family matches", pattern, known)
     rows: list[dict[str, Any]] = [
-        {"name": f.name, "model_types": list(f.model_types), "inputs": dict(f.inputs), "notes": f.notes}
+        {
+            "name": f.name,
+            "model_types": list(f.model_types),
+            "inputs": dict(f.inputs),
+            "notes": f.notes,
+            "refuses": dict(f.refuses),
+        }
         for f in map(known.__getitem__, names)
     ]
     if as_json:
@@ -36,4 +42,8 @@ def families(pattern: Annotated[str, typer.Argument(help="Shell-style pattern.")
     for row in rows:
         takes = ", ".join(dict.fromkeys(row["inputs"].values()))
         table.add_row(row["name"], ", ".join(row["model_types"]) or "any other", takes, escape(row["notes"]))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for row in rows:
+        for model_type, reason in row["refuses"].items():
+            console.print(f"{row['name']} refuses {model_type}: it {reason}", markup=False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -50,6 +52,22 @@ def refuse(context: typer.Context, names: Iterable[str], because: str) -> None:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             raise InputError(f"{because}: leave out --{name.replace('_', '-')}")
+
+
+def command_line(context: typer.Context) -> str:
+    """Write the command with the options that were given."""
+    words = ["foveate", *context.command_path.split()[1:]]
+    for parameter in context.command.params:
+        value, source = context.params[str(parameter.name)], context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            item = item.value if isinstance(item, Enum) else item
+            if isinstance(item, bool):
+                words.append(parameter.opts[0] if item else (parameter.secondary_opts or [""])[0])
+            else:
+                words += [parameter.opts[0], str(item)]
+    return shlex.join(words)
 
 
 def print_json(data: Any) -> None:

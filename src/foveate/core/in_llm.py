@@ -120,7 +120,7 @@ class LayerTokens(VisualTokens):
             sizes = [len(crop) for crop in span.crops]
             parts = Budget(count).split(sizes) if count else [0] * len(sizes)
             for crop, part in zip(span.crops, parts, strict=True):
-                shares.append(_Share(i, len(shares), crop.index.to(self.device), part))
+                shares.append(_Share(i, len(shares), crop.index.to(self.device, non_blocking=True), part))
         return shares
 
     def _stacked(self) -> list[tuple[list[_Share], CropBatch, int]]:

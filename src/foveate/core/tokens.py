@@ -110,7 +110,7 @@ class VisualTokens:
             for unit, (kept, target, source, weight) in zip(units, groups.per_crop(), strict=True):
                 rows = unit.index
                 if batch.cls is not None:
-                    rows = torch.cat([rows, rows.new_tensor([len(self.spans[unit.span]) + unit.first_of_span])])
+                    rows = torch.cat([rows, rows.new_full((1,), len(self.spans[unit.span]) + unit.first_of_span)])
                 parts[unit.span].append((rows.index_select(0, kept), target, rows.index_select(0, source), weight))
                 merged.add(unit.span)
         extra = [len(span.crops) if self.cls else 0 for span in self.spans]
@@ -125,7 +125,8 @@ class VisualTokens:
         """Units that keep all their tokens, or none."""
         for unit, count in self._units(keep):
             if count >= unit.size or count == 0:
-                yield unit, unit.index.to(self.device), min(count, unit.size)
+                unit = unit.on(self.device)
+                yield unit, unit.index, min(count, unit.size)
 
     def _batches(self, keep: Keep) -> Iterator[tuple[list[_Unit], CropBatch, int]]:
         """Stack the units that a method has to decide on, those of equal shape and budget together."""
@@ -134,7 +135,7 @@ class VisualTokens:
             if 0 < count < unit.size:
                 words = None if self.queries is None else len(self.queries[self.spans[unit.span].sample])
                 joint = len(unit.crops) > 1
-                work[unit.size, count, unit.grid, words, joint].append(replace(unit, index=unit.index.to(self.device)))
+                work[unit.size, count, unit.grid, words, joint].append(unit.on(self.device))
         for (size, count, grid, _, joint), units in work.items():
             planes = {probe: torch.stack([u.gather(plane) for u in units]) for probe, plane in self.planes.items()}
             query = None
@@ -191,6 +192,10 @@ class _Unit:
     @property
     def size(self) -> int:
         return int(self.index.shape[0])
+
+    def on(self, device: torch.device) -> _Unit:
+        # Copied like this, small tensors do not make the host wait for what a GPU has still to do.
+        return replace(self, index=self.index.to(device, non_blocking=True))
 
     def gather(self, plane: Sequence[Tensor]) -> Tensor:
         parts = [plane[c] for c in self.crops]

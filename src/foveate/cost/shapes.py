@@ -116,6 +116,17 @@ SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 
+def read_shape(shape: Shape) -> tuple[Any, Any]:
+    """Return the configuration of a shape, and its image processor or `None`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape.config), encoding="utf-8")
+        config = AutoConfig.from_pretrained(folder)
+        if not shape.processor:
+            return config, None
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(shape.processor), encoding="utf-8")
+        return config, AutoImageProcessor.from_pretrained(folder)
+
+
 def load_shape(name: str) -> tuple[Any, Any]:
     """Return the configuration of a model, and its image processor or `None`.
 
@@ -135,14 +146,7 @@ def load_shape(name: str) -> tuple[Any, Any]:
 
         return AutoConfig.from_pretrained(nano.WEIGHTS), None
     if name in SHAPES:
-        shape = SHAPES[name]
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(shape.config), encoding="utf-8")
-            config = AutoConfig.from_pretrained(folder)
-            if not shape.processor:
-                return config, None
-            (Path(folder) / "preprocessor_config.json").write_text(json.dumps(shape.processor), encoding="utf-8")
-            return config, AutoImageProcessor.from_pretrained(folder)
+        return read_shape(SHAPES[name])
     known = f"built-in shapes are nano, {', '.join(SHAPES)}; otherwise pass a hub id or a folder with config.json"
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)

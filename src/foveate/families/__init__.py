@@ -5,6 +5,7 @@ from __future__ import annotations
 from foveate.families.aya_vision import AyaVision
 from foveate.families.base import Family
 from foveate.families.cohere2_vision import Cohere2Vision
+from foveate.families.ernie4_5_vl import Ernie4_5Vl
 from foveate.families.fast_vlm import FastVlm
 from foveate.families.gemma3 import Gemma3
 from foveate.families.glm4v import Glm4v
@@ -24,6 +25,7 @@ from foveate.families.qwen2_5_vl import Qwen2_5Vl
 from foveate.families.qwen2_vl import Qwen2Vl
 from foveate.families.qwen3_5 import Qwen3_5
 from foveate.families.qwen3_vl import Qwen3Vl
+from foveate.families.qwen_omni import Qwen2_5Omni, Qwen3Omni
 from foveate.families.registry import all_families, family_of, family_of_class, list_families, register_family
 from foveate.families.smolvlm import SmolVLM
 from foveate.families.video_llava import VideoLlava
@@ -47,8 +49,11 @@ for _family in (
     Qwen2_5Vl,
     Qwen3Vl,
     Qwen3_5,
+    Qwen2_5Omni,
+    Qwen3Omni,
     Glm4v,
     PaddleOcrVl,
+    Ernie4_5Vl,
     Gemma3,
     PaliGemma,
     Mistral3,

@@ -18,6 +18,7 @@ from foveate.core.reducer import Method, declared
 from foveate.core.selection import Merging, Selection
 from foveate.core.spans import Span
 from foveate.core.tokens import VisualTokens
+from foveate.families.classes import owner_of
 from foveate.families.facts import Facts
 from foveate.families.layout import WHOLE, Grid, Layout, crop_layout, frames_layout, tile_boxes
 
@@ -39,6 +40,10 @@ class Family(Facts, ABC):
     def matches(self, config: Any) -> bool:
         """Return whether a model with this configuration belongs to the family."""
         return getattr(config, "model_type", None) in self.model_types
+
+    def of(self, model: Any) -> Family:
+        """Return the family as it is with one model, where that is not the same for all of its models."""
+        return self
 
     def lacks(self, method: Method | type[Method]) -> str | None:
         """Say what a method needs that the family does not give, or return `None` if the method runs on it.
@@ -91,9 +96,7 @@ class Family(Facts, ABC):
         key = next(k for k, v in self.inputs.items() if v == kind and inputs.get(k) is not None)
         side = {k: inputs[k] for k in self.side_inputs_of(kind) if inputs.get(k) is not None}
         name = f"get_{kind}_features"
-        # Not every class hands the methods of the model inside it up.
-        encode = getattr(model, name, None) or getattr(model.model, name)
-        return encode(inputs[key], **side, return_dict=True)
+        return getattr(owner_of(model, name), name)(inputs[key], **side, return_dict=True)
 
     def side_inputs_of(self, kind: str) -> tuple[str, ...]:
         """Return the further inputs that the encoder reads for one kind."""

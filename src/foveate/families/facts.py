@@ -25,8 +25,12 @@ class Facts:
     side_inputs: ClassVar[tuple[str, ...]] = ()
     """Further inputs that only the encoder reads."""
     notes: ClassVar[str] = ""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Model types that might be taken for the family's, and why they are not."""
     keeps_positions: ClassVar[bool] = False
     """Whether positions have several axes (M-RoPE), so that kept tokens can only keep those of the full prompt."""
+    axes: ClassVar[int] = 3
+    """How many axes such positions have."""
     has_cls: ClassVar[bool] = False
     """Whether the vision encoder has a ``[CLS]`` token."""
     has_attention: ClassVar[bool] = True

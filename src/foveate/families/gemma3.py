@@ -26,7 +26,7 @@ class Gemma3(RasterFamily):
     """
 
     name = "gemma3"
-    model_types = ("gemma3",)
+    model_types = ("gemma3", "shieldgemma2")
     two_way = True
     packs = False
     notes = "tokens are averages of patches; pan-and-scan crops are images; the sliding window counts kept tokens"

@@ -18,11 +18,13 @@ from foveate.core.spans import Crop, Span
 from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family
 from foveate.families.batches import one_row_per_token, placeholder_columns
+from foveate.families.classes import REFUSED, owner_of
 from foveate.families.generic_tower import look
 from foveate.families.layout import Grid
 from foveate.families.survey import Tower, towers
 
-_PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions")
+_PLAIN = ("pooler_output", "last_hidden_state", "hidden_states", "attentions", "image_tokens", "embedding_loss")
+"""How the names of what encoders return end, beside planes that reach the LLM; the last two are of codebooks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,7 @@ class Generic(Family):
     has_grid = False
     opaque = True
     notes = "any other model that takes mm_encoder_outputs; attention where each patch makes one token; square grids"
+    refuses = REFUSED
     towers: Sequence[Tower] = ()
 
     @property
@@ -71,6 +74,10 @@ class Generic(Family):
         family.side_inputs = _side_inputs(model)  # type: ignore[misc]
         family.towers = towers(model)
         family.has_attention = bool(family.towers)  # type: ignore[misc]
+        if hasattr(getattr(model, "model", model), "get_rope_index"):
+            rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+            family.keeps_positions = True  # type: ignore[misc]
+            family.axes = len(rope.get("mrope_section", ())) or cls.axes  # type: ignore[misc]
         return family
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:
@@ -80,14 +87,18 @@ class Generic(Family):
         if inputs.get("pixel_values_videos") is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has no family of its own, and so no videos here")
         output, values = self._look(model, inputs, probes)
-        if further := [key for key in output if key not in _PLAIN]:
+        if further := [key for key in output if not key.endswith(_PLAIN)]:
             raise UnsupportedModelError(
                 f"{type(model).__name__} needs a family of its own: its images have {', '.join(further)} beside tokens"
             )
         # Classes return one tensor of all images, stacked or joined, or a list with one tensor per image.
         rows, ids, token = output.pooler_output, inputs["input_ids"].cpu(), model.config.image_token_id
         dims = rows.dim() if isinstance(rows, Tensor) else 0
-        parts = list(torch.split(rows, _runs(ids == token))) if dims == 2 and len(rows) else list(rows)
+        if dims == 3 and rows.shape[1] == 1:  # Inkling: each patch as if it were an image
+            rows = rows[:, 0]
+        parts = list(torch.split(rows, _runs(ids == token))) if dims and rows.dim() == 2 and len(rows) else list(rows)
+        if (one := _tokens_per_image(model)) is not None:
+            parts = [image for part in parts for image in torch.split(part, one)]
         spans: list[Span] = []
         lengths = [len(x) for x in parts]
         read = {probe: torch.split(x, lengths) for probe, x in values.items()}
@@ -107,7 +118,7 @@ class Generic(Family):
 
         def run(given: Mapping[str, Any]) -> Any:
             side = {key: x for key, x in given.items() if key != "pixel_values"}
-            return model.get_image_features(given["pixel_values"], **side, return_dict=True)
+            return self.run_encoder(model, given["pixel_values"], **side, return_dict=True)
 
         # Pixels that are not finite are refused behind this, by the name of their image.
         if not read or not bool(inputs["pixel_values"].isfinite().all()):
@@ -134,10 +145,21 @@ class Generic(Family):
         raise UnsupportedModelError(f"{type(model).__name__} has no family that can encode smaller pictures")
 
     def run_encoder(self, model: Any, pixels: Tensor, **side: Any) -> Any:
-        return model.get_image_features(pixels, **side)
+        return owner_of(model, "get_image_features").get_image_features(pixels, **side)
 
     def project(self, model: Any, features: Tensor) -> Tensor:
         return features
+
+    def positions(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        if not self.keeps_positions:
+            return None
+        types = (inputs["input_ids"] == model.config.image_token_id).long()
+        given, index = {**inputs, "mm_token_type_ids": types}, model.model.get_rope_index
+        positions, _ = index(**{k: given[k] for k in inspect.signature(index).parameters if given.get(k) is not None})
+        return positions  # type: ignore[no-any-return]
+
+    def position_deltas(self, model: Any) -> Tensor | None:
+        return model.model.rope_deltas if self.keeps_positions else None
 
     def encoder_outputs(self, spans: Sequence[Span], embeds: Sequence[Tensor]) -> dict[str, Any]:
         (dims,) = {span.dims for span in spans if isinstance(span, EncodedSpan)}
@@ -153,32 +175,20 @@ def _joined(output: Any) -> Tensor:
     return rows.flatten(0, -2) if isinstance(rows, Tensor) else torch.cat(list(rows))
 
 
-def missing(model_class: type) -> str | None:
-    """Say what a class of models lacks for the generic family, or return `None` if it lacks nothing."""
-    if not hasattr(model_class, "generate"):
-        return "a language-model head"
-    if not hasattr(model_class, "get_image_features"):
-        return "a method get_image_features"
-    forward = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
-    return None if "mm_encoder_outputs" in forward.parameters else "mm_encoder_outputs among the arguments of forward"
-
-
-def missing_parts(model: Any) -> str | None:
-    """Say what a model lacks for the generic family beside what its class does."""
-    # Positions along three axes are worked out from the full prompt, as families that know them do.
-    if hasattr(getattr(model, "model", model), "get_rope_index"):
-        return "positions along one axis"
-    return None if getattr(model.config, "image_token_id", None) is not None else "image_token_id in its configuration"
-
-
 def _side_inputs(model: Any) -> tuple[str, ...]:
     """Return the names of what ``get_image_features`` takes beside the pixels, there and in the model inside."""
     names: dict[str, None] = {}
     for part in (model, getattr(model, "model", model)):
-        parameters = inspect.signature(type(part).get_image_features).parameters.values()
-        kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        names.update((p.name, None) for p in parameters if p.kind not in kinds)
+        if (encode := getattr(type(part), "get_image_features", None)) is not None:
+            kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            names.update((p.name, None) for p in inspect.signature(encode).parameters.values() if p.kind not in kinds)
     return tuple(name for name in names if name not in ("self", "pixel_values"))
+
+
+def _tokens_per_image(model: Any) -> int | None:
+    """Return how many tokens each image has, of a model whose encoder joins the images of a prompt; else `None`."""
+    perceiver = getattr(model.config, "perceiver_config", None)  # Idefics2
+    return None if perceiver is None else int(perceiver.resampler_n_latents)
 
 
 def _runs(places: Tensor) -> list[int]:

@@ -17,7 +17,7 @@ class Glm4v(MRopeFamily):
     """GLM-4.1V, GLM-4.5V and GLM-4.6V: as Qwen2-VL, with a convolution for a merger."""
 
     name = "glm4v"
-    model_types = ("glm4v", "glm4v_moe", "glm46v")
+    model_types = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
     notes = "as qwen2_vl; timestamps between frames stay; no images beside videos in one batch, as in the model itself"
 
     def types(self, model: Any, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from foveate.core.spans import Crop, Span
 from foveate.core.tokens import VisualTokens
 from foveate.families.base import Family, Process, Size
 from foveate.families.batches import placeholder_columns
+from foveate.families.compressed import compressed, installed_in
 from foveate.families.layout import Grid, Layout, frames_layout
 from foveate.families.thinning import run_tower_inside
 from foveate.families.tower import feature_indices, resized_crops, run_tower, token_planes, with_cls
@@ -39,6 +40,10 @@ class Llava(Family):
 
     def matches(self, config: Any) -> bool:
         return super().matches(config) and config.vision_config.model_type != "pixtral"
+
+    def of(self, model: Any) -> Family:
+        installed = installed_in(model)
+        return self if installed is None else compressed(self, installed)
 
     def cls(self, model: Any) -> bool:
         """Return whether the tower puts a ``[CLS]`` token before the patches."""

@@ -46,7 +46,7 @@ class MRopeFamily(MergedFamily):
         return [(h, w) for t, h, w in inputs[f"{self.inputs[key]}_grid_thw"].tolist() for _ in range(t)]
 
     def steps(self, model: Any, frames: int) -> int:
-        return -(-frames // int(model.config.vision_config.temporal_patch_size))
+        return -(-frames // int(getattr(model.config.vision_config, "temporal_patch_size", 1)))
 
     def imagined_images(
         self, model: Any, size: Size, images: int, process: Process

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Qwen3Vl(MRopeFamily):
     """
 
     name = "qwen3_vl"
-    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cohere_compass")
     notes = "as qwen2_vl; DeepStack planes are pruned along; timestamps between frames stay"
 
     def layers_written(self, model: Any) -> int:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from foveate.core.errors import FoveateError, UnsupportedModelError
 from foveate.families.base import Family
-from foveate.families.generic import Generic, missing, missing_parts
+from foveate.families.classes import refusal
+from foveate.families.generic import Generic
 
 ENTRY_POINTS = "foveate.families"
 KINDS = ("image", "video")
@@ -129,12 +130,7 @@ def family_of(model: Any) -> Family:
         If no family knows the model and it lacks what the generic family needs; the message says what.
     """
     config = getattr(model, "config", None)
-    family = family_of_class(type(model), config)
-    if not isinstance(family, Generic):
-        return family
-    if lacking := missing_parts(model):
-        raise _unsupported(type(model), config, lacking)
-    return family.of(model)
+    return family_of_class(type(model), config).of(model)
 
 
 def family_of_class(model_class: type, config: Any) -> Family:
@@ -154,15 +150,11 @@ def family_of_class(model_class: type, config: Any) -> Family:
                     "AutoModelForImageTextToText"
                 )
             return family
-    if lacking := missing(model_class):
-        raise _unsupported(model_class, config, lacking)
+    if reason := refusal(model_class, config):
+        model_type = getattr(config, "model_type", None)
+        raise UnsupportedModelError(
+            f"{model_class.__name__} (model type {model_type!r}) belongs to no supported family; there are: "
+            f"{', '.join(all_families())}; the generic family needs a model that it can hand encoded images to, and "
+            f"this one {reason}"
+        )
     return _GENERIC
-
-
-def _unsupported(model_class: type, config: Any, lacking: str) -> UnsupportedModelError:
-    model_type = getattr(config, "model_type", None)
-    return UnsupportedModelError(
-        f"{model_class.__name__} (model type {model_type!r}) belongs to no supported family; "
-        f"there are: {', '.join(all_families())}; the generic family needs a model that it can hand encoded images to, "
-        f"and this one lacks {lacking}"
-    )

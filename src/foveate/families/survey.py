@@ -68,12 +68,12 @@ def towers(model: Any) -> list[Tower]:
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    kind: Any = type(module)
-    return hasattr(module, "config") and _names_interface(kind)
+    module_class: Any = type(module)
+    return hasattr(module, "config") and _names_interface(module_class)
 
 
 @cache
-def _names_interface(module_class: type[nn.Module]) -> bool:
+def _names_interface(module_class: Any) -> bool:
     code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 

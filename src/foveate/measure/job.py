@@ -41,7 +41,7 @@ class Job:
 
     @property
     def visual_tokens(self) -> int:
-        """Number of visual tokens of the unpruned prompt."""
+        """Number of visual tokens of the unpruned prompt, or of all prompts of a batch."""
         return sum(map(len, self.spans))
 
     def views(self, images: Sequence[Image.Image], video: Sequence[Image.Image]) -> list[list[Image.Image]]:
@@ -65,8 +65,13 @@ class Job:
 
     @property
     def text_tokens(self) -> int:
-        """Number of the other tokens."""
-        return int(self.inputs["input_ids"].shape[1]) - self.visual_tokens
+        """Number of the other tokens, padding among them."""
+        return int(self.inputs["input_ids"].numel()) - self.visual_tokens
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.inputs["input_ids"])
 
 
 def prepare(

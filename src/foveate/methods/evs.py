@@ -80,7 +80,7 @@ class EVS(Reducer):
             count = self.count(span)
             if count < sum(map(len, span.crops)):
                 work[len(frames), len(span.crops[0]), count].append((i, torch.stack(frames)))
-            kept[i] = [crop.index.to(tokens.device) for crop in span.crops]
+            kept[i] = [crop.index.to(tokens.device, non_blocking=True) for crop in span.crops]
         for (_, _, count), videos in work.items():
             rows = self.pick(torch.stack([video for _, video in videos]), count)
             for (i, _), row in zip(videos, rows, strict=True):

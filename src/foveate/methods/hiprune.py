@@ -72,8 +72,8 @@ class HiPrune(CropReducer):
     def _crosses(self, anchors: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return each anchor ``[B, K]`` and its neighbours, ``[B, K, 5]``; a missing one is the anchor itself."""
         height, width = grid
-        rows = torch.tensor([0, -1, 1, 0, 0], device=anchors.device)
-        columns = torch.tensor([0, 0, 0, -1, 1], device=anchors.device)
+        steps = torch.tensor([[0, -1, 1, 0, 0], [0, 0, 0, -1, 1]])
+        rows, columns = steps.to(anchors.device, non_blocking=True).unbind()
         near = anchors[:, :, None] + rows * width + columns
         if self.wrap:
             return near.clamp(0, height * width - 1)

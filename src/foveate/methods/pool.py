@@ -28,7 +28,7 @@ class Pool(CropMerger):
 
     def pick(self, crops: CropBatch, count: int) -> Groups:
         windows = _windows(crops.require_grid(self.name), count)
-        return Groups(*(x.to(crops.device).expand(len(crops.ordinals), -1) for x in windows))
+        return Groups(*(x.to(crops.device, non_blocking=True).expand(len(crops.ordinals), -1) for x in windows))
 
 
 @lru_cache(maxsize=256)

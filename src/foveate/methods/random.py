@@ -30,7 +30,7 @@ class Random(CropReducer):
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         draws = [_draw(self.seed * 1_000_003 + ordinal, crops.size)[:count] for ordinal in crops.ordinals]
-        return torch.stack(draws).to(crops.device)
+        return torch.stack(draws).to(crops.device, non_blocking=True)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

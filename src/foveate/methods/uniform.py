@@ -26,4 +26,4 @@ class Uniform(CropReducer):
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         middles = [cell.middle for cell in grids.cells(crops.require_grid(self.name), count)]
-        return torch.tensor(middles, device=crops.device).expand(len(crops.ordinals), -1)
+        return torch.tensor(middles).to(crops.device, non_blocking=True).expand(len(crops.ordinals), -1)

@@ -173,5 +173,5 @@ def _blocks(grid: tuple[int, int], side: float, device: torch.device) -> tuple[T
     """Return which block each token of a grid is in, ``[N]``, and the number of blocks."""
     rows, columns = ([math.floor(i / side) for i in range(n)] for n in grid)
     height, width = rows[-1] + 1, columns[-1] + 1
-    row, column = (torch.tensor(x, device=device) for x in (rows, columns))
+    row, column = (torch.tensor(x).to(device, non_blocking=True) for x in (rows, columns))
     return (row[:, None] * width + column).flatten(), height * width

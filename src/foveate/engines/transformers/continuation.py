@@ -199,7 +199,7 @@ class Continuation:
         """Return the M-RoPE positions ``[3, B, n]`` of the n columns that follow a cached prompt."""
         batch, length = new["input_ids"].shape
         if own is not None:
-            return rotary_axes(own, batch)[..., -length:]
+            return rotary_axes(own, batch, self._family.axes)[..., -length:]
         positions = self._family.positions(self._model, new)
         assert positions is not None
         assert prefix.behind is not None

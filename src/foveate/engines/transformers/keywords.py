@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.core.errors import InputError
 from foveate.engines.transformers.compaction import Compaction, check_mask, sources
 
-Role: TypeAlias = Literal["plane", "next plane", "columns", "bounds", "longest"]
+Role: TypeAlias = Literal["plane", "next plane", "columns", "bounds", "longest", "free"]
 
 ROLES: Final[Mapping[str, Role]] = {
     "input_ids": "plane",
@@ -27,13 +27,15 @@ ROLES: Final[Mapping[str, Role]] = {
     "cu_seq_lens_k": "bounds",
     "max_length_q": "longest",
     "max_length_k": "longest",
+    "feature_attention_mask": "free",
+    "input_features_mask": "free",
 }
-"""The keywords that say something about columns of the prompt.
+"""The keywords that say something about columns of the prompt, or look as if they did.
 
 A plane ``[B, L, ...]``, or ``[..., B, L]``, is compacted; the next plane holds at each column what a plane holds at the
 one behind it; columns are named by their numbers, or by how many of the last ones are meant; bounds of packed prompts,
 and the longest of them, are worked out anew (`packing`). Any other tensor of the shape of a plane is compacted, too,
-and all else is free: images and their sizes, caches, flags.
+and all else is free: images and their sizes, masks of sounds, caches, flags.
 """
 _FILL: Final = {"labels": -100, "shift_labels": -100}
 
@@ -52,7 +54,7 @@ def compact_planes(inputs: Mapping[str, Any], compaction: Compaction, pad_id: in
         role, fill = ROLES.get(key), pad_id if key == "input_ids" else _FILL.get(key, 0)
         if role == "columns" and value is not None:
             out[key] = compact_columns(key, value, compaction)
-        elif not isinstance(value, Tensor) or role in ("bounds", "longest"):
+        elif not isinstance(value, Tensor) or role in ("bounds", "longest", "free"):
             continue
         elif role == "next plane":
             out[key] = _next_plane(key, value, compaction, fill)

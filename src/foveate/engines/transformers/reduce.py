@@ -183,7 +183,7 @@ def apply(
     full = with_positions(inputs, inputs["input_ids"].shape, positions, own, packed is not None)
     if family.keeps_positions and positions == "original":
         # A later turn goes on behind the last M-RoPE position, which the number of columns does not tell.
-        full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]))
+        full["position_ids"] = rotary_axes(full["position_ids"], len(inputs["input_ids"]), family.axes)
         compaction = replace(compaction, behind=position_behind(full["position_ids"], inputs.get("attention_mask")))
     out = Reduced(compact_planes(full, compaction, pad_id(model)))
     # The images are encoded: a model that is given pixels beside mm_encoder_outputs may encode them again.
@@ -233,14 +233,14 @@ def with_positions(
     return full
 
 
-def rotary_axes(positions: Tensor, batch: int) -> Tensor:
-    """Return the temporal, vertical and horizontal positions ``[3, B, L]`` among M-RoPE position ids.
+def rotary_axes(positions: Tensor, batch: int, axes: int) -> Tensor:
+    """Return the positions along so many axes, ``[axes, B, L]``, among M-RoPE position ids.
 
     A row in front of them that counts the tokens is left out: with gaps in it, transformers would take one prompt for
     several packed ones.
     """
-    axes = positions[-3:] if positions.dim() == 3 else positions[None]
-    return axes.expand(3, batch, -1)
+    own = positions[-axes:] if positions.dim() == 3 else positions[None]
+    return own.expand(axes, batch, -1)
 
 
 def refuse_vllm(model: Any, reducer: Method) -> None:

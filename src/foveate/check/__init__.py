@@ -1,0 +1,1 @@
+"""Whether foveate is right and fast with a model on a machine."""
