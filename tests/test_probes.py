@@ -11,7 +11,7 @@ import foveate.core.probes
 import foveate.families.taps
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Attention, Features, attention_received, cls_row
-from foveate.families.layers import layer_outputs
+from foveate.families.layer_runs import layer_outputs
 from foveate.families.merged import mean_of_blocks
 from foveate.families.taps import Taps, tap
 from foveate.families.tower import encoder_layers, run_tower

@@ -74,6 +74,27 @@ class VisualTokens:
                 kept[unit.span].append(unit.index.index_select(0, row))
         return self.selection(kept)
 
+    def per_crop_at_most(self, keep: Keep, pick: Callable[[CropBatch, int], tuple[Tensor, Tensor]]) -> Selection:
+        """Select within each crop as `per_crop` does, where each crop decides how many tokens it needs.
+
+        Parameters
+        ----------
+        keep
+            The most that a crop may keep. Crops that may keep all their tokens do, and are not shown to `pick`.
+        pick
+            Maps a `CropBatch` and a count T to tokens ``[B, T]``, the most wanted first, and how many of them stay
+            ``[B]``; waits for the device once.
+        """
+        kept: dict[int, list[Tensor]] = defaultdict(list)
+        for unit, index, count in self._whole(keep):
+            if count:
+                kept[unit.span].append(index)
+        for units, batch, count in self._batches(keep):
+            rows, needed = pick(batch, count)
+            for unit, row, most in zip(units, picked(rows, batch, count), needed.tolist(), strict=True):
+                kept[unit.span].append(unit.index.index_select(0, row[:most]))
+        return self.selection(kept)
+
     def selection(self, kept: Mapping[int, Sequence[Tensor]]) -> Selection:
         """Return the plain selection of kept positions, which come per span, in parts and in any order."""
         return Selection(

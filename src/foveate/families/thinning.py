@@ -14,7 +14,7 @@ from foveate.core.errors import UnsupportedModelError
 from foveate.core.grids import crop_budgets
 from foveate.core.probes import LayerProbe, Members, Probe
 from foveate.core.spans import Crop, Span
-from foveate.families.layers import layer_input
+from foveate.families.layer_runs import layer_input
 from foveate.families.layout import Grid
 from foveate.families.taps import implementation_of, tap
 from foveate.families.tower import attention_of, crop_rows, encoder_layers, feature_indices

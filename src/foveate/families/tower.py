@@ -14,7 +14,7 @@ from foveate.core.offload import tables, weights_at_hand
 from foveate.core.probes import ClsToken, Features, LayerProbe, Probe
 from foveate.core.spans import Crop
 from foveate.core.tokens import VisualTokens
-from foveate.families.layers import layer_outputs
+from foveate.families.layer_runs import layer_outputs
 from foveate.families.layout import Grid
 from foveate.families.taps import tap
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
+from foveate.author import (
+    CropBatch,
+    CropReducer,
+    FoveateError,
+    Selection,
+    VisualTokens,
+    probes,
+    ranking,
+    register,
+)
 
 _FLOOR = 1e-3  # of the ridge: what rounding may leave of a gain that is at least the ridge
 
@@ -37,9 +46,16 @@ class Gaze(CropReducer):
         What the diagonal of the kernel gets on top: how much a token counts that is like picked ones.
     saliency
         Exponent of the weight; 0 for none.
+    tau
+        Stop where the gains have fallen below: `keep` is then at most, and each crop decides how many tokens it needs.
+        For extreme budgets; ``foveate calibrate --method gaze`` finds the one of a mean number. `None` for just `keep`.
+    least
+        Tokens of a crop that stay at least, with `tau`.
 
     Notes
     -----
+    With `tau`, `select` waits for the device, and compiles to no single graph.
+
     Without a matrix of all cosines: ``O(T N (D + T))`` time, ``O(N (D + T))`` memory.
 
     Its ingredients are known: the greedy determinant of CDPruner (arXiv 2506.10967), spatial terms of VLM-Pruner
@@ -49,6 +65,8 @@ class Gaze(CropReducer):
     spread: float = 0.25
     ridge: float = 0.1
     saliency: float = 0.5
+    tau: float | None = None
+    least: int = 4
 
     needs: ClassVar[tuple[probes.Probe, ...]] = (probes.Embeddings(), probes.Attention(layers=0.34))
     complexity = "O(T N (D + T))"
@@ -60,6 +78,43 @@ class Gaze(CropReducer):
                 raise FoveateError(f"{name} is a finite number above 0, not {value}")
         if not 0.0 <= self.saliency < float("inf"):
             raise FoveateError(f"saliency is an exponent from 0 on, not {self.saliency}")
+        if self.tau is not None and not 0.0 < self.tau < float("inf"):
+            raise FoveateError(f"tau is a finite gain above 0, not {self.tau}")
+        if self.least < 1:
+            raise FoveateError(f"least is a number of tokens from 1 on, not {self.least}")
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tau is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        # What was written before these two came says the same as what is written without them.
+        return data if self.adaptive else {name: x for name, x in data.items() if name not in ("tau", "least")}
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop_at_most(self.keep, self._enough) if self.adaptive else super().select(tokens)
+
+    def _enough(self, crops: CropBatch, count: int) -> tuple[Tensor, Tensor]:
+        """Return the picks ``[B, count]`` and how many of them each crop needs ``[B]``."""
+        picks = self.pick(crops, count)
+        assert self.tau is not None
+        needed = 1 + (self.falling(crops, picks) >= self.tau).sum(dim=1)
+        return picks, needed.clamp(min=min(self.least, count))
+
+    def falling(self, crops: CropBatch, picks: Tensor) -> Tensor:
+        """Return the least gain so far ``[B, T - 1]`` at each of the picks ``[B, T]`` but the first."""
+        picks = picks[:, 1:]
+        unit = normalize(crops.probe(probes.Embeddings()).float().nan_to_num(), dim=-1)
+        centred = (unit - unit.mean(dim=1, keepdim=True)).double()
+        variance = centred.square().sum(dim=-1).mean(dim=1).clamp(min=1e-12)
+        own = centred.take_along_dim(picks[:, :, None], dim=1)
+        kernel = own @ own.transpose(1, 2) / variance[:, None, None]
+        if crops.grid is not None:
+            kernel = kernel * torch.stack([self._nearness(crops, x[:, None])[:, x] for x in picks])  # type: ignore[index]
+        kernel = kernel + self.ridge * torch.eye(picks.shape[1], dtype=kernel.dtype, device=kernel.device)
+        gains: Tensor = torch.linalg.cholesky(kernel).diagonal(dim1=1, dim2=2).square()
+        return (self._weight(crops).gather(1, picks) * gains).cummin(dim=1)[0]
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         unit = normalize(crops.probe(probes.Embeddings()).float().nan_to_num(), dim=-1)
@@ -107,7 +162,7 @@ class GazeQuery(Gaze):
 
     Parameters
     ----------
-    keep, spread, ridge, saliency
+    keep, spread, ridge, saliency, tau, least
         See `Gaze`.
     """
 

@@ -1,4 +1,4 @@
-"""Running an encoder up to a layer: what comes out of some of its layers, or goes into one."""
+"""Running an encoder for what some of its layers put out, or are given, and no further."""
 
 from __future__ import annotations
 
