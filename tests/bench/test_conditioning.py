@@ -86,5 +86,5 @@ def test_the_page_shows_what_float64_costs():
     assert [(r["method"], r["tokens"]) for r in rows] == [(m, n) for m in ("gprune", "vispruner") for n in (576, 2880)]
     page = (root / "docs/methods.md").read_text(encoding="utf-8")
     for row in rows:
-        shown = f"| `{row['method']}` | {row['tokens']} | {row['keep']} | {row['ratio']} | {100 * row['same']:.0f} % |"
+        shown = f"| {row['method']} | {row['tokens']} | {row['keep']} | {row['ratio']} | {100 * row['same']:.0f} % |"
         assert shown in page, shown
