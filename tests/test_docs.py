@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import record_classes
+from foveate.bench.growth import growth_table
 from foveate.bench.tables import markdown as speed_table
 from foveate.check.tables import markdown as check_table
 from foveate.cli import compatibility
@@ -44,7 +45,9 @@ def test_the_page_on_gaze_shows_the_leaderboard_and_the_ablation():
 
 def test_the_table_of_methods_and_families_is_current():
     shown = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
-    assert shown == compatibility.page(), "run: foveate table > docs/compatibility.md"
+    measured = json.loads((ROOT / "results/compatibility-callers.json").read_text(encoding="utf-8"))
+    command = "foveate table --callers results/compatibility-callers.json > docs/compatibility.md"
+    assert shown == compatibility.page(measured), f"run: {command}"
 
 
 def test_the_table_of_classes_is_current():
@@ -84,6 +87,16 @@ def test_vispruner_is_as_fast_as_stated():
     plain = json.loads((ROOT / "results/selection.json").read_text(encoding="utf-8"))["vispruner_against_plain_loop"]
     assert plain["identical"] == plain["inputs"] == 200
     assert f"{plain['ratio_of_medians']:.1f} times" in (ROOT / "docs/measuring.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_growth_is_that_of_the_results():
+    result = json.loads((ROOT / "results/selection-growth.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/measuring.md").read_text(encoding="utf-8")
+    assert f"<!-- selection-growth -->\n{growth_table(result)}\n<!-- /selection-growth -->" in page
+    rounds, loops = result["vispruner_rounds"], result["plain_loops"]
+    assert f"{100 * rounds['kept_by_both']:.1f} % of the" in page
+    assert f"{100 * rounds['kept_by_8_with_noise']:.1f} % themselves" in page
+    assert all(f"{row['ours_of_plain']:.2f}" in page for row in loops if row["method"] in ("vispruner", "divprune"))
 
 
 def test_the_model_card_shows_the_results():

@@ -11,8 +11,9 @@ import foveate.core.probes
 import foveate.families.taps
 from foveate.core.errors import UnsupportedModelError
 from foveate.core.probes import Attention, Features, attention_received, cls_row
+from foveate.families.layer_runs import layer_outputs
 from foveate.families.merged import mean_of_blocks
-from foveate.families.taps import Taps, layer_outputs, tap
+from foveate.families.taps import Taps, tap
 from foveate.families.tower import encoder_layers, run_tower
 from tiny_families.base import clip_config, spread
 

@@ -70,3 +70,16 @@ def test_mistakes_are_one_line(foveate: Any, tmp_path: Path) -> None:
     result = foveate("calibrate", "--scenes", 1, "--out", "x.txt")
     assert (result.code, result.out) == (2, "")
     assert "name it 'x.json'" in result.err
+
+
+@needs_weights
+def test_gaze_stops_at_a_mean(foveate: Any) -> None:
+    result = foveate("calibrate", "--method", "gaze", "--tokens", 8, "--scenes", 3, "--out", "g.json", "--json")
+    assert result.code == 0, result.err
+    assert result.json["reducer"]["method"] == "gaze"
+    assert result.json["mean"] <= 8
+    assert len(result.json["counts"]) == result.json["prompts"] == 3
+    assert library.load_reducer("g.json").to_dict() == result.json["reducer"]
+    result = foveate("calibrate", "--method", "gaze", "--calls", 3, "--scenes", 1, "--out", "x.json")
+    assert result.code == 2
+    assert "--calls" in result.err

@@ -100,7 +100,10 @@ def _board() -> dict[str, Any]:
 def test_one_command_fills_the_page_and_draws_the_plot(foveate: Any, monkeypatch: pytest.MonkeyPatch):
     called: list[Any] = []
 
-    def made(methods: Any, budgets: Any, images: int, seed: int, rows: Path, processes: int, progress: Any) -> Any:
+    def made(
+        methods: Any, budgets: Any, images: int, seed: int, rows: Path, processes: int, progress: Any, variants: Any
+    ) -> Any:  # fmt: skip
+        assert variants == []
         called.append((methods, budgets, images, seed, rows, processes))
         progress(5, 10)
         return _board()

@@ -8,6 +8,7 @@ import torch
 from inside import generate
 
 import foveate
+from callers import same_selection
 from foveate.core.ambient import neutral
 from foveate.core.checks import selected
 from foveate.registry import get_method
@@ -38,17 +39,7 @@ def ambient(state):
 
 def same(a, b):
     """Compare selections by prompt."""
-    return all(map(equal, a, b))
-
-
-def equal(a, b):
-    return all(
-        x.length == y.length
-        and torch.equal(x.kept, y.kept)
-        and (x.merge is None) == (y.merge is None)
-        and (x.merge is None or all(map(torch.equal, vars(x.merge).values(), vars(y.merge).values())))
-        for x, y in zip(a, b, strict=True)
-    )
+    return all(map(same_selection, a, b))
 
 
 @every_state
@@ -60,7 +51,7 @@ def test_methods_before_the_llm_decide_the_same(entry, state):
     tokens = visual_tokens(reducer, LAYOUT)
     expected = selected(reducer, tokens)
     with ambient(state):
-        assert equal(selected(reducer, tokens), expected)
+        assert same_selection(selected(reducer, tokens), expected)
 
 
 @every_state
@@ -86,7 +77,7 @@ def test_bookkeeping_of_every_family(family, state):
     expected = foveate.reduce(net, inputs, "uniform", keep=3)
     with ambient(state):
         reduced = foveate.reduce(net, inputs, "uniform", keep=3)
-    assert equal(reduced.selection, expected.selection)
+    assert same_selection(reduced.selection, expected.selection)
     planes = [key for key, x in expected.items() if isinstance(x, torch.Tensor)]
     assert planes == [key for key, x in reduced.items() if isinstance(x, torch.Tensor)]
     assert all(torch.equal(reduced[key], expected[key]) for key in planes)

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import foveate
+from callers import check_threads
 from foveate import Chain, VisPruner
 from foveate.core.errors import AttachError, UnsupportedModelError
 from foveate.methods import FastV, ToMe, TopV
@@ -125,30 +126,44 @@ def test_a_model_that_is_refused_stays_as_it_was():
     foveate.attach(net, VisPruner(keep=9)).detach()
 
 
-@pytest.mark.parametrize("reducer", [ToMe(keep=9), VisPruner(keep=9), FastV(keep=9, layer=1)], ids=lambda r: r.name)
-def test_threads_do_not_see_each_other(reducer):
-    net = model("llava")
-    expected = None
-    with foveate.attach(net, reducer):
-        expected = net(**INPUTS).logits
-    found, faults = [], []
-    with foveate.attach(net, reducer):
+def test_threads_do_not_see_each_other_inside_the_encoder():
+    check_threads("llava", ToMe(keep=9))
 
-        def ask():
-            try:
-                found.extend(net(**INPUTS).logits for _ in range(4))
-            except Exception as error:
-                faults.append(error)
 
-        threads = [threading.Thread(target=ask) for _ in range(3)]
+@pytest.mark.parametrize("reducer", METHODS, ids=repr)
+def test_threads_read_their_own_selections(reducer):
+    net, turns = deep_model("llava"), [threading.Event(), threading.Event()]
+    few, many = collate([sample(4, "image", 5)]), collate([sample(2, "image", 3, "image", 6), sample(1, "image", 4)])
+    found = {}
+
+    def first(handle):
+        net(**few)
+        turns[0].set()
+        assert turns[1].wait(60)
+        found["first"] = [len(row) for row in handle.selections], len(handle.received), sorted(handle.layers)
+
+    def second(handle):
+        assert turns[0].wait(60)
+        net(**many)
+        found["second"] = [len(row) for row in handle.selections], len(handle.received), sorted(handle.layers)
+        turns[1].set()
+
+    layers = {METHODS[1]: [1], METHODS[2]: [2]}.get(reducer, [])
+    with foveate.attach(net, reducer) as handle, torch.no_grad():
+        assert (handle.selections, handle.layers, handle.received) == ([], {}, [])
+        threads = [threading.Thread(target=ask, args=(handle,)) for ask in (first, second)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert faults == []
-    assert len(found) == 12
-    for logits in found:
-        torch.testing.assert_close(logits, expected)
+        assert found == {"first": ([1], 1, layers), "second": ([2, 1], 2, layers)}
+        # A thread that has made no call, such as the one that reads what a streamer is given, learns of the last one.
+        assert [len(row) for row in handle.selections] == [2, 1]
+        net(**few)
+        worker = threading.Thread(target=net.generate, kwargs={**many, "max_new_tokens": 2})
+        worker.start()
+        worker.join()
+        assert [len(row) for row in handle.selections] == [1]
 
 
 class Pipeline:

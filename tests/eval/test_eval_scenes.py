@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from foveate import Budget, nano
+from foveate import Budget, attach, nano
 from foveate.core.errors import FoveateError, InputError
 from foveate.core.in_llm import tokens_per_layer
 from foveate.eval import leaderboard, scenes
@@ -15,7 +15,7 @@ from foveate.eval.plot import plot
 from foveate.measure.job import prepare
 from foveate.methods import CDPruner, FastV, FlowCut, Pool, Random, ToMe, VisPruner
 from foveate.methods.chain import Chain
-from foveate.nano.runner import Runner
+from foveate.nano.runner import Condition, Runner
 from foveate.registry import list_methods
 
 pytestmark = pytest.mark.skipif(not (nano.WEIGHTS / "config.json").is_file(), reason="nano is not trained yet")
@@ -239,3 +239,45 @@ def test_methods_for_two_models_are_left_out():
     reasons = {row["method"]: row["reason"] for row in left_out}
     assert "foveate.guide" in reasons["sgl"]
     assert "gates" in reasons["dyvte"]
+
+
+def test_variants_are_columns_beside_the_plain_methods(small: None, tmp_path: Path):
+    rows = tmp_path / "board.rows.jsonl"
+    plain = leaderboard.leaderboard(["vispruner", "cdpruner"], [16], 2, 0, rows)
+    before = rows.read_text()
+    variants = [(0.5, False), (1.0, True)]
+    result = leaderboard.leaderboard(["vispruner", "cdpruner"], [16], 2, 0, rows, variants=variants)
+    assert rows.read_text().startswith(before)  # the plain ones are not run again
+    names = ["rectify 0.5", "absorb, rectify 1"]
+    assert result["config"]["variants"] == names
+    assert json.loads(json.dumps(result)) == result
+    assert [{k: x for k, x in row.items() if k != "variants"} for row in result["rows"]] == plain["rows"]
+    by_name = {row["method"]: row["variants"] for row in result["rows"]}
+    assert list(by_name["vispruner"]) == names
+    assert list(by_name["cdpruner"]) == names[:1]
+    assert set(by_name["vispruner"][names[0]]["gain"]) == {"points", "error", "p"}
+    reasons = {(one["method"], one.get("variant")): one["reason"] for one in result["left_out"]}
+    assert "by the question" in reasons["cdpruner", names[1]]
+    table = leaderboard.tables(result)["leaderboard-16"]
+    assert all(name in table for name in names)
+    assert "rectify" not in leaderboard.tables(plain)["leaderboard-16"]
+    whole = rows.read_text()
+    leaderboard.leaderboard(["vispruner", "cdpruner"], [16], 2, 0, rows, variants=variants)
+    assert rows.read_text() == whole
+
+
+@pytest.mark.parametrize("reducer", [VisPruner(keep=16), CDPruner(keep=16)], ids=["prefix", "question"])
+def test_shared_work_comes_to_what_an_attached_model_answers(reducer: Any):
+    model, processor = nano.load()
+    runner, shown = Runner(model, processor), nano.scene("validation", 0, 3)
+    absorb = not reducer.query_aware
+    condition = Condition("own", reducer, "compact", rectify=1.0, absorb=absorb)
+    with torch.inference_mode():
+        inputs, tokens = runner.look(shown.image, [reducer])
+        words, _ = runner.ask(inputs, tokens, condition, shown.questions)
+        batch = runner.prompts(inputs, shown.questions)
+        with attach(model, reducer, positions="compact", rectify=1.0, absorb=absorb):
+            logits = model(**batch, logits_to_keep=1).logits[:, -1]
+        plain = runner.ask(inputs, tokens, Condition("plain", reducer, "compact"), shown.questions)[0]
+    assert words == processor.tokenizer.convert_ids_to_tokens(logits.argmax(-1).tolist())
+    assert len(plain) == len(words)

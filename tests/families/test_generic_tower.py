@@ -261,3 +261,14 @@ def test_flow_follows_any_partition():
     assert flow(rows + 0.1 * rows.roll(1, 0), [source]).mixes
     with pytest.raises(InputError, match="not finite"):
         flow(rows * torch.nan, [source])
+
+
+def test_training_changes_nothing_of_what_is_found():
+    net = model("generic").train()
+    for attention in (m for m in net.model.vision_encoder.modules() if hasattr(m, "dropout")):
+        attention.dropout = 0.5
+    net.gradient_checkpointing_enable({"use_reentrant": True})
+    tokens = look(net, collate(samples("generic")), Attention())
+    assert all(module.training for module in net.modules())
+    again = look(net.eval(), collate(samples("generic")), Attention())
+    assert list(map(len, tokens.probe(Attention()))) == list(map(len, again.probe(Attention())))

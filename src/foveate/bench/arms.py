@@ -22,6 +22,7 @@ from foveate.core.selection import Selection, SpanSelection
 from foveate.engines.pipeline import Meter
 from foveate.engines.settings import Settings
 from foveate.engines.transformers.attach import attach_with
+from foveate.engines.transformers.bias.hooks import biased
 from foveate.engines.transformers.reduce import apply, reduce_with
 from foveate.measure.job import Job
 from foveate.measure.timing import FirstToken, encoder_reports
@@ -167,12 +168,11 @@ def method(job: Job, settings: Settings) -> tuple[Arm, Selection]:
     """Make the arm of a method that acts before the LLM, and return what it keeps of the job too."""
     reduced = partial(reduce_with, job.model, job.family, job.inputs, settings)
     with torch.no_grad():
-        selection = reduced().selection
+        made = reduced()
+    selection = made.selection
     assert selection is not None
-    received = _throughout(job, sum(map(len, selection)))
-    if settings.rectify:  # the inputs of a model carry no bias
-        return attached("method", job, settings, received), selection
-    return Arm("method", job, reduced, received, settings.reducer), selection
+    around = partial(biased, job.model, made.bias)  # the inputs of a model carry none
+    return Arm("method", job, reduced, _throughout(job, sum(map(len, selection))), settings.reducer, around), selection
 
 
 @torch.no_grad()
@@ -245,7 +245,8 @@ def naive(job: Job, settings: Settings, count: int) -> Arm:
         features = seen.hidden_states[layer + 1][:, 1:]
         saliency = seen.attentions[layer][:, :, 0, 1:].mean(dim=1)
         meter.stop("vision")
-        kept = plain_selection(features, saliency, count, reducer.important_ratio, reducer.step or features.shape[1])
+        step = reducer.per_round(features.shape[1], count)
+        kept = plain_selection(features, saliency, count, reducer.important_ratio, step)
         meter.stop("select")
         chosen = Selection(tuple(SpanSelection(len(s), k, sample=s.sample) for s, k in zip(spans, kept, strict=True)))
         embeds = _projected(job, features, kept)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.bench import exact
 from foveate.bench.inputs import random_tokens
 from foveate.core.checks import selected
 from foveate.core.probes import Embeddings, Features, Keys
@@ -35,13 +36,17 @@ def conditioning(reducers: Sequence[Reducer], seeds: int = 8, say: Say = lambda 
     -------
     dict
         For each method and change the share of decisions that are the same, and how many of the pictures are the same
-        altogether.
+        altogether; of methods that need float64 for that, also what it costs.
     """
     timed = [r for r in reducers if r.stage == "before_llm"]
     rows = []
     for reducer in timed:
         say(reducer.name)
         rows.append({"method": reducer.name, "reducer": repr(reducer), **_agreement(reducer, seeds)})
+    costs = []
+    for reducer in (r for r in timed if r.name in exact.IN_FLOAT32):
+        say(f"{reducer.name} in float32")
+        costs += exact.cost(reducer)
     config = {"tokens": GRID[0] * GRID[1], "frames": FRAMES, "seeds": seeds, "noise": NOISE, "threads": list(THREADS)}
     return {
         "config": {**config, "dtype": "float32"},
@@ -49,6 +54,7 @@ def conditioning(reducers: Sequence[Reducer], seeds: int = 8, say: Say = lambda 
         "versions": versions(),
         "left_out": {r.name: f"stage {r.stage}" for r in reducers if r not in timed},
         "rows": rows,
+        "exact_arithmetic_cost": costs,
     }
 
 

@@ -1,4 +1,4 @@
-"""How VisPruner is written at first: what the library's own versions are measured against."""
+"""How methods are written at first: what the library's own versions are measured against."""
 
 from __future__ import annotations
 
@@ -41,3 +41,26 @@ def _crop(features: Tensor, saliency: Tensor, count: int, ratio: float, step: in
         survivors = closest.argsort(descending=True, stable=True)[min(step, surplus, len(even)) :]
         rest = torch.cat([even[survivors], odd])
     return torch.cat([kept, rest]).sort().values
+
+
+def plain_divprune(embeddings: Tensor, count: int) -> Tensor:
+    """Select as DivPrune's loop does, which stacks the distances to all picked tokens at each pick.
+
+    Parameters
+    ----------
+    embeddings
+        ``[N, D]``.
+    count
+        Tokens to keep, T.
+
+    Returns
+    -------
+    Tensor
+        ``[T]`` int64, ascending.
+    """
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
+    distance = 1 - unit @ unit.T
+    picks = distance.topk(2, dim=0, largest=False).values[1].argmax()[None]
+    while len(picks) < count:
+        picks = torch.cat([picks, distance.index_select(0, picks).amin(dim=0).argmax()[None]])
+    return picks.sort().values

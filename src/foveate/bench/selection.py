@@ -134,12 +134,12 @@ def against_plain(inputs: int = 200, repeats: int = 40, say: Say = lambda _: Non
     for i in range(inputs):
         size = int(torch.randint(40, 577, (), generator=generator))
         count = int(torch.randint(2, min(size, 129), (), generator=generator))
-        features, saliency = _exact(size, 256, generator)
+        features, saliency = exact_tokens(size, 256, generator)
         if i % 3 == 0:
             features, saliency = features.half(), saliency.half()
         chosen = _pick(features, saliency, count)
         same += bool(torch.equal(chosen, plain_selection(features, saliency, count)))
-    features, saliency = _exact(576, 1024, generator)
+    features, saliency = exact_tokens(576, 1024, generator)
     arms: tuple[Callable[[], Tensor], ...] = (
         lambda: _pick(features, saliency, 64),
         lambda: plain_selection(features, saliency, 64),
@@ -169,7 +169,7 @@ def against_plain(inputs: int = 200, repeats: int = 40, say: Say = lambda _: Non
     }
 
 
-def _exact(size: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def exact_tokens(size: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Features ``[1, size, width]`` of +1 and -1 around a few centres, and saliency ``[1, size]`` with ties."""
     centres = torch.randint(2, (24, width), generator=generator)
     own = centres[torch.randint(24, (size,), generator=generator)]

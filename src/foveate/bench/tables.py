@@ -1,4 +1,4 @@
-"""Results of `foveate bench model` as Markdown, held against what the library promises."""
+"""Results of `foveate bench model` as Markdown, held against what the library promises, and of `--growth`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.bench.growth import growth_table
 from foveate.measure.pages import fill
 from foveate.measure.timing import STAGES
 from foveate.measure.units import show_bytes
@@ -24,8 +25,9 @@ TARGETS: tuple[tuple[str, tuple[str, ...], str, float], ...] = (
 
 
 def write_report(results: Sequence[Path], page: Path) -> None:
-    """Put `markdown` of each result into a page, between markers that are named as its file is."""
-    fill(page, {path.stem: markdown(json.loads(path.read_text(encoding="utf-8"))) for path in results})
+    """Put each result into a page, between markers that are named as its file is."""
+    read = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results}
+    fill(page, {name: markdown(found) if "arms" in found else growth_table(found) for name, found in read.items()})
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -47,15 +47,27 @@ bench_app = typer.Typer(help="Measure time and memory.", no_args_is_help=True)
 @bench_app.command()
 @guarded
 def selection(
+    context: typer.Context,
     methods: Annotated[list[str] | None, typer.Argument(help="Names of methods.  \\[default: all]")] = None,
     keep: Annotated[int, typer.Option(min=1, help="Tokens to keep.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs per method.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Instead: time and memory of a ninth of 576 to 16,384 tokens.")
+    ] = False,
+    limit: Annotated[
+        float | None, typer.Option(min=1, help="Seconds for a method at a size of --growth.  \\[default: 150]")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time every method's selection on random tokens, and VisPruner against the plain loop of its paper."""
     check_methods(methods or ())
+    if growth:
+        refuse(context, ("keep", "repeats", "threads"), "--growth keeps a ninth, on one thread")
+    else:
+        refuse(context, ("limit",), "only --growth has a limit")
+    from foveate.bench import growth as growing
     from foveate.bench import selection as bench
     from foveate.bench.inputs import random_codebook
     from foveate.core.reducer import Reducer
@@ -68,21 +80,28 @@ def selection(
     for name in methods or ():
         if name in left_out:
             raise InputError(f"{name} has no selection to time by itself: {left_out[name]}")
-    names = dict.fromkeys([bench.REFERENCE, *(methods or (name for name in known if name not in left_out))])
+    first = () if growth else (bench.REFERENCE,)
+    names = dict.fromkeys([*first, *(methods or (name for name in known if name not in left_out))])
     with (
         contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("starting") as status,
         tempfile.TemporaryDirectory() as folder,
     ):  # fmt: skip
         random_codebook().save(book := f"{folder}/random.safetensors")
         needed = {"codebook": {"codebook": book}}
-        loaded = (load_reducer(name, keep=keep, **needed.get(name, {})) for name in names)
+        budget = growing.SHARE if growth else keep
+        loaded = (load_reducer(name, keep=budget, **needed.get(name, {})) for name in names)
         reducers = [reducer for reducer in loaded if isinstance(reducer, Reducer)]
-        result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)
+        if growth:
+            early = [reducer for reducer in reducers if reducer.stage == "before_llm"]
+            result = growing.growth(early, growing.SIDES, limit or growing.LIMIT, status.update)
+            left_out |= {r.name: f"stage {r.stage}" for r in reducers if r not in early}
+        else:
+            result = bench.selection(reducers, bench.GRIDS, repeats=repeats, threads=threads, say=status.update)
         for row in result["rows"]:
             row["reducer"] = row["reducer"].replace(repr(book), "'random.safetensors'")  # where it lay says nothing
     if not methods:
-        result["left_out"] |= left_out
-    tell(result, out, as_json, _show)
+        result["left_out"] = result.get("left_out", {}) | left_out
+    tell(result, out, as_json, _show_growth if growth else _show)
 
 
 @bench_app.command()
@@ -94,7 +113,7 @@ def conditioning(
     out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell how much of what each method decides stays when nothing but rounding differs."""
+    """Tell how much of what each method decides stays when nothing but rounding differs, and what float64 costs."""
     from foveate.bench.conditioning import conditioning as measured
     from foveate.core.reducer import Reducer
     from foveate.registry import get_method, list_methods, load_reducer, parameters_without_default
@@ -119,20 +138,32 @@ def _show_conditioning(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column not in changes else "right")
     for row in result["rows"]:
         table.add_row(row["method"], *(f"{100 * row[change]['same']:.1f}" for change in changes))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for row in result["exact_arithmetic_cost"]:
+        console.print(
+            f"{row['method']}, {row['tokens']} tokens: {row['ratio']} times as long as in float32, which keeps "
+            f"{100 * row['same']:.0f} % of the same"
+        )
 
 
 @bench_app.command()
 @guarded
 def report(
-    results: Annotated[list[Path], typer.Argument(help="What `bench model --out` wrote.")],
+    results: Annotated[list[Path], typer.Argument(help="What `bench model` or `bench selection --growth` wrote.")],
     page: Annotated[Path, typer.Option(help="Markdown page with a pair of marker lines for each, named as its file.")],
     as_json: Json = False,
 ) -> None:
     """Put the results of `bench model` into a page."""
     from foveate.bench.tables import write_report
 
-    fill_page(page, lambda: write_report(results, page), "not results of `foveate bench model`", as_json)
+    fill_page(page, lambda: write_report(results, page), "not results of `foveate bench`", as_json)
+
+
+def _show_growth(result: dict[str, Any]) -> None:
+    from foveate.bench.growth import growth_table
+
+    print(growth_table(result))
 
 
 def _show(result: dict[str, Any]) -> None:

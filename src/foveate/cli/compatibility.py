@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from foveate.cli.callers import section
 from foveate.core.probes import (
     Attention,
     ClsSimilarity,
@@ -30,8 +32,9 @@ MARKS = {YES: "✓", SOME: "(✓)", NO: "-"}
 _PAGE = """\
 # Compatibility
 
-`foveate table` writes this page. A method runs on a family if the family gives everything that the method reads;
-where it does not, `foveate.reduce` and `foveate.attach` say what is missing and which methods run.
+`foveate table --callers results/compatibility-callers.json` writes this page. A method runs on a family if the family
+gives everything that the method reads; where it does not, `foveate.reduce` and `foveate.attach` say what is missing and
+which methods run.
 
 ✓: runs. (✓): for `generic`, runs on the images whose token grid is known, which are those with a square number of
 tokens, or on the models whose [attention can be read](families/generic.md#attention). -: the family lacks what the
@@ -50,7 +53,7 @@ with M tokens of text; probes are extra. `-` in the column of papers: a baseline
 
 `chain` runs wherever all of its methods do. Adaptive budgets (`Budget.coverage`) need the attention of the vision
 encoder.
-
+{callers}
 ## What families give
 
 {families}
@@ -120,8 +123,8 @@ def _attention(family: str) -> str:
     return SOME if known.opaque else YES  # of other models, some give it
 
 
-def page() -> str:
-    """Return the table as a page of markdown."""
+def page(measured: Mapping[str, Any] | None = None) -> str:
+    """Return the table as a page of markdown, with a section on what was `measured` of callers."""
     data = table()
     facts = [_facts(row["name"]) for row in data["methods"]]
     families = [f["name"] for f in data["families"]]
@@ -138,5 +141,6 @@ def page() -> str:
     return _PAGE.format(
         facts=markdown_table(["method", "paper", "stage", "reads", "merges", "complexity"], facts),
         methods=markdown_table(["method", *(f"`{f}`" for f in families)], methods),
+        callers="" if measured is None else section(measured),
         families=markdown_table(["family", *columns], given),
     )

@@ -25,7 +25,7 @@ class CropBatch:
     size
         Number of tokens per crop, N.
     device
-        Where `probe` tensors live.
+        Where `probe` tensors live. They are for reading: those of a single crop are what the model goes on with.
     cls
         The row that stands for the crop's ``[CLS]`` token in a merge, which is N, or `None` if there is none: the
         method has to ask for `ClsToken`, the encoder to have one, and the budget not to be joint.

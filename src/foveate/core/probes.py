@@ -12,7 +12,8 @@ from torch import Tensor
 
 from foveate.core.errors import UnsupportedModelError
 
-_QUERY_CHUNK = 256
+# Rows of attention that are worked on at once: fewer where they are long, so that the entries stay so many.
+_QUERY_CHUNK, _ENTRIES = 256, 2**25
 
 Rows: TypeAlias = Literal["last", "text", "judges", "visual", "all"]
 
@@ -326,10 +327,11 @@ def attention_received(query: Tensor, key: Tensor, scaling: float, skip: int = 0
     shown = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
     if mask is not None:
         mask, shown = mask.expand(-1, -1, query.shape[2], -1), mask.any(dim=2)[:, 0]
-    for start in range(0, query.shape[2], _QUERY_CHUNK):
-        rows = slice(start, start + _QUERY_CHUNK)
-        logits = torch.matmul(query[:, :, rows].float(), transposed) * scaling
+    step = min(_QUERY_CHUNK, max(1, _ENTRIES // (query.shape[0] * query.shape[1] * key.shape[2])))
+    for start in range(0, query.shape[2], step):
+        rows = slice(start, start + step)
+        logits = torch.matmul(query[:, :, rows].float(), transposed).mul_(scaling)
         if mask is not None:
-            logits = logits.masked_fill(~mask[:, :, rows], torch.finfo(logits.dtype).min)
-        total += (logits.softmax(dim=-1) * shown[:, None, rows, None]).sum(dim=2).mean(dim=1)
+            logits.masked_fill_(~mask[:, :, rows], torch.finfo(logits.dtype).min)
+        total += logits.softmax(dim=-1).mul_(shown[:, None, rows, None]).sum(dim=2).mean(dim=1)
     return total[:, skip:] / shown.sum(dim=1, keepdim=True)

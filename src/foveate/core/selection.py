@@ -25,7 +25,7 @@ class Merge:
         ``[M]`` int64, the kept token (its rank among the kept) that each entry flows into.
     source
         ``[M]`` int64, the position in the span that each entry comes from. Positions behind the last token of the
-        span stand for the ``[CLS]`` tokens of its crops, where a method uses them.
+        span stand for further rows, see `SpanSelection.extra`.
     weight
         ``[M]`` float32.
     """
@@ -52,7 +52,8 @@ class SpanSelection:
     kind
         ``"image"`` or ``"video"``.
     extra
-        Rows behind the N tokens that a plane may have: the ``[CLS]`` tokens of the span's crops, which merges may use.
+        Rows behind the N tokens that a plane may have, and merges may use: the ``[CLS]`` tokens of the span's crops;
+        or, inside the LLM, the tokens of all other images of the prompt, one image after the other.
     """
 
     length: int
@@ -74,12 +75,21 @@ class SpanSelection:
         """Gather, and merge if the selection merges, the rows of a plane ``[N, ...]`` into ``[K, ...]``.
 
         Merging needs a floating-point plane; ids, masks and positions go through ``anchors``.
+
+        Raises
+        ------
+        InputError
+            If the plane has another number of rows, or not the `extra` ones that are merged.
         """
         if x.shape[0] not in (self.length, self.length + self.extra):
             raise InputError(f"this selection is for {self.length} tokens; the plane has {x.shape[0]} rows")
         if self.merge is None:
             return x[: self.length] if self.is_identity else x.index_select(0, self.kept.to(x.device))
         merge = self.merge
+        if x.shape[0] < self.length + self.extra and bool((merge.source >= self.length).any()):
+            raise InputError(
+                f"this selection merges rows of the {self.extra} behind the {self.length} tokens: pass a plane of both"
+            )
         rows = x.index_select(0, merge.source.to(x.device)).float()
         weight = merge.weight.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
         out = rows.new_zeros(len(self), *x.shape[1:])

@@ -74,6 +74,27 @@ class VisualTokens:
                 kept[unit.span].append(unit.index.index_select(0, row))
         return self.selection(kept)
 
+    def per_crop_at_most(self, keep: Keep, pick: Callable[[CropBatch, int], tuple[Tensor, Tensor]]) -> Selection:
+        """Select within each crop as `per_crop` does, where each crop decides how many tokens it needs.
+
+        Parameters
+        ----------
+        keep
+            The most that a crop may keep. Crops that may keep all their tokens do, and are not shown to `pick`.
+        pick
+            Maps a `CropBatch` and a count T to tokens ``[B, T]``, the most wanted first, and how many of them stay
+            ``[B]``; waits for the device once.
+        """
+        kept: dict[int, list[Tensor]] = defaultdict(list)
+        for unit, index, count in self._whole(keep):
+            if count:
+                kept[unit.span].append(index)
+        for units, batch, count in self._batches(keep):
+            rows, needed = pick(batch, count)
+            for unit, row, most in zip(units, picked(rows, batch, count), needed.tolist(), strict=True):
+                kept[unit.span].append(unit.index.index_select(0, row[:most]))
+        return self.selection(kept)
+
     def selection(self, kept: Mapping[int, Sequence[Tensor]]) -> Selection:
         """Return the plain selection of kept positions, which come per span, in parts and in any order."""
         return Selection(
@@ -137,7 +158,7 @@ class VisualTokens:
                 joint = len(unit.crops) > 1
                 work[unit.size, count, unit.grid, words, joint].append(unit.on(self.device))
         for (size, count, grid, _, joint), units in work.items():
-            planes = {probe: torch.stack([u.gather(plane) for u in units]) for probe, plane in self.planes.items()}
+            planes = {probe: _stacked([u.gather(plane) for u in units]) for probe, plane in self.planes.items()}
             query = None
             if self.queries is not None:
                 query = torch.stack([self.queries[self.spans[u.span].sample] for u in units])
@@ -200,6 +221,10 @@ class _Unit:
     def gather(self, plane: Sequence[Tensor]) -> Tensor:
         parts = [plane[c] for c in self.crops]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stacked(planes: Sequence[Tensor]) -> Tensor:
+    return planes[0][None] if len(planes) == 1 else torch.stack(list(planes))  # one large picture is not copied
 
 
 def merged_selection(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 import foveate.nano as nano
-from foveate.core.errors import InputError
+from foveate.core.errors import FoveateError, InputError
 from foveate.eval.published import UNPRUNED
 from foveate.eval.scenes import (
     BLIND,
@@ -22,13 +23,12 @@ from foveate.eval.scenes import (
     Answers,
     Counts,
     Entry,
-    Variant,
     as_they_are,
     blocks,
     budgets_of,
+    check_runs,
     collect,
     entries,
-    varied,
     weights_digest,
 )
 from foveate.eval.statistics import FLIPS, RESAMPLES, holm, relative_average, sign_flip
@@ -41,6 +41,8 @@ from foveate.nano.evaluate import Tally, clustered
 from foveate.nano.questions import ASKED_KINDS, QUESTION_KINDS
 
 Result = dict[str, Any]
+Variant: TypeAlias = tuple[float, bool]
+"""`rectify` and `absorb`."""
 COSTED: Final = 1
 """Scenes whose first question is run to count costs; these hardly differ between scenes."""
 
@@ -101,6 +103,24 @@ def leaderboard(
         "rows": table_rows(found, answers, costs),
         "left_out": left_out,
     }  # fmt: skip
+
+
+def varied(model: Any, found: Sequence[Entry], variants: Sequence[Variant]) -> tuple[list[Entry], list[dict[str, Any]]]:
+    """Return the entries with a method once more in each variant; and which cannot run so, as in `entries`."""
+    more, reasons = [], defaultdict(list)
+    for rectify, absorb in variants:
+        for entry in (e for e in found if e.reducers):
+            own = replace(entry, rectify=rectify, absorb=absorb)
+            try:
+                check_runs(model, entry.reducers[0], rectify, absorb)
+                more.append(own)
+            except FoveateError as error:
+                reasons[entry.method, own.variant, str(error)].append(entry.budget)
+    left_out = [
+        {"method": method, "variant": variant, "budgets": budgets, "reason": reason}
+        for (method, variant, reason), budgets in reasons.items()
+    ]
+    return more, left_out
 
 
 def _plain(answers: Answers) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from foveate.core.errors import FoveateError, InputError, UnknownNameError
 from foveate.core.reducer import Method
-from foveate.eval.lmms_arguments import make_reducer
+from foveate.eval.lmms_arguments import check_unreduced, make_reducer
 from foveate.measure.files import write_text
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def run(
     if batch_size < 1 or frames < 1 or (limit is not None and limit < 1):
         raise InputError(f"batch size, frames and limit are at least 1, not {batch_size}, {frames}, {limit}")
     reducer = make_reducer(method, keep, **(config or {}))
+    check_unreduced(reducer, rectify=rectify, absorb=absorb)
     if importlib.util.find_spec("lmms_eval") is None:
         raise FoveateError("public benchmarks need lmms-eval: pip install 'foveate[eval]'")
     with contextlib.redirect_stdout(sys.stderr):

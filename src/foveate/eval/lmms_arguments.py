@@ -24,13 +24,17 @@ def make_reducer(method: str | Path | Method | None, keep: Any = None, **config:
         The budget, also as text such as ``"64"``, ``"0.25"`` or ``"coverage:0.9"``.
     """
     if method is None:
-        given = {**({} if keep is None else {"keep": keep}), **config}
-        if given:
-            raise InputError(f"{', '.join(given)} has no meaning without a method, as nothing is reduced: name one")
+        check_unreduced(None, **({} if keep is None else {"keep": True}), **dict.fromkeys(config, True))
         return None
     if keep is not None:
         config["keep"] = parse_keep(str(keep)) if isinstance(keep, str | int | float) else keep
     return load_reducer(method, **config)
+
+
+def check_unreduced(reducer: Method | None, **given: Any) -> None:
+    """Raise `InputError` if something is given, and not zero or false, that says how a method works, without one."""
+    if reducer is None and (useless := [name for name, value in given.items() if value]):
+        raise InputError(f"{', '.join(useless)} has no meaning without a method, as nothing is reduced: name one")
 
 
 def provenance() -> dict[str, Any]:

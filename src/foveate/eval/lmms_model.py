@@ -29,7 +29,7 @@ from foveate.engines.transformers.attach import attach
 from foveate.engines.transformers.caches import NAME as CACHE
 from foveate.engines.transformers.caches import cache_of
 from foveate.eval.conversations import Conversation, batch_inputs, conversation, pad_on_the_left
-from foveate.eval.lmms_arguments import make_reducer, provenance
+from foveate.eval.lmms_arguments import check_unreduced, make_reducer, provenance
 from foveate.families import family_of
 from foveate.measure.loading import load_model
 
@@ -107,22 +107,16 @@ class SimpleFoveate(lmms):  # type: ignore[misc]
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"the batch size is a number from 1 on, not {batch_size!r}")
         reducer = make_reducer(method, keep, **config)
+        check_unreduced(reducer, rectify=rectify, absorb=absorb)
         self.accelerator = Accelerator()
-        several = self.accelerator.num_processes > 1
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        own = str(self.accelerator.device) if several else device
+        own = str(self.accelerator.device) if self.accelerator.num_processes > 1 else device
         self._model, self._processor = load_model(pretrained, str(dtype), device_map or own, attn)
         pad_on_the_left(self._processor)
         self._name, self._reducer, self._frames = pretrained, reducer, int(frames)
-        self._family = family_of(self._model)
-        self.batch_size = int(batch_size)
-        self._handle = None
-        if reducer is not None:
-            self._handle = attach(
-                self._model, reducer, positions=positions, separators=separators, rectify=rectify, absorb=absorb
-            )
-        elif rectify or absorb:
-            raise InputError("rectify and absorb have no meaning without a method, as nothing is reduced: name one")
+        self._family, self.batch_size = family_of(self._model), int(batch_size)
+        how = {"positions": positions, "separators": separators, "rectify": rectify, "absorb": absorb}
+        self._handle = None if reducer is None else attach(self._model, reducer, **how)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -23,6 +23,7 @@ from foveate.core.errors import FoveateError, InputError
 from foveate.core.in_llm import tokens_per_layer
 from foveate.core.reducer import Method
 from foveate.engines.transformers.attach import attach
+from foveate.eval.rows import append, read
 from foveate.measure.baselines import BASELINES
 from foveate.measure.job import Job
 from foveate.measure.provenance import versions
@@ -39,8 +40,6 @@ DRAWS: Final = 3
 BLOCK: Final = 25
 """Images whose answers are written at once."""
 Counts: TypeAlias = NDArray[np.int64]
-Variant: TypeAlias = tuple[float, bool]
-"""`rectify` and `absorb`."""
 UNPRUNED, BLIND = "unpruned", "blind"
 
 
@@ -164,32 +163,15 @@ def entries(
     return found, left_out
 
 
-def varied(model: Any, found: Sequence[Entry], variants: Sequence[Variant]) -> tuple[list[Entry], list[dict[str, Any]]]:
-    """Return the entries with a method once more in each variant; and which cannot run so, as in `entries`."""
-    more, reasons = [], defaultdict(list)
-    for rectify, absorb in variants:
-        for entry in (e for e in found if e.reducers):
-            own = replace(entry, rectify=rectify, absorb=absorb)
-            try:
-                _check(model, entry.reducers[0], rectify, absorb)
-                more.append(own)
-            except FoveateError as error:
-                reasons[entry.method, own.variant, str(error)].append(entry.budget)
-    left_out = [
-        {"method": method, "variant": variant, "budgets": budgets, "reason": reason}
-        for (method, variant, reason), budgets in reasons.items()
-    ]
-    return more, left_out
-
-
 def _entry(model: Any, name: str, budget: int, total: int) -> Entry:
     depth = model.config.get_text_config().num_hidden_layers
     reducer = equal_tokens(name, budget, total, depth)
-    _check(model, reducer)
+    check_runs(model, reducer)
     return Entry(name, budget, draws(reducer))
 
 
-def _check(model: Any, reducer: Method, rectify: float = 0.0, absorb: bool = False) -> None:
+def check_runs(model: Any, reducer: Method, rectify: float = 0.0, absorb: bool = False) -> None:
+    """Raise `FoveateError` if a method cannot run on a model and its scenes."""
     if reducer.video_only:
         raise InputError(f"{reducer.name} leaves images alone")
     if reducer.guided:
@@ -220,7 +202,7 @@ def as_they_are(job: Job, methods: Sequence[str]) -> dict[str, Entry]:
     found = {}
     for name in dict.fromkeys(filter(_is_file, methods)):
         reducer = load_reducer(name)
-        _check(job.model, reducer)
+        check_runs(job.model, reducer)
         (outcome,) = run_methods(job, [reducer], repeats=0)
         found[name] = Entry(name, round(outcome.equivalent), draws(reducer))
     return found
@@ -305,7 +287,7 @@ def collect(
     starts = blocks(images)
     keys = {c.name: _key(c, seed, weights_digest()) for entry in found for c in entry.conditions()}
     conditions = {keys[c.name]: c for entry in found for c in entry.conditions()}  # each once, whatever it is called
-    done = _read(rows)
+    done = read(rows)
     jobs = []
     for start in starts:
         pending = [c for key, c in conditions.items() if (key, start) not in done]
@@ -327,7 +309,7 @@ def collect(
         else:
             results = pool.map(functools.partial(_block, seed=seed), jobs)
         for (start, pending), lines in zip(jobs, results, strict=True):
-            _append(rows, lines)
+            append(rows, lines)
             done |= {(line["key"], start): line for line in lines}
             if pool is not None:
                 advance(BLOCK * len(pending))
@@ -391,30 +373,6 @@ def _digits(asked: Asked | None, flags: Sequence[bool]) -> str:
 @functools.cache
 def _loaded() -> tuple[Any, Any]:
     return nano.load()
-
-
-def _append(rows: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    try:
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        with rows.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    except OSError as error:
-        raise InputError(f"cannot write {str(rows)!r}: {error.strerror}") from error
-
-
-def _read(rows: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return the lines of a file by condition and first image; a last line that was cut off does not count."""
-    if not rows.exists():
-        return {}
-    text = rows.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        rows.write_text(whole, encoding="utf-8")
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return {(line["key"], line["start"]): line for line in lines}
-    except (ValueError, TypeError, LookupError) as error:
-        raise InputError(f"{str(rows)!r} holds no rows of an evaluation: {error}") from error
 
 
 def _joined(lines: Sequence[Mapping[str, Any]]) -> Answers:

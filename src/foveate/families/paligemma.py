@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
 from foveate.core.spans import Span
@@ -23,6 +24,8 @@ class PaliGemma(Llava):
     model_types = ("paligemma",)
     has_cls = False
     two_way = True
+    # Up to transformers 5.23, the blocks that attend in both directions reach across packed prompts.
+    packs = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     answer_type = 1
     notes = "one grid per image; pruned between the vision tower and the projector; prefix attention stays"
 

@@ -68,11 +68,12 @@ def towers(model: Any) -> list[Tower]:
 
 
 def _calls_interface(module: nn.Module) -> bool:
-    return hasattr(module, "config") and _names_interface(type(module))
+    module_class: Any = type(module)
+    return hasattr(module, "config") and _names_interface(module_class)
 
 
 @cache
-def _names_interface(module_class: type[nn.Module]) -> bool:
+def _names_interface(module_class: Any) -> bool:
     code = getattr(inspect.unwrap(module_class.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
@@ -133,7 +134,7 @@ def surveyed(
         If the attention does not tell the tokens apart.
     """
     tracer = _Tracer(stacks)
-    with torch.inference_mode(False), torch.no_grad(), tracer.listening():
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(stacks), tracer.listening():
         # What was made in inference mode can have no part in gradients.
         own = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
         try:
@@ -144,6 +145,19 @@ def surveyed(
             raise Unreadable("it changes the outputs of its layers in place") from error
     with torch.inference_mode(False), neutral():
         return tracer.survey(rows)
+
+
+@contextmanager
+def _evaluating(stacks: Sequence[Tower]) -> Iterator[None]:
+    """Keep dropout and gradient checkpointing, which there are in training alone, out of a pass."""
+    trained = [module for tower in stacks for module in tower.root.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 class _Tracer(Taps):

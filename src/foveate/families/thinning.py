@@ -14,8 +14,9 @@ from foveate.core.errors import UnsupportedModelError
 from foveate.core.grids import crop_budgets
 from foveate.core.probes import LayerProbe, Members, Probe
 from foveate.core.spans import Crop, Span
+from foveate.families.layer_runs import layer_input
 from foveate.families.layout import Grid
-from foveate.families.taps import implementation_of, layer_input, tap
+from foveate.families.taps import implementation_of, tap
 from foveate.families.tower import attention_of, crop_rows, encoder_layers, feature_indices
 
 _PARTS = {"layer_norm1", "self_attn", "layer_norm2", "mlp"}

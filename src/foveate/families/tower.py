@@ -14,8 +14,9 @@ from foveate.core.offload import tables, weights_at_hand
 from foveate.core.probes import ClsToken, Features, LayerProbe, Probe
 from foveate.core.spans import Crop
 from foveate.core.tokens import VisualTokens
+from foveate.families.layer_runs import layer_outputs
 from foveate.families.layout import Grid
-from foveate.families.taps import layer_outputs, tap
+from foveate.families.taps import tap
 
 EMBEDDINGS = ("patch_embed", "embeddings", "patch_conv")
 """What the classes of transformers and timm call the part of a vision tower that makes tokens of patches."""

@@ -66,7 +66,7 @@ class AgilePruner(CropReducer):
         complexity = effective_rank(features) / (self.typical * min(features.shape[1:]))
         asked = (self.step * place * complexity[:, None]).clamp(max=self.limit)
 
-        distance = 1 - ranking.cosine_matrix(listed)
+        similarity = ranking.cosine_matrix(listed)
         nearest = torch.full(order.shape, torch.inf, device=order.device)
         ahead = torch.ones(order.shape, dtype=torch.bool, device=order.device)
         kept = torch.zeros_like(ahead)
@@ -75,7 +75,7 @@ class AgilePruner(CropReducer):
             fits = torch.where(ahead & (nearest >= asked), place, size).amin(dim=1, keepdim=True)
             kept = kept | (place == fits)
             ahead = place > fits
-            nearest = torch.minimum(nearest, ranking.row_of(distance, fits.clamp(max=size - 1)))
+            nearest = torch.minimum(nearest, 1 - ranking.row_of(similarity, fits.clamp(max=size - 1)))
         return order.gather(1, torch.where(kept, place, size + place).argsort(dim=1)[:, :count])
 
 

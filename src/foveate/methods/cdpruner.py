@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
+from foveate.methods import determinants
 
 _DEPENDENT = 1e-10  # of a token's squared norm: float64 does not tell less from nothing after many projections
 _TIE = 1e-10  # share: copies of a token differ by no more in float64
+_ROWS = 512  # tokens that are worked on at once
 _MOST = torch.finfo(torch.float64).max / 2
 
 
@@ -62,16 +64,24 @@ class CDPruner(CropReducer):
             raise FoveateError(f"theta is from 0 up to, but not including, 1, or None; not {self.theta}")
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        unit = normalize(crops.probe(probes.Embeddings()).double(), dim=-1)
-        similarity = torch.bmm(unit, unit.mT)
+        embeddings = crops.probe(probes.Embeddings())
         query = crops.query
         if query is None or query.shape[1] == 0:
-            relevance = similarity.new_zeros(similarity.shape[:2])
+            relevance = torch.zeros(embeddings.shape[:2], dtype=torch.float64, device=embeddings.device)
         else:
             # Products and sums token by token, so that copies are equally relevant to the last bit.
             direction = normalize(query.double(), dim=-1).mean(dim=1, keepdim=True)
-            relevance = (unit * direction).sum(dim=-1)
-        return most_diverse(similarity, weights(relevance, self.theta), count)
+            parts = torch.split(embeddings, _ROWS, dim=1)
+            relevance = torch.cat([(_unit(x) * direction).sum(dim=-1) for x in parts], dim=1)
+        weight = weights(relevance, self.theta)
+        if crops.size >= determinants.FROM and crops.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.stack([_most_diverse(x, w, count) for x, w in zip(embeddings, weight, strict=True)])
+        unit = _unit(embeddings)
+        return most_diverse(torch.bmm(unit, unit.mT), weight, count)
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    return normalize(embeddings.double(), dim=-1)
 
 
 def weights(relevance: Tensor, theta: float | None = None) -> Tensor:
@@ -107,9 +117,7 @@ def most_diverse(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
     index = torch.arange(weight.shape[1], device=weight.device)
     picks: list[Tensor] = []
     for t in range(count):
-        # Dependent tokens rank among each other by weight, and below all others.
-        gain = torch.where(left > _DEPENDENT, weight.square() * left, -1 / weight)
-        gain = gain.nan_to_num(nan=-_MOST, posinf=_MOST, neginf=-_MOST).masked_fill(taken, -torch.inf)
+        gain = _gain(left, weight).nan_to_num(nan=-_MOST, posinf=_MOST, neginf=-_MOST).masked_fill(taken, -torch.inf)
         highest = gain.amax(dim=1, keepdim=True)
         ties = gain >= highest - _TIE * highest.abs()
         pick = torch.where(ties, index, len(index)).amin(dim=1, keepdim=True)
@@ -121,3 +129,23 @@ def most_diverse(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
         left = left - basis[:, t].square()
         picks.append(pick)
     return torch.cat(picks, dim=1)
+
+
+def _most_diverse(embeddings: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Do as `most_diverse` for the cosines of one crop ``[N, D]`` of many tokens, of which few pairs are compared."""
+    norms = torch.cat([x.double().norm(dim=1, keepdim=True) for x in torch.split(embeddings, _ROWS)]).clamp(min=1e-12)
+    squares = torch.cat([_unit(x).square().sum(dim=1) for x in torch.split(embeddings, _ROWS)])
+    greedy = determinants.LazyDeterminant(
+        lambda tokens: embeddings[tokens].double() / norms[tokens],
+        squares,
+        lambda left, tokens: _gain(left, weight[tokens]),
+        count,
+        _TIE,
+        _DEPENDENT,
+    )
+    return greedy.pick()
+
+
+def _gain(left: Tensor, weight: Tensor) -> Tensor:
+    """Return the factor of the determinant; dependent tokens rank among each other by weight, below all others."""
+    return torch.where(left > _DEPENDENT, weight.square() * left, -1 / weight)

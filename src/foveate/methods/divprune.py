@@ -9,6 +9,8 @@ from torch import Tensor
 
 from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
+_AT_ONCE = 2**20  # distances
+
 
 @register("divprune")
 @dataclass(frozen=True)
@@ -39,12 +41,8 @@ class DivPrune(CropReducer):
     complexity = "O(N^2 D)"
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
-        # Products of matrices are not exactly symmetric, yet the two tokens of a closest pair have to tie.
-        similarity = torch.maximum(similarity, similarity.mT)
-        distance = (1 - similarity).masked_fill(similarity > 1 - ranking.RESOLUTION, 0.0)
-        itself = torch.eye(crops.size, dtype=torch.bool, device=distance.device)
-        nearest = distance.masked_fill(itself, torch.inf).amin(dim=-1)
+        distance = _distances(ranking.cosine_matrix(crops.probe(probes.Embeddings())))
+        nearest = distance.amin(dim=-1)
         taken = torch.zeros_like(nearest, dtype=torch.bool)
         picks = [ranking.take_best(nearest, taken)]
         nearest = ranking.row_of(distance, picks[0])
@@ -52,3 +50,17 @@ class DivPrune(CropReducer):
             picks.append(ranking.take_best(nearest, taken))
             nearest = torch.minimum(nearest, ranking.row_of(distance, picks[-1]))
         return torch.cat(picks, dim=1)
+
+
+def _distances(similarity: Tensor) -> Tensor:
+    """Turn cosines ``[B, N, N]`` into distances, in place; the distance of a token to itself is infinite."""
+    few = max(1, _AT_ONCE // similarity.shape[2])
+    similarity.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    parts = [slice(start, start + few) for start in range(0, similarity.shape[1], few)]
+    for part in parts:
+        rows = similarity[:, part]
+        rows.copy_((1 - rows).masked_fill(rows > 1 - ranking.RESOLUTION, 0.0))
+    # Products of matrices are not exactly symmetric, yet the two tokens of a closest pair have to tie.
+    for part in parts:
+        similarity[:, part] = torch.minimum(similarity[:, part], similarity[:, :, part].mT)
+    return similarity

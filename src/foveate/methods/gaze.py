@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
+from foveate.author import (
+    CropBatch,
+    CropReducer,
+    FoveateError,
+    Selection,
+    VisualTokens,
+    probes,
+    ranking,
+    register,
+)
+from foveate.methods import determinants
 
 _FLOOR = 1e-3  # of the ridge: what rounding may leave of a gain that is at least the ridge
 
@@ -37,9 +47,16 @@ class Gaze(CropReducer):
         What the diagonal of the kernel gets on top: how much a token counts that is like picked ones.
     saliency
         Exponent of the weight; 0 for none.
+    tau
+        Stop where the gains have fallen below: `keep` is then at most, and each crop decides how many tokens it needs.
+        For extreme budgets; ``foveate calibrate --method gaze`` finds the one of a mean number. `None` for just `keep`.
+    least
+        Tokens of a crop that stay at least, with `tau`.
 
     Notes
     -----
+    With `tau`, `select` waits for the device, and compiles to no single graph.
+
     Without a matrix of all cosines: ``O(T N (D + T))`` time, ``O(N (D + T))`` memory.
 
     Its ingredients are known: the greedy determinant of CDPruner (arXiv 2506.10967), spatial terms of VLM-Pruner
@@ -49,6 +66,8 @@ class Gaze(CropReducer):
     spread: float = 0.25
     ridge: float = 0.1
     saliency: float = 0.5
+    tau: float | None = None
+    least: int = 4
 
     needs: ClassVar[tuple[probes.Probe, ...]] = (probes.Embeddings(), probes.Attention(layers=0.34))
     complexity = "O(T N (D + T))"
@@ -60,6 +79,43 @@ class Gaze(CropReducer):
                 raise FoveateError(f"{name} is a finite number above 0, not {value}")
         if not 0.0 <= self.saliency < float("inf"):
             raise FoveateError(f"saliency is an exponent from 0 on, not {self.saliency}")
+        if self.tau is not None and not 0.0 < self.tau < float("inf"):
+            raise FoveateError(f"tau is a finite gain above 0, not {self.tau}")
+        if self.least < 1:
+            raise FoveateError(f"least is a number of tokens from 1 on, not {self.least}")
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tau is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        # What was written before these two came says the same as what is written without them.
+        return data if self.adaptive else {name: x for name, x in data.items() if name not in ("tau", "least")}
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        return tokens.per_crop_at_most(self.keep, self._enough) if self.adaptive else super().select(tokens)
+
+    def _enough(self, crops: CropBatch, count: int) -> tuple[Tensor, Tensor]:
+        """Return the picks ``[B, count]`` and how many of them each crop needs ``[B]``."""
+        picks = self.pick(crops, count)
+        assert self.tau is not None
+        needed = 1 + (self.falling(crops, picks) >= self.tau).sum(dim=1)
+        return picks, needed.clamp(min=min(self.least, count))
+
+    def falling(self, crops: CropBatch, picks: Tensor) -> Tensor:
+        """Return the least gain so far ``[B, T - 1]`` at each of the picks ``[B, T]`` but the first."""
+        picks = picks[:, 1:]
+        unit = normalize(crops.probe(probes.Embeddings()).float().nan_to_num(), dim=-1)
+        centred = (unit - unit.mean(dim=1, keepdim=True)).double()
+        variance = centred.square().sum(dim=-1).mean(dim=1).clamp(min=1e-12)
+        own = centred.take_along_dim(picks[:, :, None], dim=1)
+        kernel = own @ own.transpose(1, 2) / variance[:, None, None]
+        if crops.grid is not None:
+            kernel = kernel * torch.stack([self._nearness(crops, x[:, None])[:, x] for x in picks])  # type: ignore[index]
+        kernel = kernel + self.ridge * torch.eye(picks.shape[1], dtype=kernel.dtype, device=kernel.device)
+        gains: Tensor = torch.linalg.cholesky(kernel).diagonal(dim1=1, dim2=2).square()
+        return (self._weight(crops).gather(1, picks) * gains).cummin(dim=1)[0]
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         unit = normalize(crops.probe(probes.Embeddings()).float().nan_to_num(), dim=-1)
@@ -70,6 +126,10 @@ class Gaze(CropReducer):
         taken = torch.zeros_like(squares, dtype=torch.bool)
         picks = [ranking.take_best((unit * mean).sum(dim=-1), taken)]
         weight, gain, explained = self._weight(crops), squares / variance + self.ridge, unit[:, :, :0]
+        if crops.size >= determinants.FROM and crops.device.type == "cpu" and not torch.compiler.is_compiling():
+            each = zip(centred, variance, gain, weight, taken, strict=True)
+            rest = [self._of_many(crops, *one, count - 1) for one in each]
+            return torch.cat([picks[0], torch.stack(rest)], dim=1)
         while len(picks) < count:
             pick = ranking.take_best(weight * gain, taken)
             picks.append(pick)
@@ -79,6 +139,30 @@ class Gaze(CropReducer):
             gain = (gain - row.square()).clamp(min=self.ridge * _FLOOR)
         return torch.cat(picks, dim=1)
 
+    def _of_many(
+        self,
+        crops: CropBatch,
+        centred: Tensor,
+        variance: Tensor,
+        gain: Tensor,
+        weight: Tensor,
+        taken: Tensor,
+        count: int,
+    ) -> Tensor:
+        """Do as `pick` behind the first token, for one crop of many tokens, of which few pairs are compared."""
+        floor, own = self.ridge * _FLOOR, weight.double()
+        greedy = determinants.LazyDeterminant(
+            lambda tokens: centred[tokens],
+            gain.double(),
+            lambda left, tokens: own[tokens] * left.clamp(min=floor),
+            count,
+            ranking.RESOLUTION,
+            floor,
+            lambda picks, tokens: self._nearness(crops, picks[:, None], tokens) / variance,
+            taken,
+        )
+        return greedy.pick()
+
     def _weight(self, crops: CropBatch) -> Tensor:
         """Return how much evidence there is for each token, ``[B, N]``."""
         layers = crops.probe(self.needs[1]).float().nan_to_num(nan=0.0, posinf=0.0).clamp(min=0)
@@ -86,12 +170,12 @@ class Gaze(CropReducer):
         mean = attention.mean(dim=1, keepdim=True)
         return torch.where(mean > 0, attention / (attention + mean), 1.0) ** self.saliency
 
-    def _nearness(self, crops: CropBatch, pick: Tensor) -> Tensor | float:
-        """Return how near each token is to a picked one on the grid, ``[B, N]`` from 0 to 1."""
+    def _nearness(self, crops: CropBatch, pick: Tensor, tokens: Tensor | None = None) -> Tensor | float:
+        """Return how near tokens, by default all ``[N]``, are to picked ones ``[B, 1]`` on the grid, from 0 to 1."""
         if crops.grid is None:
             return 1.0
         height, width = crops.grid
-        index = torch.arange(crops.size, device=pick.device)
+        index = torch.arange(crops.size, device=pick.device) if tokens is None else tokens
         distance = (index // width - pick // width).square() + (index % width - pick % width).square()
         return torch.exp(distance / (-2 * (self.spread * max(height, width)) ** 2))
 
@@ -107,7 +191,7 @@ class GazeQuery(Gaze):
 
     Parameters
     ----------
-    keep, spread, ridge, saliency
+    keep, spread, ridge, saliency, tau, least
         See `Gaze`.
     """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
 _NO_EDGE = -5000.0  # finite, so that a zero vector, which has no edge at all, gives no NaN
-_COLUMNS = 1024  # of the flow, that are in float64 at once
+_AT_ONCE = 2**20  # entries of the flow that are in memory a second time, or in float64
 
 
 @register("gprune")
@@ -68,12 +68,17 @@ class GPrune(CropReducer):
 
     def _score(self, embeddings: Tensor) -> Tensor:
         """Return the information per neighbour ``[B, N]`` of tokens ``[B, N, D]``."""
-        similarity = ranking.cosine_matrix(embeddings, dtype=torch.float64).float()
-        edges = similarity >= self.threshold
-        flow = torch.where(edges, similarity / self.temperature, _NO_EDGE).softmax(dim=-1)
+        flow = ranking.cosine_matrix(embeddings, dtype=torch.float64, rounded=torch.float32)
+        neighbours, few = [], max(1, _AT_ONCE // flow.shape[2])
+        for start in range(0, flow.shape[1], few):
+            rows = flow[:, start : start + few]
+            edges = rows >= self.threshold
+            neighbours.append(edges.sum(dim=-1))
+            rows.copy_(torch.where(edges, rows / self.temperature, _NO_EDGE).softmax(dim=-1))
         information: Tensor = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.float64)[:, None]
         for _ in range(self.steps):
-            parts = [flow[:, :, i : i + _COLUMNS] for i in range(0, flow.shape[2], _COLUMNS)]
-            information = torch.cat([torch.bmm(information, part.double()) for part in parts], dim=2)
+            parts = [slice(start, start + few) for start in range(0, flow.shape[1], few)]
+            flowing = [torch.bmm(information[:, :, part], flow[:, part].double()) for part in parts]
+            information = torch.stack(flowing).sum(dim=0)
         # Sums in float64 and scores in float32: copies, whose sums differ in the last bit, score the same.
-        return (information.squeeze(1) / edges.sum(dim=-1).clamp(min=1)).float()
+        return (information.squeeze(1) / torch.cat(neighbours, dim=1).clamp(min=1)).float()

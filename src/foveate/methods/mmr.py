@@ -29,7 +29,8 @@ class MMR(CropReducer):
 
     Notes
     -----
-    Cosines are computed once, ``O(N^2 D)``; each pick then costs ``O(N)``.
+    Costs ``O(N^2 D)`` for up to 1,024 tokens, and ``O(N)`` per pick. Of more tokens only the cosines with picked ones
+    are computed, in single rows or, on a CPU, along with those of the next best tokens.
 
     Deviations from the paper: IDPruner trains its scorer. Attention instead needs no training, and is UNVERIFIED
     against its numbers. Encoders without ``[CLS]`` use the attention that each token receives. One token is picked at a
@@ -47,12 +48,13 @@ class MMR(CropReducer):
             raise FoveateError(f"balance is a weight from 0 to 1, not {self.balance}")
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
+        cosines = ranking.CosineRows(crops.probe(probes.Embeddings()))
         saliency = ranking.min_max(crops.probe(probes.Attention()))
         taken = torch.zeros_like(saliency, dtype=torch.bool)
         picks = [ranking.take_best(saliency, taken)]
-        closest = ranking.row_of(similarity, picks[0])
+        closest = cosines.of(picks[0], saliency)
         while len(picks) < count:
-            picks.append(ranking.take_best(self.balance * saliency - (1 - self.balance) * closest, taken))
-            closest = torch.maximum(closest, ranking.row_of(similarity, picks[-1]))
+            score = self.balance * saliency - (1 - self.balance) * closest
+            picks.append(ranking.take_best(score, taken))
+            closest = torch.maximum(closest, cosines.of(picks[-1], score.masked_fill(taken, -torch.inf)))
         return torch.cat(picks, dim=1)

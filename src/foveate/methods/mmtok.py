@@ -9,6 +9,8 @@ from torch import Tensor
 
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
+_ELEMENTS = 512  # visual tokens whose shares are worked out at once
+
 
 @register("mmtok")
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class MMTok(CropReducer):
 
     Notes
     -----
-    Cosines are computed once, ``O(N^2 C + M N D)``; T picks cost ``O(T N (M + N))``.
+    Cosines are computed once, ``O(N^2 C + M N D)``; T picks cost ``O(T N (M + N))``. On a CPU each pick
+    looks at a few tokens, and the picks are the same, see `ranking.cover`.
 
     Deviations from the paper: it covers the question's words without its answer-format suffix and about 45 words that
     nothing visual corresponds to. A method sees no tokenizer, so that here every text token behind the first image
@@ -66,35 +69,20 @@ class MMTok(CropReducer):
 
     def _coverage(self, embeddings: Tensor, features: Tensor, query: Tensor | None) -> Tensor:
         """Return how well each token covers each element, ``[B, N, M + N]``."""
-        vision = (ranking.cosine_matrix(features) / self.vision_temperature).softmax(dim=-1)
-        parts = [vision * (self.vision_weight / vision.shape[1])]
-        if query is not None and query.shape[1]:
-            parts.insert(
-                0, (ranking.cosine_matrix(query, embeddings) / self.text_temperature).softmax(dim=-1) / query.shape[1]
-            )
-        return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
+        size = features.shape[1]
+        words = 0 if query is None else query.shape[1]
+        out = torch.empty(len(features), size, words + size, device=features.device)
+        if query is not None and words:
+            text = (ranking.cosine_matrix(query, embeddings) / self.text_temperature).softmax(dim=-1)
+            out[:, :, :words] = (text / words).transpose(1, 2)
+        cosines = ranking.cosine_matrix(features)
+        for start in range(0, size, _ELEMENTS):
+            part = slice(start, start + _ELEMENTS)
+            vision = (cosines[:, part] / self.vision_temperature).softmax(dim=-1) * (self.vision_weight / size)
+            out[:, :, words:][:, :, part] = vision.transpose(1, 2)
+        return out
 
 
 def cover(matrix: Tensor, count: int, taken: Tensor, noise: float) -> Tensor:
-    """Pick tokens greedily for the sum over all elements of how well the best picked token covers them.
-
-    Parameters
-    ----------
-    matrix
-        ``[B, N, M]``, not negative: how well each token covers each element.
-    taken
-        ``[B, N]`` bool: tokens that may not be picked; changed in place.
-    noise
-        Share by which entries that should be equal may differ: copies of picked tokens add nothing.
-
-    Returns
-    -------
-    Tensor
-        ``[B, count]`` int64 in the order of picking.
-    """
-    covered = torch.zeros_like(matrix[:, 0])
-    picks: list[Tensor] = []
-    for _ in range(count):
-        picks.append(ranking.take_best(ranking.added_coverage(matrix, covered), taken, noise))
-        covered = torch.maximum(covered, ranking.row_of(matrix, picks[-1]) * (1 + noise))
-    return torch.cat(picks, dim=1)
+    """Pick tokens greedily, see `ranking.cover`; entries that should be equal may differ by a share of `noise`, too."""
+    return ranking.cover(matrix, count, taken, noise, slack=noise)

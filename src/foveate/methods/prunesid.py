@@ -9,6 +9,8 @@ from torch import Tensor
 
 from foveate.author import CropBatch, CropReducer, probes, ranking, register
 
+_MOST = 1024  # tokens that are decomposed by themselves
+
 
 @register("prunesid")
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class PruneSID(CropReducer):
 
     Notes
     -----
-    The decomposition in float64 takes ``O(N^3)`` and most of the time. It waits for the device, as `torch.linalg.eigh`
-    reports back whether it converged. Components of
-    equal variance, as in a picture of very few distinct tokens, are only defined up to a rotation.
+    The decomposition in float64 takes ``O(N^3)``, or ``O(N C^2)`` of more than 1,024 tokens, and most of the time. It
+    waits for the device, as `torch.linalg.eigh` reports back whether it converged. Components of equal variance, as in
+    a picture of very few distinct tokens, are only defined up to a rotation.
 
     Deviations from the paper: components come from an exact decomposition in float64, where the official code draws a
     random one, and there are fewer than ``T // 4`` of them if the features span no more. At most as many survivors of a
@@ -43,7 +45,7 @@ class PruneSID(CropReducer):
 
     needs = (probes.Features(), probes.Attention())
     paper = "arXiv:2603.09480"
-    complexity = "O(N^2 C + N^3)"
+    complexity = "O(N^2 C + N min(N, C)^2)"
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         features, place, size = (
@@ -75,10 +77,16 @@ def _components(features: Tensor, number: int) -> tuple[Tensor, int]:
     values = features.double().nan_to_num().sigmoid()
     values = values - values.mean(dim=-1, keepdim=True)
     number = max(1, min(number, features.shape[1], features.shape[2] - 1))
-    variances, vectors = torch.linalg.eigh(torch.bmm(values, values.mT))
+    if features.shape[1] > max(features.shape[2], _MOST):
+        # The same components by way of the channels: where tokens are many, these are fewer.
+        variances, directions = torch.linalg.eigh(torch.bmm(values.mT, values))
+        vectors = torch.bmm(values, directions[:, :, -number:])
+        vectors = torch.nn.functional.normalize(vectors, dim=1)
+    else:
+        variances, vectors = torch.linalg.eigh(torch.bmm(values, values.mT))
     # Where features span less than that, the remaining components are noise.
     empty = variances <= 1e-10 * variances[:, -1:]
-    loadings = vectors.abs().masked_fill(empty[:, None], 0.0).flip(-1)[:, :, :number]
+    loadings = vectors.abs()[:, :, -number:].masked_fill(empty[:, None, -number:], 0.0).flip(-1)
     return loadings.argmax(dim=-1), number
 
 

@@ -27,7 +27,8 @@ class SCOPE(CropReducer):
 
     Notes
     -----
-    Cosines are computed once, ``O(N^2 C)``; each pick reads them all, so that T picks cost ``O(T N^2)``.
+    Cosines are computed once, ``O(N^2 C)``; each pick reads them all, so that T picks cost ``O(T N^2)``. On a CPU it
+    reads those of a few tokens, and the picks are the same, see `ranking.cover`.
 
     Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives (UNVERIFIED), and
     where a model merges patches, the merged tokens of each image by itself. Once every token is covered (no pick would
@@ -49,16 +50,6 @@ class SCOPE(CropReducer):
     def pick(self, crops: CropBatch, count: int) -> Tensor:
         similarity = ranking.cosine_matrix(crops.probe(probes.Features()))
         saliency = crops.probe(probes.Attention()).float()
-        weight = saliency**self.alpha
-        covered = torch.zeros_like(saliency)
         taken = torch.zeros_like(saliency, dtype=torch.bool)
-        picks: list[Tensor] = []
-        for _ in range(count):
-            gain = ranking.added_coverage(similarity, covered)
-            # Tokens that add nothing rank among each other by saliency, and below all others.
-            pick = ranking.take_best(
-                torch.where(gain > ranking.RESOLUTION * crops.size, weight * gain, -1 / saliency), taken
-            )
-            covered = torch.maximum(covered, ranking.row_of(similarity, pick))
-            picks.append(pick)
-        return torch.cat(picks, dim=1)
+        # Tokens that add nothing rank among each other by saliency, and below all others.
+        return ranking.cover(similarity, count, taken, weight=saliency**self.alpha, spent=-1 / saliency)

@@ -46,7 +46,8 @@ class ToDRE(CropReducer):
 
     Notes
     -----
-    Cosines are computed once, ``O(N^2 D)``; each pick then costs ``O(N)``.
+    Costs ``O(N^2 D)`` for up to 1,024 tokens, and ``O(N)`` per pick. Of more tokens only the cosines with picked ones
+    are computed, in single rows or, on a CPU, along with those of the next best tokens.
 
     Deviations from the paper: each crop, tile or frame starts from its own pivot. With a joint budget there is a single
     one among all tokens; on tiles the paper takes it from the thumbnail. Newline vectors do not compete. The pivot's
@@ -61,14 +62,14 @@ class ToDRE(CropReducer):
     complexity = "O(N^2 D + T N)"
 
     def pick(self, crops: CropBatch, count: int) -> Tensor:
-        similarity = ranking.cosine_matrix(crops.probe(probes.Embeddings()))
+        cosines = ranking.CosineRows(crops.probe(probes.Embeddings()))
         saliency = crops.probe(probes.Attention())
         taken = torch.zeros_like(saliency, dtype=torch.bool)
         picks = [ranking.take_best(saliency, taken)]
-        closeness = ranking.row_of(similarity, picks[0])
+        closeness = cosines.of(picks[0], saliency)
         while len(picks) < count:
             picks.append(ranking.take_best(-closeness, taken))
-            row = ranking.row_of(similarity, picks[-1])
+            row = cosines.of(picks[-1], (-closeness).masked_fill(taken, -torch.inf))
             closeness = closeness + row if self.criterion == "max_sum" else torch.maximum(closeness, row)
         return torch.cat(picks, dim=1)
 

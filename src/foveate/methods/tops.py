@@ -30,7 +30,8 @@ class TOPS(CropReducer):
 
     Notes
     -----
-    Cosines are computed once, ``O(N^2 D)``; each pick reads them all, so that T picks cost ``O(T N^2)``.
+    Cosines are computed once, ``O(N^2 D)``; each pick reads them all, so that T picks cost ``O(T N^2)``. Of more than
+    1,024 tokens on a CPU, a pick reads only the cosines of tokens to which it is closer than all picks before it.
 
     Deviations from the paper: the formulas are those of a public repository's text, the paper's identifier is not
     known (UNVERIFIED). Encoders without ``[CLS]`` use the attention that each token receives. A term whose mean is zero
@@ -55,8 +56,9 @@ class TOPS(CropReducer):
         taken = torch.zeros_like(saliency, dtype=torch.bool)
         picks = [ranking.take_best(saliency, taken)]
         closest = ranking.row_of(similarity, picks[0])
+        coverage = ranking.AddedCoverage(similarity)
         while len(picks) < count:
-            gain = ranking.added_coverage(similarity, closest)  # of tokens left: picked ones are covered by themselves
+            gain = coverage.beyond(closest)  # of tokens left: picked ones are covered by themselves
             scores = (
                 _relative(saliency, taken, len(picks), 0.0)
                 + self.diversity * _relative(1 - closest, taken, len(picks), ranking.RESOLUTION)

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
+PUBLISHED_STEP, PUBLISHED_SIZE, ROUNDS = 8, 1024, 64
+"""Tokens that a round drops, up to how many tokens the paper and its ports have that, and rounds from 576 to 64."""
+
+_COPIED = 2**19  # cosines at once
+
 
 @register("vispruner")
 @dataclass(frozen=True)
@@ -29,7 +34,9 @@ class VisPruner(CropReducer):
         Share of the tokens chosen by attention. With 1 this is FasterVLM; with 0, or where ``T * important_ratio``
         is below one, even the most salient token may go.
     step
-        Tokens dropped per round; `None` drops all even tokens that may go, which halves the list each round.
+        Tokens dropped per round. ``"auto"``: 8, as published, of up to 1,024 tokens; of more, as many as it takes to be
+        done in 64 rounds, which is how many 576 tokens take to become 64, and no less than 8. `None` drops all even
+        tokens that may go, which halves the list each round.
     order
         ``"similarity"``: survivors are listed by their similarity before the odd tokens, as published; that makes
         later rounds sensitive to noise. ``"rank"``: the list keeps its attention order, which is better conditioned.
@@ -38,7 +45,9 @@ class VisPruner(CropReducer):
     -----
     Cosine similarities are computed once, ``O(N^2 C)``; the rounds, about ``(N - T) / step`` of them, only read them.
 
-    Deviations from the paper: encoders without ``[CLS]`` use the attention that each token receives, as the authors
+    Deviations from the paper: of more than 1,024 tokens, rounds drop more than 8 (`step`). Of 256 kept of 2,304 random
+    tokens, 67 % are then those of rounds of 8, which themselves keep 71 % if features change by 1e-7; they lie as far
+    apart. Encoders without ``[CLS]`` use the attention that each token receives, as the authors
     advise. It is that of the layer that makes the features; last-layer attention with penultimate features, as the
     official code has for SigLIP, is not offered. On LLaVA-NeXT the official code leaves the picture padded: a crop's
     budget goes to all its patches, those that show padding too, where here they are no candidates, as the model itself
@@ -49,17 +58,17 @@ class VisPruner(CropReducer):
     """
 
     important_ratio: float = 0.5
-    step: int | None = 8
+    step: int | Literal["auto"] | None = "auto"
     order: Literal["similarity", "rank"] = "similarity"
 
     paper = "arXiv:2412.01818"
-    complexity = "O(N^2 C + N^3 / step)"
+    complexity = "O(N^2 C + rounds N^2)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.important_ratio <= 1.0:
             raise FoveateError(f"important_ratio is a share from 0 to 1, not {self.important_ratio}")
-        if self.step is not None and self.step < 1:
+        if isinstance(self.step, int) and self.step < 1:
             raise FoveateError(f"a round drops at least one token: step={self.step} is not possible, use 8 or None")
 
     @property
@@ -75,20 +84,30 @@ class VisPruner(CropReducer):
         if important == count:
             return chosen
         features = crops.probe(probes.Features())
-        residual = features.gather(1, rest[..., None].expand(-1, -1, features.shape[-1]))
-        survivors = self._thin_out(ranking.cosine_matrix(residual, dtype=torch.float64), count - important)
+        similarity = ranking.cosine_matrix(features, dtype=torch.float64, among=rest)
+        survivors = self._thin_out(similarity, count - important, self.per_round(crops.size, count))
         return torch.cat([chosen, rest.gather(1, survivors)], dim=1)
 
-    def _thin_out(self, similarity: Tensor, count: int) -> Tensor:
+    def per_round(self, size: int, count: int) -> int:
+        """Return how many tokens a round drops at most, on the way from `size` to `count`."""
+        if self.step != "auto":
+            return self.step or size
+        return PUBLISHED_STEP if size <= PUBLISHED_SIZE else max(PUBLISHED_STEP, -((count - size) // ROUNDS))
+
+    def _thin_out(self, similarity: Tensor, count: int, step: int) -> Tensor:
         """Drop near-duplicates from R tokens, given ``[B, R, R]``, until `count` are left; shapes follow from R."""
         batch, size = similarity.shape[:2]
         rows, first = similarity.flatten(0, 1), torch.arange(batch, device=similarity.device)[:, None] * size
         rest = torch.arange(size, device=similarity.device).expand(batch, -1)
         while (surplus := rest.shape[1] - count) > 0:
             even, odd = rest[:, 0::2], rest[:, 1::2]
-            # Whole rows are copied far faster than the pairs are picked out of them.
-            closest = rows.index_select(0, (first + odd).flatten()).view(batch, -1, size).amax(dim=1).gather(1, even)
-            drop = min(surplus, even.shape[1], self.step or even.shape[1])
+            # Whole rows are copied far faster than the pairs are picked out of them, a few that fit a cache at once.
+            parts = [
+                rows.index_select(0, part.flatten()).view(batch, -1, size).amax(dim=1)
+                for part in torch.split(first + odd, max(1, _COPIED // size), dim=1)
+            ]
+            closest = torch.stack(parts).amax(dim=0).gather(1, even)
+            drop = min(surplus, even.shape[1], step)
             survivors = ranking.descending(ranking.without_noise(closest))[:, drop:]
             if self.order == "similarity":
                 rest = torch.cat([even.gather(1, survivors), odd], dim=1)

@@ -54,7 +54,7 @@ def fate(chosen: SpanSelection) -> Fate:
         into[kept] = np.arange(len(kept))
         return Fate(places, into)
     target, source, weight = (x.cpu().numpy() for x in (chosen.merge.target, chosen.merge.source, chosen.merge.weight))
-    flows = (source < chosen.length) & (weight != 0)  # sources behind the span are [CLS] tokens
+    flows = (source < chosen.length) & (weight != 0)  # sources behind the span are no tokens of it
     target, source, weight = target[flows], source[flows], np.abs(weight[flows])
     order = np.lexsort((-target, weight))  # numpy keeps the last of several values: the largest, then lowest target
     into[source[order]] = target[order]

@@ -21,7 +21,7 @@ from foveate.engines.transformers.continuation import Call, Continuation
 from foveate.engines.transformers.in_llm.hooks import LayerHooks
 from foveate.engines.transformers.priors import check_scores
 from foveate.engines.transformers.reduce import base_model, refuse_vllm
-from foveate.engines.transformers.results import Results
+from foveate.engines.transformers.results import Result, Results
 from foveate.engines.transformers.wrapping import Wrapping
 from foveate.families import Family, family_of
 from foveate.registry import load_reducer
@@ -100,6 +100,9 @@ class Handle:
 
     ``generate`` is wrapped on the instance, so that prompt ids come back whole and later turns on the same cache fit;
     ``forward`` is served by hooks.
+
+    `selections`, `layers` and `received` tell of the last call on the thread that asks, or, if it has made none, of
+    the last one on any: behind a ``generate`` that ran on a thread of its own for a streamer.
     """
 
     def __init__(self, model: Any, family: Family, settings: Settings, meter: Meter, logits: Logits):
@@ -118,7 +121,7 @@ class Handle:
 
     def _put_on(self, model: Any, family: Family, meter: Meter, full: bool) -> None:
         settings = self.settings
-        self._call, self._results = Call(), Results()
+        self._call, self._results = Call(), Results([Result()])
         inside = settings.inside
         self._layers = LayerHooks(model, family, inside, settings.inside_positions, full) if inside else None
         self._biasing = Biasing(model, settings.rectify) if settings.rectify else None
@@ -133,17 +136,17 @@ class Handle:
     @property
     def selections(self) -> list[list[SpanSelection]]:
         """What the last call with images kept, per prompt and span; of methods inside the LLM in its last layer."""
-        return self._results.selections()
+        return self._results.last.selections()
 
     @property
     def layers(self) -> dict[int, list[list[SpanSelection]]]:
         """What methods inside the LLM left of the last call's images: the `selections` from each of these layers on."""
-        return self._results.layers()
+        return self._results.last.layers()
 
     @property
     def received(self) -> list[list[int]]:
         """The visual tokens that each layer of the LLM received of each prompt of the last call."""
-        return self._results.received(self._model.config.get_text_config().num_hidden_layers)
+        return self._results.last.received(self._model.config.get_text_config().num_hidden_layers)
 
     @contextmanager
     def scored(self, scores: Sequence[Tensor]) -> Iterator[None]:

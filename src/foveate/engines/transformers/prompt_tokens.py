@@ -80,16 +80,19 @@ class PromptTokens:
     def selection(self, origin: Tensor, merge: Merge | None = None) -> list[SpanSelection]:
         """Return, per span, which of its tokens are left when those at `origin` among the n are, merged if they are.
 
-        Tokens of other images that flowed into one of a span have no place in it, and are left out.
+        Tokens of other images that flowed into one of a span are rows behind its own, see `SpanSelection.extra`.
         """
-        found, start = [], 0
-        for span, kept in zip(self.spans, self.kept, strict=True):
-            own = (origin >= start) & (origin < start + len(kept))
-            inside, kept_here = origin[own] - start, kept.to(origin.device)
-            places = kept_here.index_select(0, inside)
-            here = None if merge is None else _within(merge, own, kept_here, start)
-            found.append(SpanSelection(len(span), places, here, self.sample, span.kind))
-            start += len(kept)
+        device, lengths = origin.device, [len(span) for span in self.spans]
+        firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+        # Among all visual tokens of the full prompt.
+        places = torch.cat([kept.to(device) + first for kept, first in zip(self.kept, firsts, strict=True)])
+        left, found = places.index_select(0, origin), []
+        for span, length, first in zip(self.spans, lengths, firsts, strict=True):
+            own = (left >= first) & (left < first + length)
+            here = None if merge is None else _into(merge, own, places, first, length)
+            others = here is not None and bool((here.source >= length).any())
+            extra = sum(lengths) - length if others else 0
+            found.append(SpanSelection(length, left[own] - first, here, self.sample, span.kind, extra))
         return found
 
     def repeated(self, times: int) -> list[PromptTokens]:
@@ -97,11 +100,20 @@ class PromptTokens:
         return [replace(self, sample=self.sample * times + i) for i in range(times)]
 
 
-def _within(merge: Merge, own: Tensor, kept: Tensor, start: int) -> Merge:
-    """Return the entries of a merge of a prompt that stay in the span whose tokens begin at `start`."""
-    stays = own[merge.target] & (merge.source >= start) & (merge.source < start + len(kept))
-    rank = own.cumsum(0) - 1
-    return Merge(rank[merge.target[stays]], kept.index_select(0, merge.source[stays] - start), merge.weight[stays])
+def _into(merge: Merge, own: Tensor, places: Tensor, first: int, length: int) -> Merge:
+    """Return the entries of a merge of a prompt that flow into one span, its own tokens in front of all others.
+
+    Parameters
+    ----------
+    own
+        Which of the targets are of the span.
+    places
+        The sources among all visual tokens of the full prompt, of which `length` from `first` on are the span's.
+    """
+    stays, rank = own[merge.target], own.cumsum(0) - 1
+    source = places.index_select(0, merge.source[stays]) - first
+    source = torch.where(source < 0, source + first + length, torch.where(source < length, source, source + first))
+    return Merge(rank[merge.target[stays]], source, merge.weight[stays])
 
 
 def thinned_crop(crop: Crop, tokens: Tensor, start: int = 0) -> Crop:

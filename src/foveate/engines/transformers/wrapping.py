@@ -124,13 +124,13 @@ class Wrapping:
     def _outside(self) -> Iterator[None]:
         """Let what a callback of ``generate`` runs be reduced as outside of it; ``generate`` then goes on."""
         call = self._call
-        before = (call.generating, call.prefill, call.compaction, call.bias)
-        call.generating, call.prefill, call.compaction, call.bias = False, None, None, None
+        before = (call.generating, call.numbered, call.prefill, call.bias)
+        call.generating, call.prefill, call.bias = False, None, None
         try:
             with self._results.aside():
                 yield
         finally:
-            call.generating, call.prefill, call.compaction, call.bias = before
+            call.generating, call.numbered, call.prefill, call.bias = before
 
     def _watched_prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse a `generate` that does not come by way of the wrapper: its loop counts the tokens of full prompts."""
@@ -182,7 +182,7 @@ class Wrapping:
         if self._layers is not None and (run := self._layers.end()) is not None and output is not None:
             run.finish(cache)
             if run.state.prompts:
-                self._results.inside = run.state
+                self._results.own.inside = run.state
         if self._call.generating:
             return None
         if self._call.compaction is not None and cache is not None:
