@@ -12,6 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import foveate
 from foveate.core.errors import InputError, UnsupportedModelError
+from foveate.engines.transformers.caches import NAME as CACHE
+from foveate.engines.transformers.caches import cache_of
 from foveate.families import all_families, family_of_class
 from foveate.families.classes import REFUSED
 from foveate.methods import DivPrune, FastV, Random
@@ -107,6 +109,22 @@ def test_generation_equals_the_stock_model_without_the_dropped_tokens(kind):
             )
         due = answers(net, inputs, out.sequences[:, inputs["input_ids"].shape[1] :], visible, positions)
         torch.testing.assert_close(torch.stack(out.logits, 1), due, atol=NOISE, rtol=NOISE)
+
+
+@pytest.mark.parametrize("kind", known(["qwen2_5_omni_thinker", "ernie4_5_vl_moe", "hunyuan_vl", "minicpmv4_7"]))
+@torch.no_grad()
+def test_a_second_turn_goes_on_from_the_positions_of_the_full_prompt(kind):
+    net = build(kind)
+    inputs = batch(net)
+    visible = visible_columns(inputs, foveate.reduce(net, inputs, DivPrune(keep=0.5)))
+    new = torch.tensor([[21, 22, 23], [24, 25, 26]])
+    with foveate.attach(net, DivPrune(keep=0.5)):
+        first = net(**inputs, use_cache=True)
+        cache = {CACHE: cache_of(first)}
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(new)], dim=1)
+        logits = net(input_ids=new, attention_mask=mask, **cache).logits
+    due = answers(net, inputs, torch.cat([new, new[:, :1]], dim=1), visible, "original")[:, 1:]
+    torch.testing.assert_close(logits, due, atol=NOISE, rtol=NOISE)
 
 
 @torch.no_grad()
