@@ -38,6 +38,7 @@ class CDPruner(CropReducer):
     -----
     Cosines are computed once, ``O(N^2 D)``; the picks cost ``O(T^2 N)``. Both are in float64: once the picked tokens
     nearly span the others, what is left of these is small beside the rounding of float32, and each pick divides by it.
+    Of more than 1,024 tokens on a CPU, cosines are computed only with picked tokens, where a token may win.
 
     Deviations from the paper: its relevance on LLaVA is the negated cosine of CLIP's patches with CLIP's text tower,
     which the checkpoint of a VLM does not hold. The relevance here is what a third party uses for models without CLIP;
