@@ -43,6 +43,12 @@ def test_the_page_on_gaze_shows_the_leaderboard_and_the_ablation():
         assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in shown
 
 
+def test_the_page_on_rectifying_shows_the_results():
+    shown = (ROOT / "docs/rectify.md").read_text(encoding="utf-8")
+    for name, text in excerpt.rectify_tables(leaderboard.load(ROOT / "results/rectify.json")).items():
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in shown
+
+
 def test_the_table_of_methods_and_families_is_current():
     shown = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
     measured = json.loads((ROOT / "results/compatibility-callers.json").read_text(encoding="utf-8"))

@@ -1,12 +1,16 @@
-"""The leaderboard in brief, as the README and the page on Gaze show it."""
+"""The leaderboard in brief, as the README and the pages on Gaze and on rectifying show it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, Final
 
-from foveate.eval.leaderboard import load
+from foveate.eval.leaderboard import load, variant_cell
+from foveate.measure.baselines import BASELINES
 from foveate.measure.pages import fill, markdown_table
+from foveate.nano.questions import ASKED_KINDS
 
 METHODS: Final = ("gaze_query", "gaze", "cdpruner", "vispruner", "fastervlm", "random", "uniform", "pool", "downsample")
 MARKER: Final = "nano-table"
@@ -23,6 +27,7 @@ BESIDE_GAZE: Final = (
     "random",
 )
 GAZE_MARKER: Final = "gaze-table"
+RECTIFY_MARKER, KINDS_MARKER = "rectify-table", "rectify-kinds"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -66,6 +71,35 @@ def _beside(row: dict[str, Any]) -> tuple[str, str]:
     return f"{relative['average']:.1f} ± {relative['error']:.1f}", points
 
 
+def rectify_tables(result: dict[str, Any]) -> dict[str, str]:
+    """Return what the variants of a leaderboard gain, by method and by kind of question, in Markdown."""
+    budgets, variants = result["config"]["budgets"], result["config"]["variants"]
+    rows = {(row["method"], row["budget"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(name for name, budget in rows if budget == budgets[-1]))
+    head = ["method", *(text for budget in budgets for text in (f"{budget} tokens", *variants))]
+    lines = [
+        [f"`{name}`", *(text for budget in budgets for text in _with_variants(rows[name, budget], variants))]
+        for name in names
+    ]
+    own = [name for name in names if name not in BASELINES]
+    shown = []
+    for kind in ASKED_KINDS:
+        gains = []
+        for variant in variants:
+            for budget in budgets:
+                of = [rows[name, budget] for name in own if variant in rows[name, budget].get("variants", {})]
+                gains.append(
+                    mean(r["variants"][variant]["kinds"][kind]["relative"] - r["kinds"][kind]["relative"] for r in of)
+                )
+        shown.append([kind, *(f"{gain:+.1f}" for gain in gains)])
+    columns = ["kind", *(f"{variant}: {budget} tokens" for variant in variants for budget in budgets)]
+    return {RECTIFY_MARKER: markdown_table(head, lines), KINDS_MARKER: markdown_table(columns, shown)}
+
+
+def _with_variants(row: dict[str, Any], variants: Sequence[str]) -> list[str]:
+    return [f"{row['relative']['average']:.1f}", *(variant_cell(row, variant) for variant in variants)]
+
+
 def _percent(share: dict[str, float]) -> str:
     return f"{share['accuracy']:.1f} ± {share['error']:.1f}"
 
@@ -73,5 +107,10 @@ def _percent(share: dict[str, float]) -> str:
 def write_table(result: Path, page: Path) -> None:
     """Put the table of a leaderboard's file for which a page has marker lines between these."""
     loaded = load(result)
-    gaze = f"<!-- {GAZE_MARKER} -->" in page.read_text(encoding="utf-8")
-    fill(page, {GAZE_MARKER: gaze_table(loaded)} if gaze else {MARKER: table(loaded)})
+    shown = page.read_text(encoding="utf-8")
+    if f"<!-- {RECTIFY_MARKER} -->" in shown:
+        fill(page, rectify_tables(loaded))
+    elif f"<!-- {GAZE_MARKER} -->" in shown:
+        fill(page, {GAZE_MARKER: gaze_table(loaded)})
+    else:
+        fill(page, {MARKER: table(loaded)})
