@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
-_ELEMENTS = 512  # visual tokens whose shares are worked out at once
+_ELEMENTS = 128  # visual tokens whose shares are worked out at once
 
 
 @register("mmtok")
