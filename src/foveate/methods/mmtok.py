@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.author import CropBatch, CropReducer, FoveateError, probes, ranking, register
 
-_ELEMENTS = 512  # visual tokens whose shares are worked out at once
+_ELEMENTS = 128  # visual tokens whose shares are worked out at once
 
 
 @register("mmtok")
@@ -71,11 +71,11 @@ class MMTok(CropReducer):
         """Return how well each token covers each element, ``[B, N, M + N]``."""
         size = features.shape[1]
         words = 0 if query is None else query.shape[1]
+        cosines = ranking.cosine_matrix(features)
         out = torch.empty(len(features), size, words + size, device=features.device)
         if query is not None and words:
             text = (ranking.cosine_matrix(query, embeddings) / self.text_temperature).softmax(dim=-1)
             out[:, :, :words] = (text / words).transpose(1, 2)
-        cosines = ranking.cosine_matrix(features)
         for start in range(0, size, _ELEMENTS):
             part = slice(start, start + _ELEMENTS)
             vision = (cosines[:, part] / self.vision_temperature).softmax(dim=-1) * (self.vision_weight / size)
