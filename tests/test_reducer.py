@@ -75,7 +75,7 @@ def test_configuration_is_the_parameters_and_nothing_else():
     assert Downsample.stage == "pixels"
     assert repr(Uniform(keep=0.5)) == "Uniform(keep=0.5)"
     assert VisPruner(keep=8).to_dict() == {
-        "method": "vispruner", "keep": 8, "important_ratio": 0.5, "step": 8, "order": "similarity",
+        "method": "vispruner", "keep": 8, "important_ratio": 0.5, "step": "auto", "order": "similarity",
     }  # fmt: skip
     json.dumps(VisPruner(keep={"image": Budget(3)}).to_dict())
 
@@ -286,8 +286,8 @@ def test_plugins_that_are_no_methods_are_left_out(registry, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "config", "allowed"),
     [
-        ("vispruner", {"step": 2.5}, "a whole number or None"),
-        ("vispruner", {"step": "8"}, "a whole number or None"),
+        ("vispruner", {"step": 2.5}, "a whole number, 'auto' or None"),
+        ("vispruner", {"step": "8"}, "a whole number, 'auto' or None"),
         ("vispruner", {"order": ["rank"]}, "'similarity' or 'rank'"),
         ("vtc_cls", {"reduce": "mean"}, "'sum', 'min' or 'max'"),
         ("hiprune", {"alpha": "x"}, "a number"),

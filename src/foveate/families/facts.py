@@ -51,6 +51,8 @@ class Facts:
     """Whether the frames of a video are images of a single crop each."""
     answer_type: ClassVar[int] = 0
     """What the ``token_type_ids`` of an answer's tokens are, where the model has these."""
+    takes_compressor: ClassVar[bool] = False
+    """Whether a trained compressor can stand in for the projector, which maps patches of a fixed grid one by one."""
     recurrent: ClassVar[bool] = False
     """Whether some layers of the LLM are convolutions or recurrent ones."""
     two_way: ClassVar[bool] = False

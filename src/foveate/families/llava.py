@@ -37,6 +37,7 @@ class Llava(Family):
     notes = "one grid per image; pruned between the vision tower and the projector"
     reduces_inside = True
     projects_kept = True
+    takes_compressor = True
 
     def matches(self, config: Any) -> bool:
         return super().matches(config) and config.vision_config.model_type != "pixtral"

@@ -30,6 +30,7 @@ class LlavaNext(Llava):
 
     name = "llava_next"
     model_types = ("llava_next",)
+    takes_compressor = False
     notes = "overview and tiles are crops; padding is never a candidate; newline vectors follow `separators`"
 
     def spans(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Span, ...]:

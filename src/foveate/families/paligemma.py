@@ -22,6 +22,7 @@ class PaliGemma(Llava):
 
     name = "paligemma"
     model_types = ("paligemma",)
+    takes_compressor = False
     has_cls = False
     two_way = True
     # Up to transformers 5.23, the blocks that attend in both directions reach across packed prompts.

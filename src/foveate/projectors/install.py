@@ -15,7 +15,6 @@ from foveate.core.compressor import Compressor, Installed, Sizes
 from foveate.core.errors import InputError, UnsupportedModelError
 from foveate.families import family_of
 from foveate.families.compressed import installed_in
-from foveate.families.llava import Llava, feature_layers, strategy
 from foveate.families.tower import encoder_layers
 from foveate.projectors.base import Projector, projector_from_dict
 
@@ -55,10 +54,10 @@ def install_projector(model: Any, projector: Projector, start: Start = "pool", p
     InputError
         If the projector cannot have the model's grid, or not start so.
     """
-    _check_model(model)
+    family = _check_model(model)
     if start not in ("pool", "paper"):
         raise InputError(f"a projector starts at 'pool' or as in its 'paper', not at {start!r}")
-    stock, own = model.model.multi_modal_projector, feature_layers(model, {})
+    stock, own = model.model.multi_modal_projector, family.feature_layers(model, {})
     sizes, depth = _sizes(model), len(encoder_layers(model.model.vision_tower))
     theirs = [i % (depth + 1) for i in own]
     read = list(projector.layers(depth)) if start == "paper" or projector.adds_features else []
@@ -85,17 +84,18 @@ def install_projector(model: Any, projector: Projector, start: Start = "pool", p
     return module
 
 
-def _check_model(model: Any) -> None:
-    family = family_of(model)
+def _check_model(model: Any) -> Any:
+    family: Any = family_of(model)
     if (installed := installed_in(model)) is not None:
         raise UnsupportedModelError(f"the model has a compressor already, {installed.projector!r}: load it anew")
-    if type(family).__name__ not in ("Llava", "VipLlava") or not isinstance(family, Llava):
+    if not family.takes_compressor:
         raise UnsupportedModelError(
             f"compressors stand in for the projector of LLaVA-1.5 and VipLLaVA, which maps patches one by one; "
             f"{type(model).__name__} belongs to the family {family.name!r}"
         )
-    if family.cls(model) and strategy(model, {}) == "full":
+    if family.projects_cls(model, {}):
         raise UnsupportedModelError("this model's projector reads the [CLS] token, which lies on no grid of patches")
+    return family
 
 
 def _sizes(model: Any) -> Sizes:
