@@ -11,6 +11,13 @@ from foveate.methods import EVS, FasterVLM, Random
 from foveate.registry import load_reducer
 
 
+@pytest.fixture(autouse=True)
+def _without_loops(monkeypatch):
+    """Leave out the plain loops, which take minutes; they have tests of their own."""
+    monkeypatch.setattr("foveate.bench.growth.against_loops", lambda: {"rows": []})
+    monkeypatch.setattr("foveate.bench.growth.larger_rounds", dict)
+
+
 def test_what_is_measured_of_a_method():
     row = measure(load_reducer("mmr", keep=1 / 9), 24)
     assert row["kept"] == 64
