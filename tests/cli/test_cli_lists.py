@@ -18,12 +18,12 @@ def test_methods(foveate: Any) -> None:
     assert row["parameters"]["keep"] == {}
     assert row["parameters"]["important_ratio"] == {"default": 0.5}
     assert row["paper"] == "arXiv:2412.01818"
-    assert row["complexity"] == "O(N^2 C + N^3 / step)"
+    assert row["complexity"] == "O(N^2 C + rounds N^2)"
     assert all(row["complexity"] for row in rows)
     assert [r["name"] for r in foveate("methods", "visp*", "--json").json] == ["vispruner"]
     shown = foveate("methods").out
     assert "vispruner" in shown
-    assert "O(N^2 C + N^3 / step)" in shown
+    assert "O(N^2 C + rounds N^2)" in shown
     reads = {row["name"]: row["reads"] for row in rows}
     assert (reads["uniform"], reads["random"]) == (["the grid"], [])
     assert reads["hiprune"] == ["attention", "the grid"]

@@ -129,7 +129,7 @@ def test_parameters_files_templates_and_options(foveate: Any, folder: Path, chat
     data = foveate(*common, folder, "--method", "method.json", "--keep", "5").json
     assert "keep=5, important_ratio=0.25" in data["method"]
     data = foveate(*common, folder, "--keep", 9, "--set", "important_ratio=0.3", "--set", "order=rank").json
-    assert data["method"] == "VisPruner(keep=9, important_ratio=0.3, step=8, order='rank')"
+    assert data["method"] == "VisPruner(keep=9, important_ratio=0.3, step='auto', order='rank')"
     text = data["tokens"]["text"]
     templated = foveate(*common, folder, "--prompt-template", "USER : <image> {question} ASSISTANT :").json
     assert templated["tokens"]["text"] == text + 4
