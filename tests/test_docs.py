@@ -102,7 +102,12 @@ def test_the_table_of_growth_is_that_of_the_results():
     rounds, loops = result["vispruner_rounds"], result["plain_loops"]
     assert f"{100 * rounds['kept_by_both']:.1f} % of the" in page
     assert f"{100 * rounds['kept_by_8_with_noise']:.1f} % themselves" in page
-    assert all(f"{row['ours_of_plain']:.2f}" in page for row in loops if row["method"] in ("vispruner", "divprune"))
+    ratios: dict[str, list[str]] = {}
+    for row in loops:
+        ratios.setdefault(row["method"], []).append(f"{row['ours_of_plain']:.2f}")
+    assert len(ratios) == 6
+    for method, (small, large) in ratios.items():
+        assert f"| `{method}` | {small} | {large} " in page
 
 
 def test_the_model_card_shows_the_results():
