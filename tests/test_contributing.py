@@ -88,7 +88,7 @@ def test_inside_the_llm_it_is_fastv():
 @pytest.mark.slow
 def test_the_battery_runs_on_them(files, tmp_path):
     """In a copy of the repository, with the import and the rows that the page asks for."""
-    for part in ("src", "tests"):
+    for part in ("src", "tests", "results"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, tmp_path)
