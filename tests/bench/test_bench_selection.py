@@ -30,6 +30,7 @@ def test_vispruner_equals_the_plain_loop_and_is_faster():
     assert found["ratio_of_fastest"] > 2  # about 7 on a machine that does nothing else; see results/selection.json
 
 
+@pytest.mark.slow
 def test_every_method_has_a_time_at_every_size():
     reducers = [load_reducer(name, keep=9) for name in ("vispruner", "fastervlm", "downsample")]
     result = selection(reducers, grids=((8, 8), (8, 16)), batches=(1, 2), repeats=2)

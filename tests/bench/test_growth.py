@@ -27,6 +27,7 @@ def test_what_is_measured_of_a_method():
     assert measure(EVS(keep=0.25), 16)["kept"] == 64
 
 
+@pytest.mark.slow
 def test_every_method_runs_in_a_process_of_its_own():
     result = growth([FasterVLM(keep=1 / 9), Random(keep=1 / 9)], sides=(6, 12))
     assert [(row["method"], row["tokens"], row["kept"]) for row in result["rows"]] == [
@@ -46,6 +47,7 @@ class Fails(FasterVLM):
         raise SystemExit(3)
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_stops_no_other():
     result = growth([Fails(keep=1 / 9), FasterVLM(keep=1 / 9)], sides=(6,))
     assert [row.get("stopped") for row in result["rows"]] == ["exit code 3", None]

@@ -28,6 +28,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(checks, "check", functools.partial(checks.check, sizes=SIZES))
 
 
+@pytest.mark.slow
 def test_all_checks(foveate, tmp_path):
     result = foveate(*TINY, "--out", tmp_path / "check.json", "--json")
     assert result.code == 0, result.err

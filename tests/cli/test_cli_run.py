@@ -341,6 +341,7 @@ def test_questions_cannot_bring_placeholders(folder: Path) -> None:
         prompt_for(processor, " ")
 
 
+@pytest.mark.slow
 def test_standard_output_holds_json_alone(folder: Path, photo: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "foveate", "run", str(photo), "what ?", "--model", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)

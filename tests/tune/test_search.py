@@ -114,6 +114,7 @@ def test_says_when_nothing_fulfils_the_wish(tmp_path: Path, wish: Wish, closest:
     assert verdict(data)[0].startswith("No candidate fulfils the wish")
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
     path, wish = tmp_path / "rows", Wish(speedup=2)
     whole = run(path, wish)
