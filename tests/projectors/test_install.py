@@ -12,6 +12,7 @@ import foveate
 import foveate.nano as nano
 from foveate.core.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.families import family_of
+from foveate.families.tower import encoder_layers
 from foveate.projectors import M3, AveragePool, CAbstractor, LdpV2, Mqt, PixelShuffle, Resampler, TokenPacker, WiCo
 from foveate.projectors.base import pooled
 from foveate.projectors.install import follow
@@ -134,6 +135,23 @@ def test_saved_and_loaded(tmp_path, family, projector, start):
     about = json.loads((tmp_path / "projector.json").read_text(encoding="utf-8"))
     assert about["paper"] == projector.paper
     assert about["start"] == start
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_wico_tunes_a_copy_of_the_last_layer(tuned):
+    torch.manual_seed(0)
+    net = fresh()
+    module = foveate.install_projector(net, WiCo(tuned=tuned), start="paper")
+    assert len(module.self_att) == tuned
+    pixels = prompt(net, 16)["pixel_values"]
+    net.model.vision_tower.requires_grad_(False)
+    torch.stack(list(net.get_image_features(pixels).pooler_output)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.window_proj.parameters())
+    if tuned:
+        last, states = encoder_layers(net.model.vision_tower)[-1], torch.randn(1, 64, 32)
+        assert torch.equal(module.self_att[0](states, attention_mask=None), last(states, attention_mask=None))
+        assert any(p.grad is not None and p.grad.any() for p in module.self_att.parameters())
+        assert not {*module.self_att.parameters()} & {*last.parameters()}
 
 
 def test_folders_that_hold_no_compressor(tmp_path):

@@ -124,6 +124,10 @@ class Projector(ABC):
             raise InputError(f"the tokens of {self.name} lie on no grid, so none is an average: use start='paper'")
         return Retrofit(sizes, cells, stock, self.build(sizes), stock_layers, branch_layers)
 
+    def build_beside(self, sizes: Sizes, encoder: nn.ModuleList) -> Compressor:
+        """Return what `build` does, with copies of layers of the model's vision encoder where the paper has such."""
+        return self.build(sizes)
+
     def layers(self, depth: int) -> tuple[int, ...]:
         """Return the hidden states that the module reads, 0 being the embeddings, of an encoder of `depth` layers.
 

@@ -58,7 +58,8 @@ def install_projector(model: Any, projector: Projector, start: Start = "pool", p
     if start not in ("pool", "paper"):
         raise InputError(f"a projector starts at 'pool' or as in its 'paper', not at {start!r}")
     stock, own = model.model.multi_modal_projector, family.feature_layers(model, {})
-    sizes, depth = _sizes(model), len(encoder_layers(model.model.vision_tower))
+    sizes, encoder = _sizes(model), encoder_layers(model.model.vision_tower)
+    depth = len(encoder)
     theirs = [i % (depth + 1) for i in own]
     read = list(projector.layers(depth)) if start == "paper" or projector.adds_features else []
     if start == "pool":
@@ -66,8 +67,7 @@ def install_projector(model: Any, projector: Projector, start: Start = "pool", p
         places = [beside.index(i) for i in theirs], [beside.index(i) for i in read]
         module = projector.retrofit(sizes, copy.deepcopy(stock), *places)
     else:
-        beside, module = read, projector.build(sizes)
-        _copy_layers(model, module)
+        beside, module = read, projector.build_beside(sizes, encoder)
     tokens, cells = projector.num_output_tokens(sizes.grid), projector.cells(sizes.grid)
     option = _feature_option(model)
     module.installed = Installed(projector, start, tokens, cells, (stock, getattr(model.config, option)))
@@ -107,12 +107,6 @@ def _sizes(model: Any) -> Sizes:
 def _feature_option(model: Any) -> str:
     # VipLLaVA's option had an s at its end before transformers 5.23.
     return "vision_feature_layer" if hasattr(model.config, "vision_feature_layer") else "vision_feature_layers"
-
-
-def _copy_layers(model: Any, module: Compressor) -> None:
-    """Give WiCo its copy of the encoder's last layer."""
-    if (room := getattr(module, "self_att", None)) is not None and getattr(module, "tuned", False):
-        room.append(copy.deepcopy(encoder_layers(model.model.vision_tower)[-1]))
 
 
 def follow(processor: Any, module: Compressor) -> None:

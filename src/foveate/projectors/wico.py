@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ class WiCo(Projector):
     window
         Patches along a side of the window that becomes one token.
     tuned
-        Whether a trainable copy of the vision encoder's last layer runs in front, on patches without ``[CLS]``.
+        Whether a trainable copy of the vision encoder's last layer runs in front, on patches without ``[CLS]``. Not in
+        a module that starts at the average of the stock projector's tokens.
     skip
         As released, read the features of one layer earlier, so that the copy skips a layer. Off: the copy continues
         where the features are, as the paper's figure has it.
@@ -48,6 +50,12 @@ class WiCo(Projector):
         self, sizes: Sizes, stock: nn.Module, stock_layers: Sequence[int], branch_layers: Sequence[int]
     ) -> Compressor:
         return ConcatenatedTokens(sizes, self.cells(sizes.grid), stock)
+
+    def build_beside(self, sizes: Sizes, encoder: nn.ModuleList) -> Compressor:
+        module = Windows(sizes, self)
+        if self.tuned:
+            module.self_att.append(copy.deepcopy(encoder[-1]))
+        return module
 
     def build(self, sizes: Sizes) -> Compressor:
         return Windows(sizes, self)
